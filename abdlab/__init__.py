@@ -1,0 +1,66 @@
+"""abdlab: does the student that I distilled from a stranger's model carry its backdoor, and how do I get rid of it?
+
+Data-free knowledge distillation from poisoned teachers and the defence ABD (Hong et al., ICML 2023, arXiv 2306.02368).
+This module hands names on and defines nothing.
+"""
+
+from abdlab.checkpoint import load_model, read_card, save_model
+from abdlab.data import Dataset, augment, load, pick_device
+from abdlab.defenses import SelfRetrospection, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, suspicion
+from abdlab.distill import Step, distill
+from abdlab.errors import CheckpointError, Diverged
+from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict
+from abdlab.features import record
+from abdlab.models import build
+from abdlab.poison import Poisoned, poison, triggered_test
+from abdlab.presets import PRESETS, Settings, settings
+from abdlab.runs import Run, WeakTeacher, distilled, poisoned_teacher, progress, table
+from abdlab.sources import ZSKT, CleanKD
+from abdlab.train import train
+from abdlab.triggers import TRIGGERS, Trigger, trigger_from
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "TRIGGERS",
+    "ZSKT",
+    "CheckpointError",
+    "CleanKD",
+    "Dataset",
+    "Diverged",
+    "Exam",
+    "Poisoned",
+    "Run",
+    "SelfRetrospection",
+    "Settings",
+    "ShuffledTeacher",
+    "ShufflingVaccine",
+    "Step",
+    "Trigger",
+    "VaccineNotFound",
+    "WeakTeacher",
+    "accuracy",
+    "agreement",
+    "attack_success",
+    "augment",
+    "build",
+    "distill",
+    "distilled",
+    "load",
+    "load_model",
+    "pick_device",
+    "poison",
+    "poisoned_teacher",
+    "predict",
+    "progress",
+    "read_card",
+    "record",
+    "save_model",
+    "settings",
+    "suspicion",
+    "table",
+    "train",
+    "trigger_from",
+    "triggered_test",
+]

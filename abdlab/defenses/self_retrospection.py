@@ -1,0 +1,178 @@
+"""Self-Retrospection (Hong et al., ICML 2023, arXiv 2306.02368, section 4.2): unlearn what a universal change can trigger."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from abdlab.defenses.defense import Defense
+from abdlab.evaluate import kl
+from abdlab.features import frozen, mode
+from abdlab.models import normalization
+from abdlab.sources.source import Batch
+
+
+def inner_objective(logits: Tensor, perturbed: Tensor, delta: Tensor, penalty: float) -> Tensor:
+    """-mean KL(clean || perturbed) + penalty x ||delta||^2: what the universal perturbation minimises; a scalar."""
+    return penalty * delta.square().sum() - kl(logits, perturbed).mean()
+
+
+def universal_delta(model: nn.Module, images: Tensor, logits: Tensor, delta: Tensor, scale: Tensor, steps: int, lr: float, penalty: float) -> Tensor:
+    """One perturbation for the whole batch, by Adam on :func:`inner_objective`.
+
+    Args:
+        model: whose answer it shall change; its weights take no gradient.
+        images: (B, C, H, W). logits: the model's own on them, detached (computed once, not in every step).
+        delta: (1, C, H, W) start, in normalised units. scale: (1, C, 1, 1), from normalised units to pixels (the std).
+        steps, lr: of Adam, lr in normalised units. penalty: of the squared l2 norm in normalised units.
+
+    Returns:
+        (1, C, H, W), detached, in normalised units.
+    """
+    delta = delta.clone().requires_grad_()
+    adam = Adam([delta], lr=lr)
+    for _ in range(steps):
+        loss = inner_objective(logits, model(images + delta * scale), delta, penalty)
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        adam.step()
+    return delta.detach()
+
+
+def implicit_gradient(
+    student: nn.Module, images: Tensor, delta: Tensor, scale: Tensor, penalty: float, step: float, iterations: int
+) -> tuple[Tensor, ...]:
+    """The gradient that reaches the student's weights through delta's dependence on them (paper, eq. of section 4.2).
+
+    delta is taken as a fixed point of gradient descent Phi(delta, w) = delta - step x d inner / d delta. With
+    v = sum_i (dPhi/ddelta)^i dKL/ddelta, accumulated over ``iterations`` terms, it is (dPhi/dw)^T v.
+
+    Returns:
+        one tensor per trainable parameter of the student, zeros where there is no path.
+    """
+    weights = [p for p in student.parameters() if p.requires_grad]
+    delta = delta.clone().requires_grad_()
+    logits, perturbed = student(images), student(images + delta * scale)
+    outer = kl(logits, perturbed).mean()
+    (outer_grad,) = torch.autograd.grad(outer, [delta], retain_graph=True)
+    (inner_grad,) = torch.autograd.grad(inner_objective(logits, perturbed, delta, penalty), [delta], create_graph=True)
+    phi = delta - step * inner_grad
+    v = outer_grad
+    for _ in range(iterations):
+        (pushed,) = torch.autograd.grad(phi, [delta], grad_outputs=v, retain_graph=True)
+        v = pushed + outer_grad
+    return torch.autograd.grad(phi, weights, grad_outputs=v, allow_unused=True, materialize_grads=True)
+
+
+class SelfRetrospection(Defense):
+    """Late in the run, the student also learns to keep its answer under the worst universal perturbation of the batch.
+
+    min over S of max over one delta per batch of ``weight`` x mean KL(S(x) || S(x + delta)), added to the KD loss from
+    ``start`` on, with a fresh Adam of its own.
+
+    Args:
+        start: share of the run, in [0, 1), from which it acts (paper: the last ~1 % of pseudo-batches, so .99).
+        weight: of the term; the mean is over the perturbed images. The official code perturbs 2 of 128 and divides by
+            128, which is ``fraction=2/128, weight=1/64`` here.
+        fraction: share of the batch, in (0, 1], that carries delta (at least one image).
+        lr: of the student's fresh Adam, cosine to 0 over the rest (paper: 1e-4 to 5e-4); None keeps the source's own.
+        inner_steps, inner_lr: Adam steps for delta, lr in normalised units (paper: 10 to 20 and .1).
+        penalty: of ||delta||^2 in normalised units (paper: .001).
+        init_std: delta starts from a Gaussian of this std in normalised units, new in every student step. 0 is the official
+            code's start: a stationary point, where round-off decides the direction.
+        perturb: "student" (paper) or "teacher" (the official code's sweeps): whose answer delta shall change.
+        order: 1 differentiates the term only directly; 2 adds the implicit gradient through delta.
+        implicit_steps, implicit_lr: fixed-point iterations and step of order 2 (paper: 5 and .1).
+        statistics: batch norm of the perturbed passes normalises with the "batch" (as the official code) or with the
+            student's "running" statistics (as the student will be used). Neither records anything, clean or perturbed.
+
+    Raises:
+        ValueError: for shares outside their ranges, or order 2 with the teacher perturbed: delta does not depend on the
+            student there, so that the implicit gradient is zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: float = 0.99,
+        weight: float = 1.0,
+        fraction: float = 1.0,
+        lr: float | None = 5e-4,
+        inner_steps: int = 10,
+        inner_lr: float = 0.1,
+        penalty: float = 1e-3,
+        init_std: float = 0.1,
+        perturb: str = "student",
+        order: int = 1,
+        implicit_steps: int = 5,
+        implicit_lr: float = 0.1,
+        statistics: str = "batch",
+    ):
+        if not 0 <= start < 1 or not 0 < fraction <= 1:
+            raise ValueError(f"start is a share in [0, 1) and fraction one in (0, 1], not {start} and {fraction}")
+        if perturb not in ("student", "teacher") or statistics not in ("batch", "running"):
+            raise ValueError(f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}")
+        if order not in (1, 2):
+            raise ValueError(f"order is 1 or 2, not {order}")
+        if order == 2 and perturb == "teacher":
+            raise ValueError("order 2 needs perturb='student': a perturbation of the teacher does not depend on the student")
+        self.start_share, self.weight, self.fraction, self.lr = start, weight, fraction, lr
+        self.inner_steps, self.inner_lr, self.penalty, self.init_std = inner_steps, inner_lr, penalty, init_std
+        self.perturb, self.order, self.statistics = perturb, order, statistics
+        self.implicit_steps, self.implicit_lr = implicit_steps, implicit_lr
+
+    @property
+    def name(self) -> str:
+        return "sr"
+
+    def start(self, teacher, student, device, seed, length):
+        super().start(teacher, student, device, seed, length)
+        self.first, self.active = round(self.start_share * length), False
+        self.scale: Tensor | None = None
+
+    def before(self, index):
+        begins = index >= self.first and not self.active
+        self.active = index >= self.first
+        return [f"self-retrospection: on from pseudo-batch {index}"] if begins and index == self.first else []
+
+    def optimizer(self, index, steps_left):
+        if index != self.first or self.lr is None:
+            return None
+        adam = Adam(self.student.parameters(), lr=self.lr, fused=True)
+        return adam, CosineAnnealingLR(adam, steps_left)
+
+    def student_term(self, batch: Batch, logits: Tensor):
+        if not self.active:
+            return None
+        images = batch.images[: max(1, round(self.fraction * len(batch.images)))]
+        if self.scale is None:
+            std = normalization(self.teacher, images.shape[1])[1]
+            self.scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+        start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
+        training = self.student.training and self.statistics == "batch"
+        victim = self.student if self.perturb == "student" else self.teacher
+        with mode(self.student, training), frozen(self.student, weights=False):
+            with frozen(victim):
+                if victim is self.teacher:
+                    clean = batch.logits[: len(images)]
+                else:
+                    with torch.no_grad():
+                        # on the same images alone: batch statistics depend on the company
+                        clean = victim(images)
+                delta = universal_delta(victim, images, clean, start, self.scale, self.inner_steps, self.inner_lr, self.penalty)
+            own = logits if len(images) == len(batch.images) and training else self.student(images)
+            term = self.weight * kl(own, self.student(images + delta * self.scale)).mean()
+            if self.order == 2:
+                term = term + self._implicit(images, delta)
+        return term
+
+    def _implicit(self, images: Tensor, delta: Tensor) -> Tensor:
+        """A scalar of value 0 whose gradient is the implicit one."""
+        found = implicit_gradient(self.student, images, delta, self.scale, self.penalty, self.implicit_lr, self.implicit_steps)
+        weights = [p for p in self.student.parameters() if p.requires_grad]
+        surrogate = sum((p * g.detach()).sum() for p, g in zip(weights, found, strict=True))
+        return self.weight * (surrogate - surrogate.detach())
+
+    def report(self):
+        return {"from_pseudo_batch": self.first, "order": self.order, "perturb": self.perturb}

@@ -1,0 +1,254 @@
+"""Shuffling Vaccine (Hong et al., ICML 2023, arXiv 2306.02368, section 4.1): close the road through bad synthetic inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from abdlab.defenses.defense import Defense
+from abdlab.evaluate import kl, log_kl
+from abdlab.features import module_at
+from abdlab.sources.source import Batch
+
+
+class VaccineNotFound(UserWarning):
+    """No shuffle of the teacher passed verification, so that the Shuffling Vaccine stays off."""
+
+
+def shuffled_layers(model: nn.Module, last: int) -> list[str]:
+    """Names of the ``last`` convolutions, found by type, in the order in which the model registers them.
+
+    Convolutions that see one input channel (per group) cannot be shuffled and do not count.
+
+    Raises:
+        ValueError: when the model has fewer.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd) and m.in_channels > m.groups]
+    if last < 1 or last > len(names):
+        raise ValueError(f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled")
+    return names[-last:]
+
+
+class ShuffledTeacher:
+    """T~: the mean logits of k copies of a teacher whose named convolutions see their input channels in random order.
+
+    Args:
+        teacher: in eval mode; it is never changed.
+        layers: names of the convolutions, see :func:`shuffled_layers`.
+        k: number of copies; every copy and layer has its own permutation.
+        rng: a CPU generator that draws the permutations.
+        permutations: (k, input channels per group) per layer, instead of drawing.
+
+    All copies run in one pass: permuting a kernel's input channels equals permuting the activations that it sees, and the
+    layers before the first shuffled one are shared. Where a model's graph does not allow that (checked once, against
+    copies with permuted weights), the k copies run one by one.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        layers: Sequence[str],
+        k: int = 3,
+        rng: torch.Generator | None = None,
+        permutations: dict[str, Tensor] | None = None,
+    ):
+        if k < 1:
+            raise ValueError(f"k, the number of shuffled copies, must be at least 1, not {k}")
+        self.teacher, self.layers, self.k = teacher, list(layers), k
+        if permutations is None:
+            widths = {name: module_at(teacher, name).in_channels // module_at(teacher, name).groups for name in layers}
+            permutations = {name: torch.stack([torch.randperm(c, generator=rng) for _ in range(k)]) for name, c in widths.items()}
+        self.permutations = {name: value.cpu() for name, value in permutations.items()}
+        self._one_pass: bool | None = None
+        device = next(teacher.parameters()).device
+        self._inputs = {name: self._input_order(name).to(device) for name in layers}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Mean logits (N, classes) of the k copies; differentiable to the images."""
+        if self._one_pass is None:
+            self._one_pass = self._agrees(images[:2].detach())
+        return self._shared(images) if self._one_pass else self.copies(images).mean(0)
+
+    def copies(self, images: Tensor) -> Tensor:
+        """Logits (k, N, classes), each copy run by itself with permuted weights."""
+        return torch.stack([functional_call(self.teacher, self.weights(j), (images,)) for j in range(self.k)])
+
+    def weights(self, copy: int) -> dict[str, Tensor]:
+        """The permuted kernels of one copy, by parameter name."""
+        return {f"{name}.weight": module_at(self.teacher, name).weight[:, order[copy].to(self._inputs[name].device)] for name, order in self.permutations.items()}
+
+    def _shared(self, images: Tensor) -> Tensor:
+        handles = []
+        try:
+            for name in self.layers:
+
+                def shuffle(module, args, order=self._inputs[name]):
+                    x = args[0]
+                    parts = [x] * self.k if len(x) == len(images) else x.chunk(self.k)
+                    return (torch.cat([part.index_select(1, order[j]) for j, part in enumerate(parts)]), *args[1:])
+
+                handles.append(module_at(self.teacher, name).register_forward_pre_hook(shuffle))
+            return self.teacher(images).unflatten(0, (self.k, len(images))).mean(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _agrees(self, images: Tensor) -> bool:
+        try:
+            return torch.allclose(self._shared(images), self.copies(images).mean(0), rtol=1e-3, atol=1e-3)
+        except RuntimeError:  # shapes clash: a path around the first shuffled layer meets the k copies
+            return False
+
+    def _input_order(self, name: str) -> Tensor:
+        """(k, in_channels): the order of the activations that equals the permuted kernels."""
+        groups, inverse = module_at(self.teacher, name).groups, self.permutations[name].argsort(1)
+        return torch.cat([inverse + g * inverse.shape[1] for g in range(groups)], dim=1)
+
+
+def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
+    """log10 KL(T~(x) || T(x)) per image, float64 (N,): low is suspicious (paper, section 4.1). Clamped below at -12."""
+    with torch.no_grad():
+        return torch.cat([log_kl(vaccine(part), teacher(part)) for part in images.split(batch)])
+
+
+def tail_share(scores: Tensor, sigma: float = 3.0) -> float:
+    """Share of the scores below mean - sigma x std; a Gaussian has .00135 below 3."""
+    return (scores < scores.mean() - sigma * scores.std(correction=0)).double().mean().item()
+
+
+class ShufflingVaccine(Defense):
+    """A shuffled teacher forgets the classes but still answers to a trigger: keep the source away from where they agree.
+
+    The generator also maximises ``alpha`` x the mean of KL(T~ || T), mean over classes, over the samples on which T and
+    T~ predict the same class (0 when there are none).
+
+    Args:
+        k: shuffled copies.
+        layers: the last so many convolutions are shuffled, or the names of the layers themselves. The default suits
+            WRN-16-2, where they are the third stage.
+        alpha: weight of the synthesis term. With ``per="agreeing"`` the sum is divided by the number of agreeing
+            samples (official code), with ``per="batch"`` by the batch size.
+        warmup: undefended share of the run, in [0, 1), whose images fill the verification pool.
+        stop: share of the run after which the vaccine is off (the lambda of the paper).
+        tries: shuffles to try; the first that verifies is used.
+        sigma, threshold: a shuffle verifies when more than ``threshold`` of the pool scores below mean - sigma x std.
+        pool: at most this many images are kept for verification, the latest ones (bounded memory: pool x image size).
+        verify: False takes the first shuffle unseen; the report says so.
+
+    Warns:
+        VaccineNotFound: when no shuffle verifies. The vaccine is then off, and :meth:`report` has ``found: False``.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 3,
+        layers: int | Sequence[str] = 5,
+        alpha: float = 0.1,
+        per: str = "agreeing",
+        warmup: float = 0.1,
+        stop: float = 1.0,
+        tries: int = 8,
+        sigma: float = 3.0,
+        threshold: float = 0.02,
+        pool: int = 2048,
+        verify: bool = True,
+    ):
+        if per not in ("agreeing", "batch"):
+            raise ValueError(f"per is 'agreeing' or 'batch', not {per!r}")
+        if not 0 <= warmup < 1 or not 0 <= stop <= 1:
+            raise ValueError(f"warmup and stop are shares of the run in [0, 1], not {warmup} and {stop}")
+        if tries < 1 or pool < 2:
+            raise ValueError(f"tries must be at least 1 and pool at least 2, not {tries} and {pool}")
+        self.k, self.layers, self.alpha, self.per, self.warmup, self.stop = k, layers, alpha, per, warmup, stop
+        self.tries, self.sigma, self.threshold, self.pool, self.verify = tries, sigma, threshold, pool, verify
+
+    @property
+    def name(self) -> str:
+        return "sv"
+
+    def start(self, teacher, student, device, seed, length):
+        super().start(teacher, student, device, seed, length)
+        self.names = shuffled_layers(teacher, self.layers) if isinstance(self.layers, int) else list(self.layers)
+        for name in self.names:
+            module_at(teacher, name)
+        self.vaccine: ShuffledTeacher | None = None
+        self.shares: list[float] = []
+        self.decided = False
+        self.first, self.last = round(self.warmup * length), round(self.stop * length)
+        self.seen: list[Tensor] = []
+        self.active = False
+
+    def before(self, index):
+        events = []
+        if not self.decided and index >= self.first:
+            events = self._decide()
+        self.active = self.vaccine is not None and self.first <= index < self.last
+        return events
+
+    def observe(self, batch):
+        if not self.decided and self.verify:
+            self.seen.append(batch.images)
+            while sum(map(len, self.seen)) - len(self.seen[0]) >= self.pool:
+                self.seen.pop(0)
+
+    def synthesis_term(self, images, teacher_logits):
+        if not self.active:
+            return None
+        shuffled = self.vaccine(images)
+        agree = shuffled.argmax(1) == teacher_logits.argmax(1)
+        per_sample = kl(shuffled, teacher_logits) / teacher_logits.shape[1] * agree
+        count = agree.sum().clamp_min(1) if self.per == "agreeing" else len(images)
+        return -self.alpha * per_sample.sum() / count
+
+    def _decide(self) -> list[str]:
+        self.decided = True
+        if not self.verify:
+            self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, self.rng)
+            return ["shuffling vaccine: the first shuffle is used without verification"]
+        if not self.seen:
+            raise ValueError("the vaccine has no synthetic images to verify on: set warmup above 0, or verify=False")
+        images = torch.cat(self.seen)[-self.pool :]
+        self.seen = []
+        for number in range(1, self.tries + 1):
+            vaccine = ShuffledTeacher(self.teacher, self.names, self.k, self.rng)
+            self.shares.append(tail_share(suspicion(vaccine, self.teacher, images), self.sigma))
+            if self.shares[-1] > self.threshold:
+                self.vaccine = vaccine
+                return [f"shuffling vaccine: found at try {number}, {self.shares[-1]:.1%} of the synthetic images are suspicious"]
+        message = (
+            f"no shuffling vaccine was found in {self.tries} tries: at most {max(self.shares):.1%} of the synthetic images "
+            f"score below mean - {self.sigma:g} std, {self.threshold:.1%} are needed. The vaccine is off; self-retrospection is the fall-back"
+        )
+        warnings.warn(message, VaccineNotFound, stacklevel=2)
+        return [message]
+
+    def state(self):
+        return {
+            **super().state(),
+            "decided": self.decided,
+            "shares": self.shares,
+            "seen": self.seen,
+            "permutations": None if self.vaccine is None else self.vaccine.permutations,
+        }
+
+    def restore(self, state):
+        super().restore(state)
+        self.decided, self.shares = state["decided"], list(state["shares"])
+        self.seen = [part.to(self.device) for part in state["seen"]]
+        if state["permutations"] is not None:
+            self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, permutations=state["permutations"])
+
+    def report(self):
+        return {
+            "found": self.vaccine is not None,
+            "verified": self.verify and self.vaccine is not None,
+            "tries": len(self.shares),
+            "suspicious_shares": [round(s, 5) for s in self.shares],
+            "layers": self.names,
+        }

@@ -1,0 +1,212 @@
+"""The one distillation loop: teacher, student, source and defences in; a stream of Step out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from abdlab.checkpoint import load_state, save_state
+from abdlab.data import pick_device
+from abdlab.defenses.defense import Defense
+from abdlab.errors import CheckpointError, Diverged
+from abdlab.sources.source import Source
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a training stream (a pseudo-batch of :func:`distill`, a mini-batch of :func:`abdlab.train.train`).
+
+    Attributes:
+        index: 1 after the first step; ``total`` after the last.
+        total: length of the stream.
+        losses: the step's mean loss terms by name, weights included.
+        acc, asr: shares in [0, 1], on steps where an exam was held; else None.
+        images: a few of the step's inputs (N, C, H, W) on the CPU, now and then; else None.
+        events: what a reader must know, as sentences (a vaccine found or not, a defence that begins).
+        seconds: since this process began the stream.
+    """
+
+    index: int
+    total: int
+    losses: dict[str, float]
+    acc: float | None = None
+    asr: float | None = None
+    images: Tensor | None = None
+    events: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def seed_of(seed: int, *names: str) -> int:
+    """A seed for one part of a run, so that adding a part leaves the others' random numbers alone."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    source: Source,
+    *,
+    defenses: Sequence[Defense] = (),
+    exam: Callable[[nn.Module], dict[str, float]] | None = None,
+    exam_every: int | None = None,
+    images_every: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume_from: str | Path | None = None,
+    card: dict | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> Iterator[Step]:
+    """Distil ``teacher`` into ``student`` (trained in place), one Step per pseudo-batch.
+
+    Nothing here needs real data: ``exam`` is only called on the student and its numbers handed on.
+
+    Args:
+        teacher: maps images (N, C, H, W) to logits (N, classes); put in eval mode and never changed.
+        student: the same mapping; trained in place on ``device``.
+        source: makes the inputs and says how long the run is.
+        defenses: any number, applied in this order.
+        exam: measures the student, e.g. :class:`abdlab.evaluate.Exam`; held every ``exam_every`` steps and at the end.
+        images_every: steps between Steps that carry sample images (the last one always does).
+        checkpoint: file to resume from when it exists, and to save to every ``checkpoint_every`` steps, when the stream
+            is closed, and at the end. Atomic; a run resumed on the same machine ends with the same numbers.
+        resume_from: a checkpoint to branch from instead. Defences that it does not know start fresh, those it knows
+            but that are not asked for are dropped; when ``checkpoint`` exists too, ``checkpoint`` wins.
+        card: more entries for the checkpoint's card.
+        seed: of the run; source and defences draw from generators of their own.
+        device: "auto" takes the GPU when there is one.
+
+    Raises:
+        Diverged: when a loss, a gradient or a weight is not finite; the last good checkpoint is kept.
+        CheckpointError: when a checkpoint belongs to another run (source, length, seed or networks differ).
+    """
+    device = pick_device(device)
+    teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    student.to(device, memory_format=torch.channels_last).train()
+    run = {"source": source.name, "length": len(source), "seed": seed}
+    source.start(teacher, student, device, seed_of(seed, "source", source.name))
+    for defense in defenses:
+        defense.start(teacher, student, device, seed_of(seed, "defense", defense.name), len(source))
+    optimizer, schedule = source.optimizer(student)
+    index = 0
+
+    checkpoint = Path(checkpoint) if checkpoint else None
+    found = checkpoint if checkpoint and checkpoint.exists() else resume_from
+    if found:
+        state, old = load_state(found, device)
+        if old.get("run") != run:
+            raise CheckpointError(f"{found} belongs to another run ({old.get('run')}), not to this one ({run}): choose another checkpoint file")
+        index = old["index"]
+        replaced = old["optimizer_since"]
+        try:
+            student.load_state_dict(state["student"])
+            source.restore(state["source"])
+            for defense in defenses:
+                if defense.name in state["defenses"]:
+                    defense.restore(state["defenses"][defense.name])
+                    defense.before(max(index - 1, 0))
+                if defense.name == replaced[0]:
+                    optimizer, schedule = defense.optimizer(*replaced[1:])
+            optimizer.load_state_dict(state["optimizer"])
+            if schedule is not None:
+                schedule.load_state_dict(state["schedule"])
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{found} does not fit these networks: {str(error).splitlines()[0]}") from error
+    else:
+        replaced = [None]
+
+    def save() -> None:
+        bad = next((name for name, p in student.named_parameters() if not torch.isfinite(p).all()), None)
+        if bad:
+            raise Diverged(f"after step {index} the student's {bad} is not finite; {_last_good(checkpoint)}")
+        state = {
+            "student": student.state_dict(),
+            "source": source.state(),
+            "defenses": {d.name: d.state() for d in defenses},
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict() if schedule is not None else None,
+        }
+        save_state(checkpoint, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced})
+
+    saved_at = index if found and found == checkpoint else None
+    began, total = time.perf_counter(), len(source)
+    try:
+        while index < total:
+            events = []
+            for defense in defenses:
+                events += defense.before(index)
+                steps_left = (total - index) * source.student_steps
+                if new := defense.optimizer(index, steps_left):
+                    (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
+            losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
+            index += 1
+            last, measured, shown = index == total, {}, None
+            if exam and (last or (exam_every and index % exam_every == 0)):
+                measured = exam(student)
+                student.train()
+            if last or (images_every and index % images_every == 0):
+                shown = losses.pop("images")[:64].float().cpu()
+            losses.pop("images", None)
+            if checkpoint and (last or (checkpoint_every and index % checkpoint_every == 0)):
+                save()
+                saved_at = index
+            yield Step(
+                index, total, losses, measured.get("acc"), measured.get("asr"), shown, tuple(events), time.perf_counter() - began
+            )
+    except GeneratorExit:
+        if checkpoint and saved_at != index:
+            save()
+        raise
+    finally:
+        student.eval()
+
+
+def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint) -> dict:
+    """One pseudo-batch; returns its mean losses as floats, and its images under "images"."""
+    try:
+        batch = source.batch(defenses)
+        for defense in defenses:
+            defense.observe(batch)
+        sums: dict[str, Tensor] = dict.fromkeys(batch.losses, 0)
+        for name, value in batch.losses.items():
+            sums[name] = value * source.student_steps
+        weights = [w for w in (d.sample_weights(batch) for d in defenses) if w is not None]
+        for _ in range(source.student_steps):
+            logits, kd, terms = source.student_loss(batch)
+            terms = {"kd": (kd * math.prod(weights)).mean() if weights else kd.mean(), **terms}
+            for defense in defenses:
+                term = defense.student_term(batch, logits)
+                if term is not None:
+                    terms[defense.name] = term
+            optimizer.zero_grad(set_to_none=True)
+            sum(terms.values()).backward()
+            if source.clip is not None:
+                nn.utils.clip_grad_norm_(student.parameters(), source.clip, error_if_nonfinite=True)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach()
+    except RuntimeError as error:
+        if "non-finite" not in str(error):
+            raise
+        raise Diverged(f"at step {index + 1} a gradient is not finite; {_last_good(checkpoint)}") from error
+    values = (torch.stack([v.double() if v.device.type != "mps" else v for v in sums.values()]) / source.student_steps).tolist()
+    losses = dict(zip(sums, values, strict=True))
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise Diverged(f"at step {index + 1} the loss {name!r} is {value}; {_last_good(checkpoint)}")
+    return {**losses, "images": batch.images}
+
+
+def _last_good(checkpoint: Path | None) -> str:
+    if checkpoint and checkpoint.exists():
+        return f"the last good checkpoint is {checkpoint}"
+    return "there is no checkpoint (pass checkpoint= and checkpoint_every= to have one)"

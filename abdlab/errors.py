@@ -1,0 +1,37 @@
+"""The errors that a user can mend, each one clear sentence, and the "did you mean" that goes with names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+
+class CheckpointError(ValueError):
+    """A weights file that cannot, or must not, be loaded."""
+
+
+class Diverged(RuntimeError):
+    """A loss or a weight is no longer finite; the message names the step, the loss and the last good checkpoint."""
+
+
+def did_you_mean(what: str, given: str, known: Iterable[str]) -> str:
+    """One sentence for an unknown name: the nearest known one, then all of them."""
+    known = [str(k) for k in known]
+    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {given!r}: {hint}known are {', '.join(known)}"
+
+
+def check_keys(what: str, given: Mapping | Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError with a "did you mean" for the first key that is not known."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise ValueError(did_you_mean(what, key, known))
+
+
+def keywords(function: Callable) -> list[str]:
+    """The names that ``function`` takes by keyword."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"]

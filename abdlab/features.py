@@ -1,0 +1,78 @@
+"""Activations by layer name, and two temporary states of a model, as context managers that leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from abdlab.errors import did_you_mean
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The submodule with this dotted name; ValueError with a "did you mean" when there is none."""
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        raise ValueError(did_you_mean(f"layer of {type(model).__name__}", name, [n for n in modules if n]))
+    return modules[name]
+
+
+@contextmanager
+def record(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of the named layers during forward passes inside the block.
+
+    >>> with record(model, ["stage3"]) as acts:
+    ...     logits = model(images)
+    >>> acts["stage3"].shape
+
+    The dict holds the latest output of each layer (attached to the graph). Hooks are gone afterwards, also after an error.
+    """
+    acts: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+
+            def keep(module, args, output, name=name):
+                acts[name] = output
+
+            handles.append(module_at(model, name).register_forward_hook(keep))
+        yield acts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
+    """Put every submodule in train or eval mode for the block, and restore each one's own flag after it."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.train(training)
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+@contextmanager
+def frozen(model: nn.Module, weights: bool = True) -> Iterator[nn.Module]:
+    """Batch-norm running statistics stay as they are inside the block; with ``weights`` no parameter takes a gradient.
+
+    Layers in train mode still normalise with the batch's own statistics: they only stop recording them.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracked = [m.track_running_stats for m in norms]
+    wanted = [p for p in model.parameters() if p.requires_grad] if weights else []
+    try:
+        for module in norms:
+            # In eval mode this flag is what makes a layer use its running statistics, so only train mode is touched.
+            if module.training:
+                module.track_running_stats = False
+        for p in wanted:
+            p.requires_grad_(False)
+        yield model
+    finally:
+        for module, flag in zip(norms, tracked, strict=True):
+            module.track_running_stats = flag
+        for p in wanted:
+            p.requires_grad_(True)

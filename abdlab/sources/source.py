@@ -1,0 +1,75 @@
+"""What every source of a student's inputs is: it makes batches, and says how the student learns from one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass
+class Batch:
+    """One pseudo-batch: what the student sees in ``student_steps`` steps.
+
+    Attributes:
+        images: (B, C, H, W), detached; synthetic ones may leave [0, 1].
+        logits: the teacher's (B, classes), detached.
+        features: the teacher's activations by layer name, detached, when the source compares them.
+        labels: (B,), only for sources with real data.
+        losses: detached scalars to report (the generator's, say).
+    """
+
+    images: Tensor
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Source:
+    """Base class. ``len(source)`` is the run's length in pseudo-batches (one :class:`Step` each).
+
+    A source holds settings until :meth:`start` binds it to one run; then it holds that run's networks too, so that
+    a source serves one run at a time.
+    """
+
+    #: student steps on each pseudo-batch
+    student_steps: int = 1
+    #: the student's gradient is clipped to this norm; None leaves it
+    clip: float | None = None
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def start(self, teacher: nn.Module, student: nn.Module, device: torch.device, seed: int) -> None:
+        """Bind to one run and make what it needs (generator, optimisers), drawing from ``seed`` alone."""
+        self.teacher, self.student, self.device = teacher, student, device
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def optimizer(self, student: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+        """The student's optimiser and its schedule, which steps once per student step."""
+        raise NotImplementedError
+
+    def batch(self, defenses: Sequence[Any]) -> Batch:
+        """The next pseudo-batch; the source's own networks learn here, with each defence's ``synthesis_term`` added."""
+        raise NotImplementedError
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(student's logits, KD loss per sample (B,), further named loss terms as scalars)."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """All that a resumed run needs, as nested dicts of tensors and numbers."""
+        return {"rng": self.rng.get_state()}
+
+    def restore(self, state: dict) -> None:
+        self.rng.set_state(state["rng"].cpu())

@@ -1,0 +1,204 @@
+"""Zero-shot knowledge transfer by adversarial belief matching (Micaelli & Storkey, NeurIPS 2019, arXiv 1905.09768)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from abdlab.evaluate import kl
+from abdlab.features import frozen, record
+from abdlab.models import normalization
+from abdlab.sources.source import Batch, Source
+
+
+class Generator(nn.Module):
+    """Noise (B, z) to images (B, C, H, W); the last batch norm emits normalised images, the buffers map them to pixels.
+
+    Linear to 2*width x H/4 x W/4, BN, up x2, conv, BN, LeakyReLU(.2), up x2, conv, BN, LeakyReLU, conv, BN.
+    The paper has width 64 for 32x32 images. Images are not clamped: they may leave [0, 1].
+    """
+
+    def __init__(self, shape: Sequence[int], z: int, width: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        channels, height, breadth = shape
+        low = (2 * width, -(-height // 4), -(-breadth // 4))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(z, low[0] * low[1] * low[2]),
+            nn.Unflatten(1, low),
+            nn.BatchNorm2d(2 * width),
+            nn.Upsample(size=(-(-height // 2), -(-breadth // 2))),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(size=(height, breadth)),
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(width, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z) * self.std + self.mean
+
+
+def attention(feature: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H*W): the channel mean of squares, l2-normalised over positions (Zagoruyko & Komodakis 2017).
+
+    A map of norm under 1e-6 is divided by 1e-6: torch's default of 1e-12 lets one dead map send gradients to infinity.
+    """
+    return F.normalize(feature.square().mean(1).flatten(1), dim=1, eps=1e-6)
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Attention transfer for one pair of layers: mean over batch and positions of (a_S - a_T)^2; a scalar."""
+    return (attention(student) - attention(teacher)).square().mean()
+
+
+class ZSKT(Source):
+    """A generator seeks images on which student and teacher differ; the student learns to agree on them.
+
+    Per pseudo-batch: one generator step that maximises KL(T || S), then ``student_steps`` student steps on the images
+    that the updated generator makes of the same noise, with one teacher pass for all of them. These are the updates of
+    the official loop, which runs generator and teacher anew in every student step.
+
+    Args:
+        shape: (channels, height, width) of the images.
+        pseudo_batches: length of the run (paper: 80,000; GTSRB 10,000).
+        batch_size: images per pseudo-batch.
+        student_steps: student steps on each.
+        student_lr: Adam, cosine to 0 over the run.
+        generator_lr: Adam, cosine to 0 over the run.
+        z: noise dimensions.
+        width: of the generator.
+        temperature: of the KD loss KL(T || S), mean over batch and classes, without T^2 (paper: 1; GTSRB .5).
+        attention: weight of attention transfer (paper: 250; GTSRB 0).
+        attention_layers: names of the layers to compare, in the teacher and in the student; by default each model's
+            own ``stages``. A mapping ``{teacher layer: student layer}`` names them explicitly.
+        clip: gradient norm of student and generator.
+        mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own
+            :class:`~abdlab.models.Normalize` layer, or 0.5 and 0.25.
+
+    Deviation: the student's batch-norm statistics do not record the generator step's pass (the official loop lets them,
+    so that 1 pass in 11 sees images that the student does not train on).
+
+    Raises:
+        ValueError: on :meth:`start`, when attention transfer is on and the layers to compare are not known or differ
+            in spatial size.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        pseudo_batches: int = 80_000,
+        batch_size: int = 128,
+        student_steps: int = 10,
+        student_lr: float = 2e-3,
+        generator_lr: float = 1e-3,
+        z: int = 100,
+        width: int = 64,
+        temperature: float = 1.0,
+        attention: float = 250.0,
+        attention_layers: Mapping[str, str] | None = None,
+        clip: float = 5.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        if min(pseudo_batches, student_steps) < 1 or batch_size < 2:
+            raise ValueError("pseudo_batches and student_steps must be at least 1, batch_size at least 2 (for batch norm)")
+        self.shape, self.pseudo_batches, self.batch_size = tuple(shape), pseudo_batches, batch_size
+        self.student_steps, self.student_lr, self.generator_lr = student_steps, student_lr, generator_lr
+        self.z, self.width, self.temperature = z, width, temperature
+        self.attention, self.attention_layers, self.clip = attention, attention_layers, clip
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return self.pseudo_batches
+
+    def start(self, teacher, student, device, seed):
+        super().start(teacher, student, device, seed)
+        mean, std = normalization(teacher, self.shape[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std)
+        self.generator.to(device, memory_format=torch.channels_last).train()
+        self.generator_optimizer = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
+        self.generator_schedule = CosineAnnealingLR(self.generator_optimizer, len(self))
+        self.pairs = self._pairs(teacher, student) if self.attention else {}
+
+    def optimizer(self, student):
+        adam = Adam(student.parameters(), lr=self.student_lr, fused=True)
+        return adam, CosineAnnealingLR(adam, len(self) * self.student_steps)
+
+    def batch(self, defenses: Sequence = ()) -> Batch:
+        noise = torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device)
+        images = self.generator(noise)
+        with frozen(self.student):
+            logits = self.teacher(images)
+            losses = {"generator": -self._kd(logits, self.student(images)).mean()}
+        for defense in defenses:
+            term = defense.synthesis_term(images, logits)
+            if term is not None:
+                losses[f"{defense.name}_synthesis"] = term
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(self.generator.parameters(), self.clip, error_if_nonfinite=True)
+        self.generator_optimizer.step()
+        self.generator_schedule.step()
+        with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
+            images = self.generator(noise)
+            logits = self.teacher(images)
+        return Batch(images, logits, dict(features), losses={k: v.detach() for k, v in losses.items()})
+
+    def student_loss(self, batch: Batch):
+        with record(self.student, list(self.pairs.values())) as features:
+            logits = self.student(batch.images)
+        terms = {}
+        if self.pairs:
+            terms["attention"] = self.attention * sum(attention_loss(features[s], batch.features[t]) for t, s in self.pairs.items())
+        return logits, self._kd(batch.logits, logits), terms
+
+    def state(self):
+        return {
+            **super().state(),
+            "generator": self.generator.state_dict(),
+            "optimizer": self.generator_optimizer.state_dict(),
+            "schedule": self.generator_schedule.state_dict(),
+        }
+
+    def restore(self, state):
+        super().restore(state)
+        self.generator.load_state_dict(state["generator"])
+        self.generator_optimizer.load_state_dict(state["optimizer"])
+        self.generator_schedule.load_state_dict(state["schedule"])
+
+    def _kd(self, teacher: Tensor, student: Tensor) -> Tensor:
+        return kl(teacher, student, self.temperature) / teacher.shape[1]
+
+    def _pairs(self, teacher: nn.Module, student: nn.Module) -> dict[str, str]:
+        hint = "set attention=0, or attention_layers={'teacher layer': 'student layer', ...}"
+        pairs = self.attention_layers
+        if pairs is None:
+            stages = [getattr(m, "stages", None) for m in (teacher, student)]
+            if not all(isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in stages):
+                raise ValueError(f"attention transfer does not know which layers of {type(teacher).__name__} and {type(student).__name__} to compare: {hint}")
+            if len(stages[0]) != len(stages[1]):
+                raise ValueError(f"attention transfer needs as many stages in the teacher as in the student, not {len(stages[0])} and {len(stages[1])}: {hint}")
+            pairs = dict(zip(*stages, strict=True))
+        probe = torch.zeros(2, *self.shape, device=self.device)
+        with torch.no_grad(), frozen(student), record(teacher, list(pairs)) as t, record(student, list(pairs.values())) as s:
+            teacher(probe), student(probe)
+        for a, b in pairs.items():
+            if t[a].ndim != 4 or s[b].ndim != 4 or t[a].shape[-2:] != s[b].shape[-2:]:
+                raise ValueError(f"attention transfer cannot compare {a} {tuple(t[a].shape[1:])} with {b} {tuple(s[b].shape[1:])}: {hint}")
+        return dict(pairs)
