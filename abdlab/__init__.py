@@ -14,7 +14,18 @@ from abdlab.features import record
 from abdlab.models import build
 from abdlab.poison import Poisoned, poison, triggered_test
 from abdlab.presets import PRESETS, Settings, settings
-from abdlab.runs import Run, WeakTeacher, distilled, poisoned_teacher, progress, table
+from abdlab.runs import (
+    Run,
+    WeakTeacher,
+    distill_all,
+    distilled,
+    history,
+    poisoned_teacher,
+    progress,
+    synthesize,
+    table,
+    vaccine_of,
+)
 from abdlab.sources import ZSKT, CleanKD
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
@@ -46,7 +57,9 @@ __all__ = [
     "augment",
     "build",
     "distill",
+    "distill_all",
     "distilled",
+    "history",
     "load",
     "load_model",
     "pick_device",
@@ -59,8 +72,10 @@ __all__ = [
     "save_model",
     "settings",
     "suspicion",
+    "synthesize",
     "table",
     "train",
     "trigger_from",
     "triggered_test",
+    "vaccine_of",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
 def save_model(path: str | Path, model: nn.Module, card: dict | None = None) -> Path:
     """Write a model's weights and its card (the model's own ``card`` under ``"model"``, when it has one)."""
     card = {"kind": "model", **({"model": model.card} if hasattr(model, "card") else {}), **(card or {})}
-    return _write(path, {k: v for k, v in model.state_dict().items()}, card)
+    return _write(path, dict(model.state_dict().items()), card)
 
 
 def save_state(path: str | Path, tree: Any, card: dict | None = None) -> Path:
@@ -65,19 +66,37 @@ def load_state(path: str | Path, device: str | torch.device = "cpu") -> tuple[An
     return _unpack(card.pop("skeleton"), tensors), card
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state with each moment laid out in memory like its parameter.
+
+    Fused optimisers walk moments and weights in memory order, so that a contiguous moment beside a channels_last weight
+    would be paired with the wrong elements.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter).copy_(value)
+
+
 def read_card(path: str | Path) -> dict:
     """The JSON card of a .safetensors file; empty when the file was not written by abdlab."""
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get(CARD_KEY, "{}"))
+            card = json.loads((file.metadata() or {}).get(CARD_KEY, "{}"))
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file (truncated, or another format): {error}") from None
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{path} has a card that is no JSON object: it was not written by abdlab")
+    return card
 
 
-def load_model(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load_model(
+    path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
     """Load weights, also a stranger's, without ever running code from the file.
 
     Args:
@@ -98,7 +117,7 @@ def load_model(path: str | Path, model: nn.Module | Callable[[], nn.Module] | No
             raise CheckpointError(f"{path} does not say which architecture it holds: pass model=, an nn.Module of yours")
         try:
             model = build(**card["model"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} names an architecture that cannot be built: {error}") from None
     elif not isinstance(model, nn.Module):
         model = model()
@@ -121,11 +140,24 @@ def read_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     try:
         weights = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
+        if not path.read_bytes()[:4].startswith((b"\x80", b"PK\x03\x04")):
+            raise CheckpointError(f"{path} is truncated or no torch file") from None
         raise CheckpointError(
             f"{path} is a pickle with code or whole objects in it, and loading it could run that code: "
             "ask for a state dict, best as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        zipfile.BadZipFile,
+        struct.error,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
         raise CheckpointError(f"{path} is truncated or no torch file ({type(error).__name__})") from None
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
@@ -172,11 +204,12 @@ def _write(path: str | Path, tensors: dict[str, Tensor], card: dict) -> Path:
 def _read_safetensors(path: Path, device: str | torch.device) -> tuple[dict[str, Tensor], dict]:
     card = read_card(path)
     with safe_open(path, framework="pt", device=str(device)) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, card
+        return {key: file.get_tensor(key) for key in file.keys()}, card  # noqa: SIM118 (a safe_open cannot be iterated)
 
 
 def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
+        name = f"{len(tensors)}:{name}"  # the number keeps {1: ...} and {"1": ...} apart
         tensors[name] = tree
         return {_TENSOR: name}
     if isinstance(tree, dict):

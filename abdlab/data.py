@@ -161,12 +161,13 @@ def _gtsrb(root: Path, size: int | None, download: bool):
     for name in ("train", "test"):
         try:
             split = GTSRB(str(root), split=name, download=download)
-        except RuntimeError as error:
+        except (RuntimeError, FileNotFoundError) as error:
             raise FileNotFoundError(
                 f"GTSRB is missing or incomplete under {root}: pass download=True, or root= of an existing copy"
             ) from error
         files = [path for path, _ in split._samples]
-        labels = torch.tensor([label for _, label in split._samples])
+        # torchvision numbers the training folders that it finds: an absent one would shift all later labels
+        labels = torch.tensor([int(Path(p).parent.name) if name == "train" else label for p, label in split._samples])
         splits.append(_shuffled(_decode(files, size or 32, root / "gtsrb", name), labels))
     return *splits, [str(i) for i in range(43)]
 
@@ -207,7 +208,7 @@ def _decode(files: list[str], size: int, cache_root: Path, split: str) -> Tensor
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 out[i] = np.asarray(image).transpose(2, 0, 1)
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{file} is not a readable image: {error}") from error
     try:
         partial = cache.with_suffix(f".{os.getpid()}.tmp")

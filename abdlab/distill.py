@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abdlab.checkpoint import load_state, save_state
+from abdlab.checkpoint import load_optimizer, load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
 from abdlab.errors import CheckpointError, Diverged
+from abdlab.models import place
 from abdlab.sources.source import Source
 
 
@@ -59,6 +60,7 @@ def distill(
     images_every: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
+    keep: Sequence[int] = (),
     resume_from: str | Path | None = None,
     card: dict | None = None,
     seed: int = 0,
@@ -76,7 +78,9 @@ def distill(
         exam: measures the student, e.g. :class:`abdlab.evaluate.Exam`; held every ``exam_every`` steps and at the end.
         images_every: steps between Steps that carry sample images (the last one always does).
         checkpoint: file to resume from when it exists, and to save to every ``checkpoint_every`` steps, when the stream
-            is closed, and at the end. Atomic; a run resumed on the same machine ends with the same numbers.
+            is closed, and at the end. Atomic; a run resumed on the same machine ends with the same numbers. One that is
+            at its end already yields its last Step again, without losses.
+        keep: steps whose checkpoint is also kept beside it, as NAME-STEP.safetensors, to branch from.
         resume_from: a checkpoint to branch from instead. Defences that it does not know start fresh, those it knows
             but that are not asked for are dropped; when ``checkpoint`` exists too, ``checkpoint`` wins.
         card: more entries for the checkpoint's card.
@@ -88,8 +92,8 @@ def distill(
         CheckpointError: when a checkpoint belongs to another run (source, length, seed or networks differ).
     """
     device = pick_device(device)
-    teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    student.to(device, memory_format=torch.channels_last).train()
+    place(teacher, device).eval().requires_grad_(False)
+    place(student, device).train()
     run = {"source": source.name, "length": len(source), "seed": seed}
     source.start(teacher, student, device, seed_of(seed, "source", source.name))
     for defense in defenses:
@@ -102,7 +106,9 @@ def distill(
     if found:
         state, old = load_state(found, device)
         if old.get("run") != run:
-            raise CheckpointError(f"{found} belongs to another run ({old.get('run')}), not to this one ({run}): choose another checkpoint file")
+            raise CheckpointError(
+                f"{found} belongs to another run ({old.get('run')}), not to this one ({run}): choose another checkpoint file"
+            )
         index = old["index"]
         replaced = old["optimizer_since"]
         try:
@@ -114,7 +120,7 @@ def distill(
                     defense.before(max(index - 1, 0))
                 if defense.name == replaced[0]:
                     optimizer, schedule = defense.optimizer(*replaced[1:])
-            optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(optimizer, state["optimizer"])
             if schedule is not None:
                 schedule.load_state_dict(state["schedule"])
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -122,7 +128,7 @@ def distill(
     else:
         replaced = [None]
 
-    def save() -> None:
+    def save(path: Path) -> None:
         bad = next((name for name, p in student.named_parameters() if not torch.isfinite(p).all()), None)
         if bad:
             raise Diverged(f"after step {index} the student's {bad} is not finite; {_last_good(checkpoint)}")
@@ -133,11 +139,14 @@ def distill(
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict() if schedule is not None else None,
         }
-        save_state(checkpoint, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced})
+        save_state(path, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced})
 
     saved_at = index if found and found == checkpoint else None
     began, total = time.perf_counter(), len(source)
     try:
+        if index == total:
+            measured = exam(student) if exam else {}
+            yield Step(index, total, {}, measured.get("acc"), measured.get("asr"), seconds=time.perf_counter() - began)
         while index < total:
             events = []
             for defense in defenses:
@@ -155,14 +164,16 @@ def distill(
                 shown = losses.pop("images")[:64].float().cpu()
             losses.pop("images", None)
             if checkpoint and (last or (checkpoint_every and index % checkpoint_every == 0)):
-                save()
+                save(checkpoint)
                 saved_at = index
+            if checkpoint and index in keep:
+                save(checkpoint.with_name(f"{checkpoint.stem}-{index}{checkpoint.suffix}"))
             yield Step(
                 index, total, losses, measured.get("acc"), measured.get("asr"), shown, tuple(events), time.perf_counter() - began
             )
     except GeneratorExit:
         if checkpoint and saved_at != index:
-            save()
+            save(checkpoint)
         raise
     finally:
         student.eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,9 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...), not {depth}")
         if min(widen, classes, channels, width) < 1:
-            raise ValueError(f"widen, classes, channels and width must be at least 1, got {widen}, {classes}, {channels}, {width}")
+            raise ValueError(
+                f"widen, classes, channels and width must be at least 1, got {widen}, {classes}, {channels}, {width}"
+            )
         self.normalize = Normalize(mean, std)
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         inside = width
@@ -97,6 +100,17 @@ class WideResNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The CPU's global generator is seeded inside the block, where layers draw their weights, and restored after it."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
 def build(
     name: str,
     *,
@@ -118,11 +132,20 @@ def build(
     if not found:
         raise ValueError(f"unknown model {name!r}: models are named wrn-DEPTH-WIDEN, for example wrn-16-2")
     card = {"name": name.lower(), "classes": classes, "channels": channels, "width": width, "mean": list(mean), "std": list(std)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = WideResNet(int(found[1]), int(found[2]), classes, channels, width, mean, std)
     model.card = card
     return model
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device in the memory format that suits it: channels_last on CUDA, contiguous elsewhere.
+
+    On a CPU channels_last is avoided on purpose: with few input channels, oneDNN's weight gradient of strided 1x1
+    convolutions (a WRN's shortcuts) writes outside its buffers in that format.
+    """
+    formats = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    return model.to(device, **formats)
 
 
 def normalization(model: nn.Module, channels: int) -> tuple[list[float], list[float]]:

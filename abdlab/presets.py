@@ -72,9 +72,10 @@ class Settings:
     seed: int = 0
     device: str = "auto"
 
-    def config(self) -> dict:
-        """Plain values, as a run's folder records them."""
-        return {"preset": self.preset, "seed": self.seed, "device": self.device, **copy.deepcopy(self.values)}
+    def config(self, *sections: str) -> dict:
+        """Plain values as a run's folder records them: all of :data:`SECTIONS`, or those that the run depends on."""
+        chosen = {name: copy.deepcopy(self.values[name]) for name in sections or SECTIONS}
+        return {"preset": self.preset, "seed": self.seed, **chosen}
 
     def dataset(self) -> Dataset:
         """The data set, on the device."""
@@ -131,11 +132,23 @@ class Settings:
     def _model(self, role: str, data: Dataset, seed: int) -> nn.Module:
         values = {k: v for k, v in self.values[role].items() if k in _MODEL}
         return build(
-            values.pop("model"), **values, classes=len(data.classes), channels=data.shape[0], mean=data.mean, std=data.std, seed=seed
+            values.pop("model"),
+            **values,
+            classes=len(data.classes),
+            channels=data.shape[0],
+            mean=data.mean,
+            std=data.std,
+            seed=seed,
         )
 
 
-def settings(preset: str = "quick/digits", overrides: Mapping[str, Any] | None = None, *, seed: int = 0, device: str | torch.device = "auto") -> Settings:
+def settings(
+    preset: str = "quick/digits",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> Settings:
     """Resolve a preset and overrides.
 
     Args:
@@ -149,11 +162,9 @@ def settings(preset: str = "quick/digits", overrides: Mapping[str, Any] | None =
     if preset not in PRESETS:
         raise ValueError(did_you_mean("preset", preset, PRESETS))
     values = copy.deepcopy(PRESETS[preset])
+    check_keys("setting", overrides or {}, [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys])
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
-    known = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
     for name, value in overrides.items():
-        if name not in known:
-            raise ValueError(did_you_mean("setting", name, known))
         section, _, key = name.partition(".")
         if name == "attack.trigger" and value != values["attack"].get("trigger") and "attack.params" not in overrides:
             values["attack"].pop("params", None)

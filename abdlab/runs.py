@@ -2,33 +2,41 @@
 
 ::
 
-    runs/demo/02_distillation/
-      config.json        the resolved settings
-      history.jsonl      one line per reported Step
-      metrics.json       the numbers the run ends with
-      teacher.safetensors, student.safetensors, checkpoint.safetensors
-      samples.safetensors   inputs of the student over training, by step
-      figures/*.png
+    runs/demo/                     one root: notebooks that name it share what is in it
+      seed0/teacher/               one folder per seed and model: teacher, clean, zskt, zskt+sv, ...
+        config.json                the settings that the model depends on
+        history.jsonl              one line per reported Step
+        metrics.json               the numbers that the run ended with
+        teacher.safetensors        or student.safetensors, and the run's checkpoint.safetensors
+        samples.safetensors        inputs of the student over training, by step
+      02_distillation/             one folder per notebook: metrics.json and figures/*.png
 """
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from abdlab.checkpoint import load_model, load_state, read_card, save_model, save_state, write_atomically
+from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import Defense
+from abdlab.defenses import ShuffledTeacher
 from abdlab.distill import Step, distill
+from abdlab.errors import CheckpointError
 from abdlab.presets import Settings
+from abdlab.sources import Source
 from abdlab.train import train
 
 if TYPE_CHECKING:
@@ -50,12 +58,14 @@ class Run:
         config: plain values, written to config.json when given.
 
     Raises:
-        ValueError: when the folder cannot be written to.
+        ValueError: when the folder cannot be written to, or holds a run with another config.
     """
 
     def __init__(self, path: str | Path, config: dict | None = None):
         self.path = Path(path)
         try:
+            if config is not None:
+                self._check(json.loads(json.dumps(config)))
             (self.path / "figures").mkdir(parents=True, exist_ok=True)
             if config is not None:
                 self._write("config.json", config)
@@ -82,8 +92,6 @@ class Run:
 
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write figures/NAME.png (150 dpi)."""
-        import io
-
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150, bbox_inches="tight")
         return write_atomically(self.file(f"figures/{name}.png"), buffer.getvalue())
@@ -99,33 +107,54 @@ class Run:
         path = self.file("samples.safetensors")
         return load_state(path)[0] if path.exists() else {}
 
-    def watch(self, stream: Iterable[Step], label: str, every: int = 10) -> Step:
+    def watch(self, stream: Iterable[Step], label: str, every: int = 10, tell: Callable[[str, Step], None] | None = None) -> Step:
         """Consume a stream with a progress bar; keep its history and samples in the folder; return the last Step.
 
-        A stream that resumes replaces the lines of the steps that it repeats. Ctrl-C closes the stream, which saves its
-        checkpoint, and goes on upwards.
+        A stream that resumes replaces the lines of the steps that it repeats. An interrupt closes the stream, which saves
+        its checkpoint, keeps the history so far, and goes on upwards.
 
         Args:
             label: stands before the bar and in the history's column "label".
             every: report each so-many-th step, besides those with an exam or an event.
+            tell: called with label and Step instead of drawing a bar.
         """
         rows, shown, step = None, self.samples(), None
-        for step in progress(stream, label):
-            if rows is None:
-                rows = [r for r in self.history().to_dict("records") if not (r["label"] == label and r["step"] >= step.index)]
-            if step.images is not None:
-                shown[step.index] = step.images
-            if step.events or step.acc is not None or step.index % every == 0 or step.index == step.total:
-                row = {"label": label, "step": step.index, "seconds": round(step.seconds, 2), **step.losses}
-                row |= {"acc": step.acc, "asr": step.asr, "events": list(step.events)}
-                rows.append({k: v for k, v in row.items() if v is not None and v != []})
+
+        def keep() -> None:
+            lines = (json.dumps({k: v for k, v in row.items() if not _missing(v)}) for row in rows)
+            write_atomically(self.file("history.jsonl"), "".join(f"{line}\n" for line in lines).encode())
+            if shown:
+                save_state(self.file("samples.safetensors"), shown)
+
+        try:
+            for step in progress(stream, label, tell):
+                if rows is None:
+                    rows = [r for r in self.history().to_dict("records") if not (r["label"] == label and r["step"] >= step.index)]
+                if step.images is not None:
+                    shown[step.index] = step.images
+                if step.events or step.acc is not None or step.index % every == 0 or step.index == step.total:
+                    rows.append({"label": label, "step": step.index, "seconds": round(step.seconds, 2), **step.losses})
+                    rows[-1] |= {"acc": step.acc, "asr": step.asr, "events": list(step.events) or None}
+                if step.acc is not None:
+                    keep()  # what a killed run leaves behind
+        finally:
+            if rows:
+                keep()
         if step is None:
-            raise ValueError(f"{label}: there was nothing left to do; its checkpoint is already at the end")
-        text = "".join(json.dumps({k: v for k, v in row.items() if not _missing(v)}) + "\n" for row in rows)
-        write_atomically(self.file("history.jsonl"), text.encode())
-        if shown:
-            save_state(self.file("samples.safetensors"), shown, {"kind": "state"})
+            raise ValueError(f"{label}: the stream had no steps")
         return step
+
+    def _check(self, config: dict) -> None:
+        """A folder's results belong to one config: going on with another would mix them."""
+        for section, value in self.config.items():
+            if section == "preset" or config.get(section) == value:
+                continue
+            if isinstance(value, dict) and isinstance(config.get(section), dict):
+                keys = [k for k in {**value, **config[section]} if value.get(k) != config[section].get(k)]
+                differ = ", ".join(f"{section}.{k} was {value.get(k)!r} and is {config[section].get(k)!r}" for k in keys)
+            else:
+                differ = f"{section} was {value!r} and is {config.get(section)!r}"
+            raise ValueError(f"{self.path} holds a run with other settings ({differ}): choose another folder, or delete that one")
 
     def _read(self, name: str) -> dict:
         path = self.file(name)
@@ -135,23 +164,16 @@ class Run:
         return write_atomically(self.file(name), (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
-def progress(stream: Iterable[Step], label: str) -> Iterator[Step]:
-    """The stream, with a tqdm bar: a widget in JupyterLab, a line on the terminal elsewhere. Events are printed."""
-    if os.environ.get(HEADLESS):
-        from tqdm import tqdm
-    else:
-        from tqdm.auto import tqdm
-    bar, last = None, {}
+def progress(stream: Iterable[Step], label: str, tell: Callable[[str, Step], None] | None = None) -> Iterator[Step]:
+    """The stream with a tqdm bar, a widget in JupyterLab and a line on a terminal; events are printed. ``tell`` replaces the bar."""
+    bar = None
     try:
         for step in stream:
-            if bar is None:
-                bar = tqdm(total=step.total, initial=step.index - 1, desc=label, mininterval=0.5, unit="step", dynamic_ncols=True)
-            for event in step.events:
-                bar.write(f"{label}: {event}")
-            if step.acc is not None:
-                last = {"ACC": f"{step.acc:.1%}"} | ({} if step.asr is None else {"ASR": f"{step.asr:.1%}"})
-                bar.set_postfix(last, refresh=False)
-            bar.update()
+            if tell:
+                tell(label, step)
+            else:
+                bar = bar or _bar(label, step.total, step.index - 1)
+                _advance(bar, label, step)
             yield step
     finally:
         if bar is not None:
@@ -160,68 +182,101 @@ def progress(stream: Iterable[Step], label: str) -> Iterator[Step]:
             stream.close()
 
 
-def poisoned_teacher(run: Run, chosen: Settings, data: Dataset) -> nn.Module:
-    """Train the poisoned teacher of ``chosen``, or load it when the run's folder has it already.
+def _bar(label: str, total: int, initial: int = 0):
+    if os.environ.get(HEADLESS):
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+    return tqdm(total=total, initial=initial, desc=label, unit="step", mininterval=1.0, dynamic_ncols=True)
 
-    Writes teacher.safetensors; its card holds the attack and the measured ACC and ASR.
+
+def _advance(bar, label: str, step: Step) -> None:
+    for event in step.events:
+        bar.write(f"{label}: {event}")
+    if step.acc is not None:
+        bar.set_postfix_str(f"{label} {_scores(step.acc, step.asr)}", refresh=False)
+    bar.update()
+
+
+def _scores(acc: float, asr: float | None) -> str:
+    return f"ACC {acc:.1%}" + ("" if asr is None else f" ASR {asr:.1%}")
+
+
+def poisoned_teacher(root: str | Path, chosen: Settings, data: Dataset) -> nn.Module:
+    """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher has it already.
+
+    Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json.
 
     Warns:
         WeakTeacher: before any distillation, when ASR is under 90 % or ACC is poor (under three quarters).
     """
+    run = Run(Path(root) / f"seed{chosen.seed}" / "teacher", chosen.config("data", "attack", "teacher"))
     path = run.file("teacher.safetensors")
-    attack = {"trigger": chosen.trigger.card(), "target": chosen.target}
     if not path.exists():
-        model = chosen.teacher(data)
-        poisoned = chosen.poison(data)
-        stream = train(model, poisoned.images, poisoned.labels, exam=chosen.exam(data), **chosen.training(data))
-        last = run.watch(stream, "teacher", every=1)
-        card = {"attack": {**attack, "rate": poisoned.rate}, "acc": last.acc, "asr": last.asr, "config": chosen.config()}
-        save_model(path, model, card)
-    model = load_model(path, device=data.train_images.device)
-    card = read_card(path)
-    if card.get("attack", {}).get("trigger") != json.loads(json.dumps(attack["trigger"])) or card["attack"]["target"] != chosen.target:
-        raise ValueError(f"{path} was poisoned with {card.get('attack')}, not with {attack}: choose another output folder, or the same attack")
-    check_teacher(card["acc"], card["asr"])
-    return model
+        model, poisoned = chosen.teacher(data), chosen.poison(data)
+        last = run.watch(
+            train(model, poisoned.images, poisoned.labels, exam=chosen.exam(data), **chosen.training(data)), "teacher", every=1
+        )
+        attack = {"trigger": chosen.trigger.card(), "target": chosen.target, "rate": poisoned.rate}
+        metrics = {"label": "teacher", "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
+        save_model(path, model, {"attack": attack, **metrics})
+        run.save_metrics({**metrics, "poison_rate": poisoned.rate})
+    check_teacher(run.metrics["acc"], run.metrics["asr"])
+    return load_model(path, device=data.train_images.device)
 
 
 def check_teacher(acc: float, asr: float) -> None:
     """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or ACC under .75 (shares)."""
     if asr < 0.9:
-        warnings.warn(f"the teacher's ASR is {asr:.1%}, under 90 %: its backdoor is weak (longer training, a higher poison rate or a stronger trigger)", WeakTeacher, stacklevel=3)
+        warnings.warn(
+            f"the teacher's ASR is {asr:.1%}, under 90 %: its backdoor is weak (longer training, a higher poison rate or a stronger trigger)",
+            WeakTeacher,
+            stacklevel=3,
+        )
     if acc < 0.75:
-        warnings.warn(f"the teacher's ACC is {acc:.1%}, under 75 %: a student cannot be better (longer training, or a lower poison rate)", WeakTeacher, stacklevel=3)
+        warnings.warn(
+            f"the teacher's ACC is {acc:.1%}, under 75 %: a student cannot be better (longer training, or a lower poison rate)",
+            WeakTeacher,
+            stacklevel=3,
+        )
 
 
 def distilled(
-    run: Run,
+    root: str | Path,
     chosen: Settings,
     data: Dataset,
     teacher: nn.Module,
+    label: str,
     *,
-    source: str = "zskt",
-    defenses: Iterable[str] = (),
     exams: int = 10,
     resume_from: str | Path | None = None,
-    label: str | None = None,
+    tell: Callable[[str, Step], None] | None = None,
 ) -> tuple[nn.Module, dict]:
-    """Distil into a fresh student, or go on with the run folder's checkpoint; write student.safetensors and metrics.json.
+    """A student by its method's label: distilled, gone on with from its checkpoint, or loaded when it is done.
+
+    Everything is in ROOT/seedN/LABEL: student.safetensors, metrics.json, history, samples. A method that shares its first
+    part with another one in the same ROOT (ZSKT, and ZSKT+SR until SR begins) goes on from the checkpoint that the other
+    one kept there; the numbers are the same as from scratch, because every part has a random generator of its own.
 
     Args:
-        source, defenses: by name, with the settings of ``chosen``.
-        exams: how many times ACC and ASR are measured (and samples kept) over the run.
-        resume_from: a checkpoint of another run to branch from.
+        label: a source and defences, such as "clean", "zskt", "zskt+sv+sr".
+        exams: how many times ACC and ASR are measured, and samples kept, over the run.
+        resume_from: another checkpoint to branch from.
+        tell: called with label and Step instead of drawing a progress bar.
 
     Returns:
-        the student in eval mode, and the metrics: acc, asr, seconds, and a report per defence.
+        the student in eval mode, and its metrics: acc, asr, seconds, and each defence's report.
     """
-    names = list(defenses)
-    label = label or "+".join([source, *names])
+    source, *names = label.split("+")
     student, src, active = chosen.student(data), chosen.source(source, data), chosen.defenses(*names)
-    path = run.file("student.safetensors")
-    if path.exists() and run.metrics.get("label") == label:
+    run = Run(Path(root) / f"seed{chosen.seed}" / label, chosen.config("data", "attack", "teacher", "student", source, *names))
+    path, checkpoint = run.file("student.safetensors"), run.file("checkpoint.safetensors")
+    if path.exists() and run.metrics:
         return load_model(path, device=data.train_images.device), run.metrics
     every = max(1, len(src) // max(1, exams))
+    fork = 0 if source == "clean" else round(chosen.defenses("sr")[0].start_share * len(src))
+    if resume_from is None:
+        resume_from = _shared_trunk(run.path.parent, label, fork)
     stream = distill(
         teacher,
         student,
@@ -230,24 +285,152 @@ def distilled(
         exam=chosen.exam(data),
         exam_every=every,
         images_every=every,
-        checkpoint=run.file("checkpoint.safetensors"),
+        checkpoint=checkpoint,
         checkpoint_every=every,
+        keep=(fork,),
         resume_from=resume_from,
         seed=chosen.seed,
         device=chosen.device,
-        card={"config": chosen.config(), "label": label},
+        card={"label": label},
     )
-    last = run.watch(stream, label)
-    metrics = {"label": label, "source": source, "seed": chosen.seed, "acc": last.acc, "asr": last.asr}
-    metrics |= {"seconds": round(last.seconds, 1), "defenses": reports(active)}
-    save_model(path, student, {"acc": last.acc, "asr": last.asr, "label": label, "config": chosen.config()})
+    last = run.watch(stream, label, tell=tell)
+    metrics = {"label": label, "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
+    metrics |= {
+        "threads": torch.get_num_threads(),
+        "branched_from": resume_from and str(resume_from),
+        "defenses": {d.name: d.report() for d in active},
+    }
+    save_model(path, student, metrics)
     run.save_metrics(metrics)
     return student, metrics
 
 
-def reports(defenses: Iterable[Defense]) -> dict[str, dict]:
-    """What each defence has to say of the run, by its name."""
-    return {d.name: d.report() for d in defenses}
+def _shared_trunk(folder: Path, label: str, fork: int) -> Path | None:
+    """A checkpoint that another method, alike but for SR, kept at step ``fork``."""
+    trunk = label.removesuffix("+sr")
+    other = trunk if label.endswith("+sr") else f"{label}+sr"
+    kept = folder / other / f"checkpoint-{fork}.safetensors"
+    return kept if kept.exists() else None
+
+
+def distill_all(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    labels: Sequence[str],
+    *,
+    with_teacher: bool = False,
+    workers: int | None = None,
+) -> dict[str, dict]:
+    """Several students of one teacher, as :func:`distilled` makes each; label -> metrics, in the order asked for.
+
+    On a CPU with several cores, methods that share no trunk run side by side in processes of their own, each with its part
+    of the threads; on an accelerator, and with ``workers=1``, one after the other in this process. Numbers depend on the
+    number of threads in the last digits, which training amplifies: it is in each student's metrics.
+
+    Args:
+        with_teacher: put the teacher's own metrics first, under "teacher".
+        workers: processes at most; by default one per core on a CPU, else 1.
+    """
+    teacher = poisoned_teacher(root, chosen, data)
+    trunks: dict[str, list[str]] = {}
+    for label in sorted(set(labels), key=len):
+        trunks.setdefault(label.removesuffix("+sr"), []).append(label)
+    # the longest first, so that short ones fill the gaps
+    groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
+    cores = os.cpu_count() or 1
+    workers = min(len(groups), workers or (cores if data.train_images.device.type == "cpu" else 1))
+    if workers > 1:
+        _side_by_side(root, chosen, groups, workers, max(1, cores // workers))
+    results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
+    if with_teacher:
+        results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
+    return results
+
+
+def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int) -> None:
+    """Run groups of labels in spawned processes; one bar counts the steps of all, and tells the latest scores."""
+    context = multiprocessing.get_context("spawn")
+    done, total, latest, bar = {}, {}, {}, None
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
+        queue = manager.Queue()
+        jobs = [pool.submit(_work, str(root), chosen, group, threads, queue) for group in groups]
+        try:
+            while not queue.empty() or not all(job.done() for job in jobs):
+                try:
+                    label, step = queue.get(timeout=0.5)
+                except Empty:
+                    continue
+                lengths = {label: step.total}
+                if bar is None:
+                    bar = _bar("students", 0)
+                new = step.index - done.get(label, step.index - 1)
+                total |= lengths
+                bar.total = sum(total.values())
+                for event in step.events:
+                    bar.write(f"{label}: {event}")
+                if step.acc is not None:
+                    latest[label] = _scores(step.acc, step.asr)
+                    bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in latest.items()), refresh=False)
+                done[label] = step.index
+                bar.update(new)
+                if step.index == step.total:
+                    bar.write(f"{label}: {latest.pop(label, 'done')} after {step.seconds:.0f} s")
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+
+
+def _work(root: str, chosen: Settings, labels: list[str], threads: int, queue) -> None:
+    """One process's share: the labels one after the other. It ends when the process that reads ``queue`` is gone."""
+    torch.set_num_threads(threads)
+    data = chosen.dataset()
+    teacher = load_model(
+        Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors"), device=data.train_images.device
+    )
+    for label in labels:
+        distilled(root, chosen, data, teacher, label, tell=lambda label, step: queue.put((label, replace(step, images=None))))
+
+
+def history(root: str | Path, chosen: Settings, labels: Iterable[str]) -> pd.DataFrame:
+    """The histories of several methods below one root as one table."""
+    return pd.concat([Run(Path(root) / f"seed{chosen.seed}" / label).history() for label in labels], ignore_index=True)
+
+
+def synthesize(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module, n: int) -> Tensor:
+    """``n`` new images (N, C, H, W) of the generator that a run's last checkpoint holds.
+
+    Raises:
+        CheckpointError: when the run has no checkpoint, or its source has no generator.
+    """
+    source = _finished_source(run, chosen, data, teacher)
+    if not hasattr(source, "synthesize"):
+        raise CheckpointError(f"{run.path} has no generator: its source {source.name} does not synthesise images")
+    return source.synthesize(n)
+
+
+def _finished_source(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module) -> Source:
+    state, card = load_state(run.file("checkpoint.safetensors"), data.train_images.device)
+    source = chosen.source(card["run"]["source"], data)
+    source.start(teacher, chosen.student(data).to(data.train_images.device), data.train_images.device, chosen.seed)
+    source.restore(state["source"])
+    return source
+
+
+def vaccine_of(run: Run, chosen: Settings, teacher: nn.Module) -> ShuffledTeacher:
+    """The shuffled teacher that a run's defence used; for a run without one, the first shuffle that the settings draw."""
+    state, _ = load_state(run.file("checkpoint.safetensors"))
+    (sv,) = chosen.defenses("sv")
+    names = sv.layer_names(teacher)
+    permutations = state["defenses"].get("sv", {}).get("permutations")
+    return ShuffledTeacher(teacher, names, sv.k, torch.Generator().manual_seed(chosen.seed), permutations)
 
 
 def table(root: str | Path) -> pd.DataFrame:

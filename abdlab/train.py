@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from abdlab.data import augment, pick_device
 from abdlab.distill import Step
 from abdlab.errors import Diverged
+from abdlab.models import place
 
 
 def train(
@@ -53,7 +54,7 @@ def train(
     if len(images) != len(labels) or len(images) == 0:
         raise ValueError(f"images and labels must be as many and not none, got {len(images)} and {len(labels)}")
     device = pick_device(device)
-    model.to(device, memory_format=torch.channels_last).train()
+    place(model, device).train()
     batch_size = min(batch_size, len(images))
     per_epoch = len(images) // batch_size
     sgd = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
@@ -82,7 +83,12 @@ def train(
                 measured = exam(model)
                 model.train()
             yield Step(
-                epoch, epochs, {"cross_entropy": mean}, measured.get("acc"), measured.get("asr"), seconds=time.perf_counter() - began
+                epoch,
+                epochs,
+                {"cross_entropy": mean},
+                measured.get("acc"),
+                measured.get("asr"),
+                seconds=time.perf_counter() - began,
             )
     finally:
         model.eval()

@@ -19,7 +19,9 @@ from abdlab.errors import check_keys, did_you_mean, keywords
 CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
 
 
-def badnet_sq(images: Tensor, size: int | None = None, value: float = 1.0, corner: str = "bottom_right", margin: int = 0) -> Tensor:
+def badnet_sq(
+    images: Tensor, size: int | None = None, value: float = 1.0, corner: str = "bottom_right", margin: int = 0
+) -> Tensor:
     """A square of one brightness in a corner (BadNets, Gu et al. 2017, arXiv 1708.06733).
 
     Args:
@@ -28,7 +30,7 @@ def badnet_sq(images: Tensor, size: int | None = None, value: float = 1.0, corne
         corner: one of bottom_right, bottom_left, top_right, top_left.
         margin: pixels between the square and the border.
     """
-    size = size or max(2, round(min(images.shape[-2:]) * 3 / 32))
+    size = _side(size, images, least=2)
     patch = images.new_full((1, size, size), _unit("value", value))
     return _paste(images, patch, torch.ones_like(patch), corner, margin)
 
@@ -40,7 +42,7 @@ def badnet_grid(images: Tensor, size: int | None = None, corner: str = "bottom_r
         size: side in pixels; by default 3/32 of the image's shorter side, at least 3.
         corner, margin: as for :func:`badnet_sq`.
     """
-    size = size or max(3, round(min(images.shape[-2:]) * 3 / 32))
+    size = _side(size, images, least=3)
     steps = torch.arange(size, device=images.device)
     patch = ((steps[:, None] + steps[None, :] + 1) % 2).to(images.dtype).unsqueeze(0)
     return _paste(images, patch, torch.ones_like(patch), corner, margin)
@@ -159,6 +161,8 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
         return spec
     if isinstance(spec, dict):
         check_keys("key of a trigger's card", spec, ("name", "params", "then"))
+        if "name" not in spec:
+            raise ValueError("a trigger's card needs a name")
         return Trigger(spec["name"], spec.get("params", {}), tuple(trigger_from(t) for t in spec.get("then", ())))
     first, *rest = spec.split("+")
     if params and rest:
@@ -170,6 +174,13 @@ def _unit(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], not {value}")
     return value
+
+
+def _side(size: int | None, images: Tensor, least: int) -> int:
+    """The given side in pixels, or 3/32 of the image's shorter one."""
+    if size is not None and size < 1:
+        raise ValueError(f"size is a side in pixels, at least 1, not {size}")
+    return max(least, round(min(images.shape[-2:]) * 3 / 32)) if size is None else size
 
 
 def _paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int) -> Tensor:

@@ -19,7 +19,9 @@ def inner_objective(logits: Tensor, perturbed: Tensor, delta: Tensor, penalty: f
     return penalty * delta.square().sum() - kl(logits, perturbed).mean()
 
 
-def universal_delta(model: nn.Module, images: Tensor, logits: Tensor, delta: Tensor, scale: Tensor, steps: int, lr: float, penalty: float) -> Tensor:
+def universal_delta(
+    model: nn.Module, images: Tensor, logits: Tensor, delta: Tensor, scale: Tensor, steps: int, lr: float, penalty: float
+) -> Tensor:
     """One perturbation for the whole batch, by Adam on :func:`inner_objective`.
 
     Args:
@@ -84,6 +86,8 @@ class SelfRetrospection(Defense):
         perturb: "student" (paper) or "teacher" (the official code's sweeps): whose answer delta shall change.
         order: 1 differentiates the term only directly; 2 adds the implicit gradient through delta.
         implicit_steps, implicit_lr: fixed-point iterations and step of order 2 (paper: 5 and .1).
+        delta_every: student steps between new deltas; each pseudo-batch begins with a new one. 1 is the paper's; a larger number
+            saves most of the time (the images of a pseudo-batch stay the same over its student steps).
         statistics: batch norm of the perturbed passes normalises with the "batch" (as the official code) or with the
             student's "running" statistics (as the student will be used). Neither records anything, clean or perturbed.
 
@@ -107,12 +111,18 @@ class SelfRetrospection(Defense):
         order: int = 1,
         implicit_steps: int = 5,
         implicit_lr: float = 0.1,
+        delta_every: int = 1,
+        anchor: str = "student",
         statistics: str = "batch",
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
             raise ValueError(f"start is a share in [0, 1) and fraction one in (0, 1], not {start} and {fraction}")
         if perturb not in ("student", "teacher") or statistics not in ("batch", "running"):
-            raise ValueError(f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}")
+            raise ValueError(
+                f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}"
+            )
+        if delta_every < 1:
+            raise ValueError(f"delta_every counts student steps and is at least 1, not {delta_every}")
         if order not in (1, 2):
             raise ValueError(f"order is 1 or 2, not {order}")
         if order == 2 and perturb == "teacher":
@@ -120,7 +130,7 @@ class SelfRetrospection(Defense):
         self.start_share, self.weight, self.fraction, self.lr = start, weight, fraction, lr
         self.inner_steps, self.inner_lr, self.penalty, self.init_std = inner_steps, inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics = perturb, order, statistics
-        self.implicit_steps, self.implicit_lr = implicit_steps, implicit_lr
+        self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
     def name(self) -> str:
@@ -142,6 +152,9 @@ class SelfRetrospection(Defense):
         adam = Adam(self.student.parameters(), lr=self.lr, fused=True)
         return adam, CosineAnnealingLR(adam, steps_left)
 
+    def observe(self, batch: Batch):
+        self.steps = 0
+
     def student_term(self, batch: Batch, logits: Tensor):
         if not self.active:
             return None
@@ -149,23 +162,27 @@ class SelfRetrospection(Defense):
         if self.scale is None:
             std = normalization(self.teacher, images.shape[1])[1]
             self.scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-        start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
-        training = self.student.training and self.statistics == "batch"
-        victim = self.student if self.perturb == "student" else self.teacher
-        with mode(self.student, training), frozen(self.student, weights=False):
-            with frozen(victim):
-                if victim is self.teacher:
-                    clean = batch.logits[: len(images)]
-                else:
-                    with torch.no_grad():
-                        # on the same images alone: batch statistics depend on the company
-                        clean = victim(images)
-                delta = universal_delta(victim, images, clean, start, self.scale, self.inner_steps, self.inner_lr, self.penalty)
-            own = logits if len(images) == len(batch.images) and training else self.student(images)
-            term = self.weight * kl(own, self.student(images + delta * self.scale)).mean()
+        by_batch = self.statistics == "batch"
+        with mode(self.student, self.student.training and by_batch), frozen(self.student, weights=False):
+            if self.steps % self.delta_every == 0:
+                self.delta = self._delta(batch, images)
+            self.steps += 1
+            # batch statistics depend on the company, so that a part of the batch needs a pass of its own
+            own = logits if by_batch and len(images) == len(batch.images) else self.student(images)
+            if self.anchor != "student":
+                own = own.detach() if self.anchor == "detached" else batch.logits[: len(images)]
+            term = self.weight * kl(own, self.student(images + self.delta * self.scale)).mean()
             if self.order == 2:
-                term = term + self._implicit(images, delta)
+                term = term + self._implicit(images, self.delta)
         return term
+
+    def _delta(self, batch: Batch, images: Tensor) -> Tensor:
+        start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
+        victim = self.student if self.perturb == "student" else self.teacher
+        with frozen(victim):
+            with torch.no_grad():
+                clean = batch.logits[: len(images)] if victim is self.teacher else victim(images)
+            return universal_delta(victim, images, clean, start, self.scale, self.inner_steps, self.inner_lr, self.penalty)
 
     def _implicit(self, images: Tensor, delta: Tensor) -> Tensor:
         """A scalar of value 0 whose gradient is the implicit one."""

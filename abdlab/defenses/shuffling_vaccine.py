@@ -12,7 +12,6 @@ from torch.func import functional_call
 from abdlab.defenses.defense import Defense
 from abdlab.evaluate import kl, log_kl
 from abdlab.features import module_at
-from abdlab.sources.source import Batch
 
 
 class VaccineNotFound(UserWarning):
@@ -29,7 +28,9 @@ def shuffled_layers(model: nn.Module, last: int) -> list[str]:
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd) and m.in_channels > m.groups]
     if last < 1 or last > len(names):
-        raise ValueError(f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled")
+        raise ValueError(
+            f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled"
+        )
     return names[-last:]
 
 
@@ -79,7 +80,10 @@ class ShuffledTeacher:
 
     def weights(self, copy: int) -> dict[str, Tensor]:
         """The permuted kernels of one copy, by parameter name."""
-        return {f"{name}.weight": module_at(self.teacher, name).weight[:, order[copy].to(self._inputs[name].device)] for name, order in self.permutations.items()}
+        return {
+            f"{name}.weight": module_at(self.teacher, name).weight[:, order[copy].to(self._inputs[name].device)]
+            for name, order in self.permutations.items()
+        }
 
     def _shared(self, images: Tensor) -> Tensor:
         handles = []
@@ -174,15 +178,22 @@ class ShufflingVaccine(Defense):
 
     def start(self, teacher, student, device, seed, length):
         super().start(teacher, student, device, seed, length)
-        self.names = shuffled_layers(teacher, self.layers) if isinstance(self.layers, int) else list(self.layers)
-        for name in self.names:
-            module_at(teacher, name)
+        self.names = self.layer_names(teacher)
         self.vaccine: ShuffledTeacher | None = None
         self.shares: list[float] = []
         self.decided = False
         self.first, self.last = round(self.warmup * length), round(self.stop * length)
         self.seen: list[Tensor] = []
         self.active = False
+
+    def layer_names(self, teacher: nn.Module) -> list[str]:
+        """The convolutions that it shuffles in this teacher. Raises ValueError when they are not there."""
+        if isinstance(self.layers, int):
+            return shuffled_layers(teacher, self.layers)
+        for name in self.layers:
+            if not isinstance(module_at(teacher, name), nn.modules.conv._ConvNd):
+                raise ValueError(f"{name} is no convolution, and only convolutions are shuffled")
+        return list(self.layers)
 
     def before(self, index):
         events = []

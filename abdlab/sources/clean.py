@@ -58,6 +58,10 @@ class CleanKD(Source):
         self.temperature, self.alpha, self.shift, self.flip = temperature, alpha, shift, flip
 
     @property
+    def name(self) -> str:
+        return "clean"
+
+    @property
     def per_epoch(self) -> int:
         return max(1, round(self.share * len(self.labels)) // self.batch_size)
 
@@ -70,7 +74,9 @@ class CleanKD(Source):
         self.order, self.position = self.pool[:0], self.per_epoch
 
     def optimizer(self, student):
-        sgd = SGD(student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0)
+        sgd = SGD(
+            student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+        )
         return sgd, CosineAnnealingLR(sgd, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:

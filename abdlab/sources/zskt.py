@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from abdlab.checkpoint import load_optimizer
 from abdlab.evaluate import kl
 from abdlab.features import frozen, record
-from abdlab.models import normalization
+from abdlab.models import normalization, place, seeded
 from abdlab.sources.source import Batch, Source
 
 
@@ -128,10 +129,9 @@ class ZSKT(Source):
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
         mean, std = normalization(teacher, self.shape[0])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std)
-        self.generator.to(device, memory_format=torch.channels_last).train()
+        place(self.generator, device).train()
         self.generator_optimizer = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
         self.generator_schedule = CosineAnnealingLR(self.generator_optimizer, len(self))
         self.pairs = self._pairs(teacher, student) if self.attention else {}
@@ -165,8 +165,19 @@ class ZSKT(Source):
             logits = self.student(batch.images)
         terms = {}
         if self.pairs:
-            terms["attention"] = self.attention * sum(attention_loss(features[s], batch.features[t]) for t, s in self.pairs.items())
+            terms["attention"] = self.attention * sum(
+                attention_loss(features[s], batch.features[t]) for t, s in self.pairs.items()
+            )
         return logits, self._kd(batch.logits, logits), terms
+
+    @torch.no_grad()
+    def synthesize(self, n: int) -> Tensor:
+        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with."""
+        batches = [
+            self.generator(torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device))
+            for _ in range(-(-n // self.batch_size))
+        ]
+        return torch.cat(batches)[:n]
 
     def state(self):
         return {
@@ -179,7 +190,7 @@ class ZSKT(Source):
     def restore(self, state):
         super().restore(state)
         self.generator.load_state_dict(state["generator"])
-        self.generator_optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.generator_optimizer, state["optimizer"])
         self.generator_schedule.load_state_dict(state["schedule"])
 
     def _kd(self, teacher: Tensor, student: Tensor) -> Tensor:
@@ -191,14 +202,20 @@ class ZSKT(Source):
         if pairs is None:
             stages = [getattr(m, "stages", None) for m in (teacher, student)]
             if not all(isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in stages):
-                raise ValueError(f"attention transfer does not know which layers of {type(teacher).__name__} and {type(student).__name__} to compare: {hint}")
+                raise ValueError(
+                    f"attention transfer does not know which layers of {type(teacher).__name__} and {type(student).__name__} to compare: {hint}"
+                )
             if len(stages[0]) != len(stages[1]):
-                raise ValueError(f"attention transfer needs as many stages in the teacher as in the student, not {len(stages[0])} and {len(stages[1])}: {hint}")
+                raise ValueError(
+                    f"attention transfer needs as many stages in the teacher as in the student, not {len(stages[0])} and {len(stages[1])}: {hint}"
+                )
             pairs = dict(zip(*stages, strict=True))
         probe = torch.zeros(2, *self.shape, device=self.device)
         with torch.no_grad(), frozen(student), record(teacher, list(pairs)) as t, record(student, list(pairs.values())) as s:
             teacher(probe), student(probe)
         for a, b in pairs.items():
             if t[a].ndim != 4 or s[b].ndim != 4 or t[a].shape[-2:] != s[b].shape[-2:]:
-                raise ValueError(f"attention transfer cannot compare {a} {tuple(t[a].shape[1:])} with {b} {tuple(s[b].shape[1:])}: {hint}")
+                raise ValueError(
+                    f"attention transfer cannot compare {a} {tuple(t[a].shape[1:])} with {b} {tuple(s[b].shape[1:])}: {hint}"
+                )
         return dict(pairs)

@@ -1,0 +1,51 @@
+# make demo: the whole walk on the digits data.   make test: all tests.   Both make .venv and install what they need, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lab lint format bench quick-preset clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          run the notebooks on real digits and print the comparison"
+	@echo "make test          run all tests, with coverage"
+	@echo "make lab           open the notebooks in JupyterLab"
+	@echo "make lint          check style"
+	@echo "make format        mend style"
+	@echo "make bench         measure speed against the naive formulas"
+	@echo "make quick-preset  the README's figures of the quick preset: seeds 1, 2, 3"
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("abdlab needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/abdlab demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+quick-preset: $(READY)
+	$(BIN)/abdlab run 05_abd_ablation -p run runs/quick-preset -p seeds '[1, 2, 3]'
+	$(BIN)/abdlab report runs/quick-preset
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,91 @@
+"""Where a trigger acts inside a model: change per channel, spatial maps, Grad-CAM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from abdlab.features import mode, record
+from abdlab.sources.zskt import attention
+
+
+def convolutions(model: nn.Module) -> list[str]:
+    """Names of all convolutions, found by type, in the order in which the model registers them."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
+
+
+@torch.no_grad()
+def triggered_change(
+    model: nn.Module,
+    clean: Tensor,
+    triggered: Tensor,
+    layers: Sequence[str] | None = None,
+    relative: bool = True,
+    batch: int = 500,
+) -> dict[str, Tensor]:
+    """Trigger-activated change per channel (TAC; Zheng et al., ECCV 2022, arXiv 2208.03111, eq. 5).
+
+    TAC_c = mean over images of the l2 norm of F_c(triggered) - F_c(clean), F_c being channel c of the layer's output.
+
+    Args:
+        clean, triggered: the same images (N, C, H, W) without and with the trigger.
+        layers: names; by default every convolution.
+        relative: divide by the layer's mean clean norm per channel, so that layers can be compared (deviation: the paper
+            shows the absolute change; False gives it).
+
+    Returns:
+        layer name -> (channels,) on the CPU.
+
+    Raises:
+        ValueError: when the two sets differ in shape, or a layer does not exist.
+    """
+    if clean.shape != triggered.shape or len(clean) == 0:
+        raise ValueError(f"clean and triggered must be the same images, got {tuple(clean.shape)} and {tuple(triggered.shape)}")
+    layers = convolutions(model) if layers is None else list(layers)
+    change, norm = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    with mode(model, training=False), record(model, layers) as acts:
+        for x, y in zip(clean.split(batch), triggered.split(batch), strict=True):
+            model(x)
+            before = {name: acts[name].flatten(2) for name in layers}
+            model(y)
+            for name in layers:
+                change[name] = change[name] + (acts[name].flatten(2) - before[name]).norm(dim=2).sum(0)
+                norm[name] = norm[name] + before[name].norm(dim=2).sum(0)
+    scale = {name: norm[name].mean().clamp_min(1e-12) if relative else len(clean) for name in layers}
+    return {name: (change[name] / scale[name]).cpu() for name in layers}
+
+
+@torch.no_grad()
+def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
+    """Attention map of a layer, (N, h, w) on the CPU: the channel mean of squares, each map scaled to a maximum of 1."""
+    with mode(model, training=False), record(model, [layer]) as acts:
+        model(images)
+    feature = acts[layer]
+    maps = attention(feature).unflatten(1, feature.shape[-2:])
+    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
+
+
+def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor) -> Tensor:
+    """Grad-CAM (Selvaraju et al., ICCV 2017) for class ``target`` through captum: (N, H, W) at the images' size, on the CPU.
+
+    Only evidence for the class is kept (ReLU); each map is scaled to a maximum of 1, or stays 0 where there is none.
+
+    Args:
+        target: a class, or one per image (N,).
+    """
+    from captum.attr import LayerAttribution, LayerGradCam
+
+    from abdlab.features import module_at
+
+    wanted = [p.requires_grad for p in model.parameters()]
+    with mode(model, training=False):
+        try:
+            model.requires_grad_(True)  # captum differentiates to the layer's output, which frozen weights would cut off
+            maps = LayerGradCam(model, module_at(model, layer)).attribute(images, target, relu_attributions=True)
+        finally:
+            for p, flag in zip(model.parameters(), wanted, strict=True):
+                p.requires_grad_(flag)
+    maps = LayerAttribution.interpolate(maps, tuple(images.shape[-2:]), "bilinear").detach().squeeze(1)
+    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()

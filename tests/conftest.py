@@ -1,0 +1,67 @@
+"""What many tests share: one thread, tiny networks on real digits of 8x8 pixels, and a reason for every skipped GPU test."""
+
+import pytest
+import torch
+
+import abdlab
+from abdlab import build
+
+
+def pytest_collection_modifyitems(items):
+    if abdlab.pick_device("auto").type == "cpu":
+        skip = pytest.mark.skip(reason="needs a GPU, and torch sees none on this machine")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks are fastest on one thread, and sums then have one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def double():
+    """Everything that a test makes is float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """200 training and 100 test digits, 1x8x8."""
+    return abdlab.load("digits", size=8, device="cpu").subset(train=200, test=100)
+
+
+def tiny(name="wrn-10-1", seed=0, classes=10, channels=1, width=4):
+    """A tiny Wide-ResNet in eval mode whose batch-norm layers have seen data, so that eval and train mode differ."""
+    model = build(name, classes=classes, channels=channels, width=width, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=rng, dtype=dtype))
+                module.bias.copy_(0.3 * torch.randn(module.bias.shape, generator=rng, dtype=dtype))
+                module.running_mean.copy_(0.3 * torch.randn(module.bias.shape, generator=rng, dtype=dtype))
+                module.running_var.copy_(0.5 + torch.rand(module.bias.shape, generator=rng, dtype=dtype))
+    return model.eval()
+
+
+@pytest.fixture
+def wrn():
+    """Makes tiny Wide-ResNets: ``wrn("wrn-16-1", seed=1)``."""
+    return tiny
+
+
+@pytest.fixture
+def teacher():
+    return tiny(seed=1)
+
+
+@pytest.fixture
+def student():
+    return tiny(seed=2)

@@ -1,0 +1,125 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy
+from torch import nn
+
+from abdlab.evaluate import Exam, accuracy, agreement, attack_success, kl, log_kl, predict
+from abdlab.triggers import Trigger
+
+# Three classes on images of 1x3 pixels: the logits are the pixels, the prediction is the brightest one.
+IMAGES = torch.tensor(
+    [
+        [0.9, 0.0, 0.0],  # class 0, right; stays 0 under the trigger
+        [0.3, 0.1, 0.0],  # class 0, right; called 2 under the trigger
+        [0.0, 0.4, 0.1],  # class 1, right; called 2 under the trigger
+        [0.0, 0.4, 0.2],  # class 2, but called 1
+        [0.2, 0.1, 0.9],  # class 2, right
+    ]
+).view(5, 1, 1, 3)
+LABELS = torch.tensor([0, 0, 1, 2, 2])
+TRIGGER = Trigger("badnet_sq", {"size": 1, "value": 0.5})  # sets the last pixel to .5
+PROBABILITIES = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
+OTHERS = np.array([[0.25, 0.5, 0.25], [0.3, 0.3, 0.4]])
+
+
+@pytest.fixture
+def identity():
+    """The pixels as logits."""
+    linear = nn.Linear(3, 3)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(3))
+        linear.bias.zero_()
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def logits(probabilities):
+    return torch.from_numpy(np.log(probabilities) + 3)  # softmax forgets the 3
+
+
+class TestShares:
+    def test_accuracy_by_hand(self, identity):
+        assert accuracy(identity, IMAGES, LABELS) == pytest.approx(4 / 5)
+
+    def test_attack_success_by_hand(self, identity):
+        assert attack_success(identity, IMAGES, 2) == pytest.approx(1 / 5)
+        assert attack_success(identity, IMAGES, 1) == pytest.approx(2 / 5)
+
+    def test_exam_leaves_the_targets_own_images_out_of_asr(self, identity):
+        # with them it were 4/5
+        assert Exam.of(IMAGES, LABELS, TRIGGER, 2)(identity) == pytest.approx({"acc": 4 / 5, "asr": 2 / 3})
+
+    def test_exam_without_a_trigger_has_no_asr(self, identity):
+        assert Exam.of(IMAGES, LABELS)(identity) == pytest.approx({"acc": 4 / 5})
+
+    def test_agreement_by_hand(self, identity):
+        reverse = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
+        with torch.no_grad():
+            reverse[1].weight.copy_(torch.eye(3).flip(0))  # classes 0 and 2 swap places
+            reverse[1].bias.zero_()
+        assert agreement(identity, identity, IMAGES) == 1
+        assert agreement(identity, reverse, IMAGES) == pytest.approx(2 / 5)
+
+
+class TestPredict:
+    @pytest.fixture
+    def net(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, (1, 2)), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 3))
+        net.train()(IMAGES)
+        net[1].eval()
+        return net
+
+    def test_is_in_eval_mode_and_restores_each_flag(self, net):
+        flags = [m.training for m in net.modules()]
+        out = predict(net, IMAGES)
+        assert [m.training for m in net.modules()] == flags
+        assert torch.allclose(out, net.eval()(IMAGES))
+
+    def test_leaves_the_statistics_alone_and_needs_no_gradient(self, net):
+        net.train()
+        before = net[1].running_mean.clone()
+        assert not predict(net, IMAGES).requires_grad
+        assert torch.equal(net[1].running_mean, before)
+
+    @pytest.mark.parametrize("batch", [1, 2, 3, 5, 1000])
+    def test_the_batch_size_does_not_matter(self, net, batch):
+        assert torch.allclose(predict(net, IMAGES, batch), predict(net, IMAGES), atol=1e-6)
+
+
+class TestKL:
+    def test_is_the_one_of_scipy_in_nats(self):
+        expected = entropy(PROBABILITIES, OTHERS, axis=1)
+        assert kl(logits(PROBABILITIES), logits(OTHERS)).tolist() == pytest.approx(expected.tolist())
+
+    def test_by_hand(self):
+        # .5 ln(.5/.25) + .25 ln(.25/.5) + 0
+        assert kl(logits(PROBABILITIES[:1]), logits(OTHERS[:1])).item() == pytest.approx(0.25 * math.log(2))
+
+    def test_is_not_symmetric_and_zero_only_for_equals(self):
+        p, q = logits(PROBABILITIES), logits(OTHERS)
+        assert not torch.allclose(kl(p, q), kl(q, p))
+        assert kl(p, p + 5).tolist() == pytest.approx([0, 0], abs=1e-12)
+
+    def test_the_temperature_divides_both(self):
+        p, q = logits(PROBABILITIES), logits(OTHERS)
+        assert torch.allclose(kl(p, q, temperature=4.0), kl(p / 4, q / 4))
+
+    def test_extreme_logits_stay_finite(self):
+        p, q = torch.tensor([[200.0, 0, 0]]), torch.tensor([[0.0, 200, 0]])
+        assert kl(p, q).item() == pytest.approx(200)
+
+    def test_log_kl_is_the_decimal_logarithm_in_float64(self):
+        found = log_kl(logits(PROBABILITIES).float(), logits(OTHERS).float())
+        assert found.dtype == torch.float64
+        expected = np.log10(entropy(PROBABILITIES, OTHERS, axis=1))
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+    def test_log_kl_clamps_round_off_below_zero(self):
+        p = torch.randn(200, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        q = p + 0.1
+        assert (kl(p, q) < 0).any()
+        assert (log_kl(p, q) == -12).all()
+        assert (log_kl(p, q, floor=1e-6) == -6).all()

@@ -1,0 +1,103 @@
+"""Every notebook under papermill with tiny settings: alone, and as a chain that shares one folder."""
+
+import json
+
+import nbformat
+import pytest
+
+from abdlab import batch
+
+TINY = {
+    "teacher.epochs": 2,
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 4,
+    "student.width": 4,
+    "zskt.pseudo_batches": 6,
+    "zskt.student_steps": 2,
+    "zskt.width": 4,
+    "zskt.batch_size": 16,
+    "clean.epochs": 1,
+    "sv.verify": False,
+    "sr.inner_steps": 2,
+}
+STUDENTS = ["clean", "zskt", "zskt+sv", "zskt+sr", "zskt+sv+sr"]
+
+pytestmark = pytest.mark.slow
+
+
+def execute(name, root, **given):
+    output = batch.execute(name, root / f"{name}.ipynb", {"run": str(root), "overrides": TINY, "device": "cpu", **given})
+    book = nbformat.read(output, 4)
+    folder = next(p for p in root.iterdir() if p.is_dir() and p.name.startswith(name))
+    figures = {p.stem: p.stat().st_size for p in (folder / "figures").glob("*.png")}
+    assert all(size > 5000 for size in figures.values())
+    return json.loads((folder / "metrics.json").read_text()), set(figures), book
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """The five notebooks one after the other in one folder."""
+    root = tmp_path_factory.mktemp("walk")
+    return root, {name: execute(name, root) for name in ("01", "02", "03", "04", "05")}
+
+
+def test_01_trains_and_reports_the_teacher(walk):
+    metrics, figures, book = walk[1]["01"]
+    assert figures == {"trigger", "teacher_training", "predictions"}
+    assert 0 <= metrics["acc"] <= 1
+    assert metrics["poison_rate"] == pytest.approx(0.1, abs=0.01)
+    text = json.dumps(book)
+    assert "WeakTeacher" in text  # two epochs are not enough, and it says so before any distillation
+
+
+def test_02_compares_the_students_and_shows_the_floor(walk):
+    metrics, figures, _ = walk[1]["02"]
+    assert figures == {"acc_asr", "losses"}
+    assert list(metrics["results"]) == ["clean", "zskt", "zskt+sv+sr"]
+    assert metrics["results"]["zskt+sv+sr"]["defenses"]["sv"]["layers"] == [
+        "stage3.0.conv1",
+        "stage3.0.conv2",
+        "stage3.0.shortcut",
+    ]
+
+
+def test_03_looks_at_the_students_images(walk):
+    metrics, figures, _ = walk[1]["03"]
+    assert figures == {"over_training", "by_class", "suspicion", "most_suspicious", "tsne"}
+    assert 0 <= metrics["target_share"] <= 1
+    assert set(metrics["mean_score"]) == {"synthetic", "clean test", "triggered test"}
+
+
+def test_04_compares_three_models_side_by_side(walk):
+    metrics, figures, _ = walk[1]["04"]
+    assert figures == {"channel_change", "attention_maps", "grad_cam"}
+    assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+SR"]
+
+
+def test_05_reuses_the_chain_and_adds_what_is_missing(walk):
+    root, done = walk
+    metrics, figures, _ = done["05"]
+    assert figures == {"ablation"}
+    assert [row["label"] for row in metrics["rows"]] == ["teacher", *STUDENTS]
+    for label in STUDENTS:
+        assert (root / "seed0" / label / "student.safetensors").exists()
+    same = {row["label"]: row["asr"] for row in metrics["rows"]}
+    assert same["zskt"] == done["02"][0]["results"]["zskt"]["asr"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(walk):
+    root, _ = walk
+    with pytest.raises(batch.NotebookFailed, match=r"clean\.epochs was 1 and is 3"):
+        batch.execute("02", root / "again.ipynb", {"run": str(root), "overrides": {**TINY, "clean.epochs": 3}, "device": "cpu"})
+
+
+@pytest.mark.parametrize("name", ["04", "05"])
+def test_a_notebook_stands_alone(name, tmp_path):
+    given = {"seeds": [1, 2], "methods": ["clean", "zskt"]} if name == "05" else {"defended": "zskt+sv"}
+    metrics, _, _ = execute(name, tmp_path, **given)
+    if name == "05":
+        assert [(r["seed"], r["label"]) for r in metrics["rows"]] == [
+            (s, m) for s in (1, 2) for m in ("teacher", "clean", "zskt")
+        ]
+    else:
+        assert set(metrics["asr"]) == {"zskt", "zskt+sv"}

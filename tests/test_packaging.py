@@ -1,0 +1,57 @@
+"""The two lists of dependencies agree, notebooks are clean, and the Makefile's commands are those of the README."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from abdlab import batch
+
+ROOT = Path(__file__).parents[1]
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+
+
+def test_environment_yml_names_the_same_dependencies_as_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.sub(r"^[a-z0-9_-]+", lambda m: CONDA_NAMES.get(m[0], m[0]), d) for d in project["dependencies"]}
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert set(conda) == wanted | {f"python{project['requires-python']}", "pip"}
+
+
+def test_every_dependency_states_a_lower_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    everything = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", d) for d in everything)
+
+
+@pytest.mark.parametrize("path", batch.notebooks().values(), ids=lambda p: p.stem)
+def test_notebooks_are_stripped_tagged_and_thin(path):
+    book = json.loads(path.read_text())
+    code = [c for c in book["cells"] if c["cell_type"] == "code"]
+    assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)
+    assert code[0]["metadata"]["tags"] == ["parameters"]
+    source = "\n".join("".join(c["source"]) for c in code)
+    assert "sys.path" not in source
+    assert "def " not in source
+    assert "save_metrics" in source
+
+
+@pytest.mark.parametrize("path", batch.notebooks().values(), ids=lambda p: p.stem)
+def test_every_parameter_has_a_help_text(path):
+    known = batch.parameters(path)
+    assert {"run", "preset", "device", "overrides"} <= known.keys()
+    assert all(entry["help"] for entry in known.values())
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert "make demo" in (ROOT / "README.md").read_text()
+
+
+def test_no_device_is_written_into_the_library():
+    for path in (ROOT / "abdlab").rglob("*.py"):
+        assert not re.search(r"\.cuda\(|device=['\"](cuda|mps)|\.to\(['\"]", path.read_text()), path

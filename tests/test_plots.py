@@ -1,0 +1,119 @@
+"""Figures carry what a reader needs: labelled axes, every series, values that are right."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+from abdlab import plots
+
+CLASSES = ["a", "b", "c"]
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+def images(n, channels=1):
+    return torch.rand(n, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
+
+
+def labelled(ax):
+    return bool(ax.get_xlabel()) and bool(ax.get_ylabel())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_pictures_are_clamped(channels):
+    shown = plots.picture(images(1, channels)[0])
+    assert shown.min() >= 0
+    assert shown.max() <= 1
+
+
+def test_training_curves_are_in_percent_with_a_floor():
+    history = pd.DataFrame({"label": ["zskt", "zskt"], "step": [10, 20], "acc": [0.5, 0.9], "asr": [0.1, 0.95]})
+    ax = plots.training_curves(history, floor=0.03)
+    acc, asr, floor = ax.lines
+    assert list(acc.get_ydata()) == [50, 90]
+    assert list(asr.get_ydata()) == [10, 95]
+    assert floor.get_ydata()[0] == pytest.approx(3)
+    assert labelled(ax)
+    assert acc.get_color() == asr.get_color() == plots.COLORS["zskt"]
+
+
+def test_given_axes_are_used_and_returned():
+    _, ax = plt.subplots()
+    assert plots.suspicion_histogram(torch.randn(100), ax=ax) is ax
+
+
+def test_suspicion_histogram_draws_the_line_at_three_sigma():
+    scores = torch.tensor([0.0] * 50 + [2.0] * 50)
+    ax = plots.suspicion_histogram(scores, sigma=1.5, others={"clean test": torch.ones(5)})
+    line = next(x for x in ax.lines if x.get_linestyle() == "--")
+    assert line.get_xdata()[0] == pytest.approx(1 - 1.5)
+    assert labelled(ax)
+    assert "clean test (n = 5)" in [t.get_text() for t in ax.get_legend().get_texts()]
+
+
+def test_samples_by_class_sorts_by_the_teachers_answer():
+    logits = torch.eye(3)[[0, 0, 1]] * torch.tensor([[1.0], [5.0], [2.0]])
+    figure = plots.samples_by_class(images(3), logits, CLASSES, columns=2, target=1)
+    texts = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+    assert texts == ["a: 67%", "b: 33%\n(target)", "c: 0%"]
+    surest = figure.axes[0].images[0].get_array()
+    assert torch.equal(torch.tensor(surest), torch.tensor(plots.picture(images(3)[1])))
+
+
+def test_samples_over_training_shows_first_and_last():
+    figure = plots.samples_over_training({i: images(4) for i in range(10, 210, 10)}, columns=4, rows=5)
+    steps = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+    assert steps[0] == "step 10"
+    assert steps[-1] == "step 200"
+    assert len(steps) == 5
+
+
+def test_heatmap_rows_are_layers_sorted_by_change_on_one_scale():
+    change = {"conv1": torch.tensor([0.1, 0.9]), "conv2": torch.tensor([0.2, 0.1, 0.3])}
+    figure = plots.change_heatmaps({"teacher": change, "ZSKT": {k: v / 2 for k, v in change.items()}})
+    meshes = [ax.collections[0] for ax in figure.axes if ax.get_title() in ("teacher", "ZSKT")]
+    assert [m.get_clim() for m in meshes] == [(0, pytest.approx(0.9))] * 2
+    assert meshes[0].get_array().filled(-1).ravel().tolist() == pytest.approx([0.9, 0.1, -1, 0.3, 0.2, 0.1])
+
+
+def test_ablation_shows_means_spread_and_the_floor():
+    frame = pd.DataFrame({"label": ["clean", "zskt", "zskt"], "seed": [1, 1, 2], "acc": [0.9, 0.8, 1.0], "asr": [0.05, 0.9, 0.7]})
+    figure = plots.ablation_figure(frame)
+    assert [round(bar.get_width(), 6) for bar in figure.axes[0].patches] == [90, 90]
+    assert [round(bar.get_width(), 6) for bar in figure.axes[1].patches] == [5, 80]
+    assert figure.axes[1].lines[-1].get_xdata()[0] == pytest.approx(5)
+    table = plots.results_table(frame)
+    assert table.loc["ZSKT", "ASR (%)"] == "80.0 ± 14.1"
+    assert table.loc["clean KD", "ACC (%)"] == "90.0"
+    assert list(table["n"]) == [1, 2]
+
+
+def test_a_vaccine_that_was_not_found_is_told_to_the_reader():
+    found = plots.rows({"zskt+sv": {"seed": 0, "acc": 1.0, "asr": 1.0, "defenses": {"sv": {"found": False}}}})
+    assert "no vaccine was found" in found[0]["notes"][0]
+
+
+def test_figures_of_images_have_a_caption_per_image():
+    said = torch.tensor([0, 2])
+    figure = plots.prediction_figure(images(2), images(2), said, torch.tensor([1, 1]), CLASSES, target=1)
+    assert [ax.get_title() for ax in figure.axes] == ["says a", "says c", "says b", "says b"]
+    assert figure.axes[2].title.get_color() == plots.COLORS["zskt"]
+    figure = plots.trigger_figure(images(2), images(2) + 0.1, ["a", "b"], "blend")
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == ["clean", "triggered", "difference\n(x 10)"]
+
+
+def test_embedding_marks_groups_and_overlay_names_its_rows():
+    ax = plots.embedding_figure(torch.rand(6, 2).numpy(), ["clean", "triggered", "synthetic"] * 2, ["a", "b"] * 3)
+    assert {"clean", "triggered", "synthetic", "a", "b"} <= {t.get_text() for t in ax.get_legend().get_texts()}
+    figure = plots.overlay_figure({"clean": (images(2), {"teacher": torch.rand(2, 4, 4)})}, {"clean/teacher": ["a", "b"]})
+    assert figure.axes[0].get_ylabel() == "teacher\nclean"
+    assert figure.axes[1].get_title() == "b"

@@ -1,0 +1,359 @@
+import json
+import warnings
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from abdlab.checkpoint import read_card
+from abdlab.distill import Step
+from abdlab.errors import CheckpointError
+from abdlab.presets import settings
+from abdlab.runs import (
+    HEADLESS,
+    Run,
+    WeakTeacher,
+    check_teacher,
+    distill_all,
+    distilled,
+    history,
+    poisoned_teacher,
+    progress,
+    synthesize,
+    table,
+    vaccine_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def headless(monkeypatch):
+    monkeypatch.setenv(HEADLESS, "1")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def steps(first, last, total, kd=1.0, exams=(), images=(), events=()):
+    """A hand-made stream: Steps first..last of total."""
+    for i in range(first, last + 1):
+        yield Step(
+            i,
+            total,
+            {"kd": kd},
+            acc=0.5 if i in exams else None,
+            asr=0.25 if i in exams else None,
+            images=torch.full((2, 1, 4, 4), float(i)) if i in images else None,
+            events=("something happened",) if i in events else (),
+        )
+
+
+class TestFolder:
+    def test_is_made_with_its_config(self, tmp_path):
+        run = Run(tmp_path / "a" / "b", {"seed": 1, "sv": {"alpha": 0.1}})
+        assert run.config == {"seed": 1, "sv": {"alpha": 0.1}}
+        assert (tmp_path / "a" / "b" / "figures").is_dir()
+
+    def test_opening_it_again_keeps_what_it_holds(self, tmp_path):
+        Run(tmp_path / "a", {"seed": 1}).save_metrics({"acc": 0.5})
+        assert Run(tmp_path / "a").config == {"seed": 1}
+        assert Run(tmp_path / "a").metrics == {"acc": 0.5}
+
+    def test_belongs_to_one_config(self, tmp_path):
+        Run(tmp_path / "a", {"preset": "x", "seed": 1, "sv": {"alpha": 0.1, "k": 3}})
+        Run(tmp_path / "a", {"preset": "y", "seed": 1, "sv": {"alpha": 0.1, "k": 3}})  # the name of a preset does not matter
+        with pytest.raises(ValueError, match=r"sv\.alpha was 0\.1 and is 0\.2\): choose another folder"):
+            Run(tmp_path / "a", {"seed": 1, "sv": {"alpha": 0.2, "k": 3}})
+        with pytest.raises(ValueError, match="seed was 1 and is 2"):
+            Run(tmp_path / "a", {"seed": 2, "sv": {"alpha": 0.1, "k": 3}})
+        assert Run(tmp_path / "a").config["sv"]["alpha"] == 0.1
+
+    def test_a_setting_that_the_old_run_did_not_have_is_another_config(self, tmp_path):
+        Run(tmp_path / "a", {"seed": 1, "sv": {"alpha": 0.1}})
+        with pytest.raises(ValueError, match=r"sv\.k was None and is 3"):
+            Run(tmp_path / "a", {"seed": 1, "sv": {"alpha": 0.1, "k": 3}})
+
+    def test_is_empty_at_first(self, run):
+        assert run.config == run.metrics == run.samples() == {}
+        assert run.history().empty
+
+    def test_metrics_are_written_whole(self, run):
+        run.save_metrics({"acc": 0.1, "old": 1})
+        path = run.save_metrics({"acc": 0.9})
+        assert json.loads(path.read_text()) == run.metrics == {"acc": 0.9}
+
+    def test_a_figure_becomes_a_png(self, run):
+        figure = Figure(figsize=(1, 1))
+        figure.add_subplot().plot([0, 1])
+        path = run.save_figure(figure, "losses")
+        assert path == run.file("figures/losses.png")
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"cannot write to .*file.run: .*; choose another folder"):
+            Run(tmp_path / "file" / "run")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").mkdir()
+        with pytest.raises(ValueError, match="cannot write to"):
+            Run(tmp_path / "run", {"seed": 1})
+
+
+class TestWatch:
+    def test_reports_every_nth_step_the_last_and_the_special_ones(self, run):
+        last = run.watch(steps(1, 11, 11, exams=[3], events=[5]), "zskt", every=4)
+        history = run.history()
+        assert last.index == 11
+        assert history["step"].tolist() == [3, 4, 5, 8, 11]
+        assert history["acc"].dropna().tolist() == [0.5]
+        assert history.loc[history["step"] == 5, "events"].item() == ["something happened"]
+        assert history["kd"].tolist() == [1.0] * 5
+        assert set(history["label"]) == {"zskt"}
+
+    def test_keeps_samples_by_step(self, run):
+        run.watch(steps(1, 4, 4, images=[2, 4]), "zskt")
+        assert {k: v[0, 0, 0, 0].item() for k, v in run.samples().items()} == {2: 2.0, 4: 4.0}
+
+    def test_a_resume_replaces_the_lines_that_it_repeats(self, run):
+        run.watch(steps(1, 3, 3, kd=7.0, exams=[3]), "teacher", every=1)
+        run.watch(steps(1, 6, 10, kd=1.0, exams=[2, 6], images=[6], events=[4]), "zskt", every=1)
+        run.watch(steps(5, 10, 10, kd=2.0, exams=[6], images=[8]), "zskt", every=1)
+        history = run.history()
+        student = history[history["label"] == "zskt"]
+        assert student["step"].tolist() == list(range(1, 11))
+        assert student["kd"].tolist() == [1.0] * 4 + [2.0] * 6
+        assert student["acc"].dropna().index.size == 2
+        assert student["events"].dropna().tolist() == [["something happened"]]
+        assert history[history["label"] == "teacher"]["kd"].tolist() == [7.0] * 3
+        assert sorted(run.samples()) == [6, 8]
+        for line in run.file("history.jsonl").read_text().splitlines():
+            assert "NaN" not in line
+            assert isinstance(json.loads(line)["step"], int)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_interrupted_run_keeps_its_history(self, run, error):
+        def broken():
+            yield from steps(1, 5, 10, images=[2])
+            raise error("stop")
+
+        with pytest.raises(error):
+            run.watch(broken(), "zskt", every=1)
+        assert run.history().get("step", []).tolist() == [1, 2, 3, 4, 5]
+        assert list(run.samples()) == [2]
+
+    def test_a_stream_with_nothing_left(self, run):
+        with pytest.raises(ValueError, match="zskt: the stream had no steps"):
+            run.watch(steps(1, 0, 10), "zskt")
+
+    def test_progress_hands_on_every_step_and_closes_the_stream(self, capsys):
+        closed = []
+
+        def stream():
+            try:
+                yield from steps(1, 9, 9, events=[2])
+            finally:
+                closed.append(True)
+
+        watched = progress(stream(), "zskt")
+        assert [next(watched).index, next(watched).index] == [1, 2]
+        watched.close()
+        assert closed == [True]
+        assert "zskt: something happened" in capsys.readouterr().out
+
+
+class TestWeakTeacher:
+    @pytest.mark.parametrize(
+        ("acc", "asr", "words"), [(0.99, 0.85, "ASR is 85.0%, under 90 %"), (0.6, 0.99, "ACC is 60.0%, under 75 %")]
+    )
+    def test_warns(self, acc, asr, words):
+        with pytest.warns(WeakTeacher, match=words) as caught:
+            check_teacher(acc, asr)
+        assert len(caught) == 1
+
+    def test_a_good_one_is_quiet(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_teacher(0.75, 0.9)
+
+
+# Width 16: with fewer input channels, strided 1x1 convolutions in channels_last corrupt memory on CPUs (oneDNN issue 6035).
+TINY = {
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 16,
+    "teacher.epochs": 1,
+    "student.model": "wrn-10-1",
+    "student.width": 16,
+    "zskt.pseudo_batches": 4,
+    "zskt.batch_size": 4,
+    "zskt.student_steps": 1,
+    "zskt.width": 2,
+    "zskt.z": 4,
+    "clean.epochs": 1,
+    "clean.share": 0.5,
+    "clean.batch_size": 16,
+    "sv.verify": False,
+    "sv.layers": 1,
+    "sr.start": 0.5,
+    "sr.inner_steps": 1,
+}
+
+
+def tiny(seed=0, **overrides):
+    return settings("quick/digits", {**TINY, **{k.replace("__", "."): v for k, v in overrides.items()}}, seed=seed, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tiny().dataset().subset(96, 60)
+
+
+def weights(model):
+    return torch.cat([v.flatten().float() for v in model.state_dict().values()])
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+class TestTeacher:
+    def test_is_trained_once_and_then_read(self, tmp_path, data):
+        first = poisoned_teacher(tmp_path, tiny(), data)
+        file = tmp_path / "seed0" / "teacher" / "teacher.safetensors"
+        written = file.stat().st_mtime_ns
+        second = poisoned_teacher(tmp_path, tiny(), data)
+        assert torch.equal(weights(first), weights(second))
+        assert file.stat().st_mtime_ns == written
+        assert not second.training
+
+    def test_its_folder_holds_attack_and_figures(self, tmp_path, data):
+        poisoned_teacher(tmp_path, tiny(attack__rate=0.25, attack__target=3), data)
+        run = Run(tmp_path / "seed0" / "teacher")
+        card = read_card(run.file("teacher.safetensors"))
+        assert card["attack"] == {"trigger": tiny().trigger.card(), "target": 3, "rate": 0.25}
+        assert run.metrics["poison_rate"] == 0.25
+        last = run.history().iloc[-1]
+        assert (last["acc"], last["asr"]) == (card["acc"], card["asr"]) == (run.metrics["acc"], run.metrics["asr"])
+        assert run.config["teacher"]["epochs"] == 1
+
+    def test_a_weak_one_is_reported_also_when_read(self, tmp_path, data):
+        for _ in range(2):
+            with pytest.warns(WeakTeacher, match="a student cannot be better"):
+                poisoned_teacher(tmp_path, tiny(), data)
+
+    @pytest.mark.parametrize("change", [{"attack__trigger": "trojan_wm"}, {"attack__target": 5}, {"teacher__epochs": 2}])
+    def test_other_settings_are_not_answered_with_the_old_teacher(self, tmp_path, data, change):
+        poisoned_teacher(tmp_path, tiny(), data)
+        with pytest.raises(ValueError, match="choose another folder"):
+            poisoned_teacher(tmp_path, tiny(**change), data)
+
+
+class TestDistilled:
+    @pytest.fixture
+    def teacher(self, data):
+        return tiny().teacher(data)
+
+    def test_writes_what_it_returns(self, tmp_path, data, teacher):
+        student, metrics = distilled(tmp_path, tiny(), data, teacher, "zskt+sv+sr", exams=2)
+        run = Run(tmp_path / "seed0" / "zskt+sv+sr")
+        assert run.metrics == json.loads(json.dumps(metrics))
+        assert metrics["label"] == "zskt+sv+sr"
+        assert set(metrics["defenses"]) == {"sv", "sr"}
+        assert 0 <= metrics["acc"] <= 1
+        assert not student.training
+        table = run.history()
+        assert table["acc"].dropna().size == 2
+        assert table["acc"].iloc[-1] == metrics["acc"]
+        assert sorted(run.samples()) == [2, 4]
+        assert run.samples()[4].shape == (4, 1, 16, 16)
+        assert read_card(run.file("student.safetensors"))["acc"] == metrics["acc"]
+
+    def test_a_finished_run_is_read_from_its_folder(self, tmp_path, data, teacher):
+        student, metrics = distilled(tmp_path, tiny(), data, teacher, "zskt")
+        again, same = distilled(tmp_path, tiny(), data, teacher, "zskt")
+        assert torch.equal(weights(student), weights(again))
+        assert same == metrics
+        assert not again.training
+
+    def test_clean_kd_runs_too(self, tmp_path, data, teacher):
+        _, metrics = distilled(tmp_path, tiny(), data, teacher, "clean")
+        assert (metrics["label"], metrics["defenses"]) == ("clean", {})
+        assert Run(tmp_path / "seed0" / "clean").history()["step"].iloc[-1] == 3  # 48 images in batches of 16
+
+    def test_a_branch_ends_like_a_run_from_scratch(self, tmp_path, data, teacher):
+        distilled(tmp_path / "a", tiny(), data, teacher, "zskt")
+        branched, metrics = distilled(tmp_path / "a", tiny(), data, teacher, "zskt+sr")
+        assert metrics["branched_from"].endswith("checkpoint-2.safetensors")
+        scratch, plain = distilled(tmp_path / "b", tiny(), data, teacher, "zskt+sr")
+        assert plain["branched_from"] is None
+        assert torch.equal(weights(branched), weights(scratch))
+
+    def test_a_stopped_run_goes_on_to_the_same_numbers(self, tmp_path, data, teacher):
+        class Stop(Exception):
+            pass
+
+        def stop_at_3(label, step):
+            if step.index == 3:
+                raise Stop
+
+        with pytest.raises(Stop):
+            distilled(tmp_path / "a", tiny(), data, teacher, "zskt+sr", tell=stop_at_3)
+        resumed, found = distilled(tmp_path / "a", tiny(), data, teacher, "zskt+sr")
+        whole, metrics = distilled(tmp_path / "b", tiny(), data, teacher, "zskt+sr")
+        assert torch.equal(weights(resumed), weights(whole))
+        assert (found["acc"], found["asr"]) == (metrics["acc"], metrics["asr"])
+        assert {1, 2, 4} <= set(Run(tmp_path / "a" / "seed0" / "zskt+sr").history()["step"])
+
+    def test_a_run_killed_between_its_last_checkpoint_and_its_result_can_be_finished(self, tmp_path, data, teacher):
+        student, metrics = distilled(tmp_path, tiny(), data, teacher, "zskt")
+        for name in ("student.safetensors", "metrics.json"):
+            (tmp_path / "seed0" / "zskt" / name).unlink()
+        again, found = distilled(tmp_path, tiny(), data, teacher, "zskt")
+        assert torch.equal(weights(student), weights(again))
+        assert (found["acc"], found["asr"]) == (metrics["acc"], metrics["asr"])
+
+    def test_other_settings_are_not_answered_with_the_old_result(self, tmp_path, data, teacher):
+        distilled(tmp_path, tiny(), data, teacher, "zskt")
+        with pytest.raises(ValueError, match=r"zskt\.z was 4 and is 5.*choose another folder"):
+            distilled(tmp_path, tiny(zskt__z=5), data, teacher, "zskt")
+
+    def test_seeds_lie_side_by_side(self, tmp_path, data, teacher):
+        first, _ = distilled(tmp_path, tiny(), data, teacher, "zskt")
+        second, metrics = distilled(tmp_path, tiny(seed=1), data, teacher, "zskt")
+        assert metrics["seed"] == 1
+        assert not torch.equal(weights(first), weights(second))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0", "seed1"]
+
+    def test_an_unknown_method_gets_a_hint_and_leaves_no_folder(self, tmp_path, data, teacher):
+        with pytest.raises(ValueError, match="did you mean 'zskt'"):
+            distilled(tmp_path, tiny(), data, teacher, "zskr")
+        with pytest.raises(ValueError, match="unknown defence 'vs'"):
+            distilled(tmp_path, tiny(), data, teacher, "zskt+vs")
+        assert not list(tmp_path.iterdir())
+
+    def test_what_a_finished_run_gives_on_request(self, tmp_path, data, teacher):
+        chosen = tiny()
+        for label in ("clean", "zskt+sv"):
+            distilled(tmp_path, chosen, data, teacher, label)
+        clean, zskt = (Run(tmp_path / "seed0" / label) for label in ("clean", "zskt+sv"))
+        assert synthesize(zskt, chosen, data, teacher, 6).shape == (6, 1, 16, 16)
+        with pytest.raises(CheckpointError, match="has no generator"):
+            synthesize(clean, chosen, data, teacher, 6)
+        assert vaccine_of(zskt, chosen, teacher)(data.test_images[:5]).shape == (5, 10)
+        assert set(history(tmp_path, chosen, ["clean", "zskt+sv"])["label"]) == {"clean", "zskt+sv"}
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_distill_all_gives_every_method_in_the_order_asked_for(tmp_path, data):
+    labels = ["zskt+sr", "clean", "zskt"]
+    found = distill_all(tmp_path, tiny(), data, labels, with_teacher=True, workers=1)
+    assert list(found) == ["teacher", *labels]
+    assert {name: metrics["label"] for name, metrics in found.items()} == {name: name for name in found}
+    assert sorted(table(tmp_path)["label"]) == sorted(found)
+
+
+def test_table_has_one_row_per_run(tmp_path):
+    Run(tmp_path / "b" / "zskt").save_metrics({"acc": 0.9, "asr": 0.8, "defenses": {}})
+    Run(tmp_path / "a").save_metrics({"acc": 0.7, "label": "clean", "asr": None})
+    found = table(tmp_path)
+    assert found["run"].tolist() == ["a", "b/zskt"]
+    assert found["acc"].tolist() == [0.7, 0.9]
+    assert "defenses" not in found
+    assert table(tmp_path / "none").empty

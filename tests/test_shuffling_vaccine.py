@@ -1,0 +1,350 @@
+"""The Shuffling Vaccine: T~ in one pass against deep copies, its term against the literal formula, and verification."""
+
+import copy
+import math
+
+import literal
+import pytest
+import torch
+from torch import nn
+
+from abdlab import CleanKD, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, distill, suspicion
+from abdlab.defenses.shuffling_vaccine import shuffled_layers, tail_share
+from abdlab.evaluate import kl, log_kl
+from abdlab.sources import Batch
+
+CPU = torch.device("cpu")
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def vgg():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.ReLU(),
+    ]
+    layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+def grouped():
+    """Two groups, and a depthwise convolution that cannot be shuffled."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.ReLU()]
+    layers += [nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers).eval()
+
+
+def nets(wrn):
+    return {
+        "wrn-10-1": wrn("wrn-10-1", channels=3, classes=4),
+        "wrn-16-1": wrn("wrn-16-1", channels=3, classes=4),
+        "vgg": vgg(),
+        "grouped": grouped(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("wrn-10-1", n) for n in (1, 2, 3, 4, 5, 9)]
+    + [("wrn-16-1", n) for n in (3, 4, 5)]
+    + [("vgg", n) for n in (1, 2, 3)]
+    + [("grouped", 2)],
+)
+def test_shuffled_teacher_equals_deep_copies(double, wrn, name, last):
+    teacher = nets(wrn)[name].requires_grad_(False)
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())
+    copies = literal.shuffled_teachers(teacher, vaccine.permutations)
+    images = torch.rand(5, 3, 8, 8, generator=rng(1)).requires_grad_()
+    found, expected = vaccine(images), literal.shuffled_teacher(copies, images)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(vaccine.copies(images), torch.stack([c(images) for c in copies]))
+    weigh = torch.randn(found.shape, generator=rng(2))
+    slopes = [torch.autograd.grad((value * weigh).sum(), images)[0] for value in (found, expected)]
+    torch.testing.assert_close(*slopes)
+    assert not torch.allclose(expected, teacher(images), rtol=1e-3), "the shuffle must change something"
+
+
+def passes(teacher, vaccine, images):
+    """How often the teacher's first convolution runs, once the vaccine has chosen its way."""
+    vaccine(images)
+    count = []
+    handle = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda *_: count.append(1))
+    vaccine(images)
+    handle.remove()
+    return len(count)
+
+
+@pytest.mark.parametrize(("last", "expected"), [(3, 1), (4, 3), (5, 1), (6, 1), (9, 1)])
+def test_copies_share_one_pass_unless_a_path_goes_round_the_shuffle(wrn, last, expected):
+    # The last four begin with the second stage's shortcut: its other path meets the k copies unshuffled.
+    teacher = wrn("wrn-10-1", channels=3)
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())
+    assert passes(teacher, vaccine, torch.rand(4, 3, 8, 8)) == expected
+
+
+def test_a_first_batch_of_one_image_decides_rightly(wrn):
+    # With one image the k copies broadcast over a path that goes round the shuffle; with five they do not.
+    teacher = wrn("wrn-10-1", channels=3)
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, 4), 3, rng())
+    images = torch.rand(5, 3, 8, 8)
+    first = vaccine(images[:1])
+    torch.testing.assert_close(vaccine(images)[:1], first, rtol=1e-4, atol=1e-5)
+
+
+def test_shuffled_teacher_by_hand():
+    # x = (1, 10), W = [[1, 2], [3, 4]]: W x = (21, 43), with the columns swapped (12, 34); the mean is (16.5, 38.5)
+    teacher = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.Flatten())
+    with torch.no_grad():
+        teacher[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 2, 1, 1))
+    vaccine = ShuffledTeacher(teacher, ["0"], 2, permutations={"0": torch.tensor([[0, 1], [1, 0]])})
+    images = torch.tensor([1.0, 10.0]).view(1, 2, 1, 1)
+    assert vaccine(images).tolist() == [[16.5, 38.5]]
+    assert vaccine.copies(images)[:, 0].tolist() == [[21, 43], [12, 34]]
+
+
+def test_a_shuffle_keeps_the_weights_of_each_kernel(wrn):
+    teacher = wrn("wrn-16-1")
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, 5), 3, rng())
+    for j in range(3):
+        for name, shuffled in vaccine.weights(j).items():
+            original = teacher.get_parameter(name)
+            assert torch.equal(shuffled.flatten(1).sort(1).values, original.flatten(1).sort(1).values)
+
+
+def test_every_copy_and_layer_has_its_own_permutation(wrn):
+    teacher = wrn("wrn-16-1", width=16)
+    first, again, other = (ShuffledTeacher(teacher, shuffled_layers(teacher, 5), 3, rng(s)).permutations for s in (0, 0, 1))
+    flat = [tuple(order.tolist()) for orders in first.values() for order in orders]
+    assert len(set(flat)) == 15
+    assert all(sorted(order) == list(range(len(order))) for order in flat)
+    assert all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in first)
+
+
+def test_identity_permutations_give_the_teacher_itself(double, teacher):
+    names = shuffled_layers(teacher, 5)
+    identity = {n: torch.arange(teacher.get_submodule(n).in_channels).repeat(3, 1) for n in names}
+    vaccine = ShuffledTeacher(teacher.double(), names, 3, permutations=identity)
+    images = torch.rand(4, 1, 8, 8, generator=rng())
+    torch.testing.assert_close(vaccine(images), teacher(images))
+    scores = suspicion(vaccine, teacher, images)
+    assert scores.tolist() == [-12.0] * 4
+    assert tail_share(scores) == 0
+
+
+def test_shuffled_teacher_leaves_the_teacher_alone(teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    for last in (3, 4):
+        ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())(torch.rand(2, 1, 8, 8))
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
+
+
+def test_shuffled_layers_are_found_by_type(wrn):
+    assert shuffled_layers(wrn("wrn-16-2"), 5) == [
+        f"stage3.{n}" for n in ("0.conv1", "0.conv2", "0.shortcut", "1.conv1", "1.conv2")
+    ]
+    assert shuffled_layers(vgg(), 2) == ["4", "6"]
+    assert shuffled_layers(grouped(), 2) == ["2", "5"], "a depthwise convolution has nothing to shuffle"
+    for last in (0, 4):
+        with pytest.raises(ValueError, match=f"last {last} convolutions"):
+            shuffled_layers(vgg(), last)
+
+
+def test_unknown_layers_and_no_copies_are_errors(teacher, student):
+    with pytest.raises(ValueError, match=r"did you mean 'stage3.0.conv1'"):
+        ShufflingVaccine(layers=["stage3.0.conv_1"]).start(teacher, student, CPU, 0, 10)
+    with pytest.raises(ValueError, match="is no convolution"):
+        ShufflingVaccine(layers=["fc"]).start(teacher, student, CPU, 0, 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        ShuffledTeacher(teacher, ["conv1"], 0)
+
+
+def test_suspicion_equals_literal(double, wrn):
+    teacher = wrn(classes=4)
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, 3), 3, rng())
+    images = torch.rand(7, 1, 8, 8, generator=rng(1))
+    copies = literal.shuffled_teachers(teacher, vaccine.permutations)
+    with torch.no_grad():
+        expected = literal.suspicion(literal.shuffled_teacher(copies, images), teacher(images))
+    for batch in (1000, 3):
+        assert suspicion(vaccine, teacher, images, batch).tolist() == pytest.approx(expected)
+
+
+def test_suspicion_by_hand():
+    # KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 log 4/3 = .143841, log10 of it is -.84212
+    assert log_kl(torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()).item() == pytest.approx(-0.84212, abs=1e-5)
+
+
+def test_negative_round_off_makes_no_nan():
+    p = 10 * torch.randn(1000, 10, generator=rng())
+    q = p * (1 + 1e-7)
+    assert (kl(p, q) < 0).any(), "float32 round-off must be negative somewhere for this test to mean anything"
+    scores = log_kl(p, q)
+    assert scores.dtype == torch.float64
+    assert not scores.isnan().any()
+    assert scores.min() >= -12
+
+
+@pytest.mark.parametrize("sigma", [3.0, 1.0, 0.0])
+def test_tail_share_equals_literal(sigma):
+    scores = torch.cat([torch.randn(95, generator=rng()), torch.full((5,), -9.0)]).double()
+    assert tail_share(scores, sigma) == literal.tail_share(scores.tolist(), sigma)
+    assert tail_share(scores, 3.0) == 0.05
+
+
+def test_tail_share_of_nothing_and_of_equals():
+    assert tail_share(torch.full((5,), -12.0, dtype=torch.float64)) == 0
+    assert tail_share(torch.zeros(1, dtype=torch.float64)) == 0
+    assert not math.isnan(tail_share(torch.zeros(0, dtype=torch.float64)))
+
+
+def vaccinated(teacher, **settings):
+    """A vaccine that is on, with the first shuffle."""
+    sv = ShufflingVaccine(**{"layers": 3, "warmup": 0, "verify": False, **settings})
+    sv.start(teacher.requires_grad_(False), teacher, CPU, 0, 10)
+    sv.before(0)
+    return sv
+
+
+@pytest.mark.parametrize("per", ["agreeing", "batch"])
+@pytest.mark.parametrize("agreeing", ["some", "none", "all"])
+def test_synthesis_term_equals_literal(double, wrn, per, agreeing):
+    teacher = wrn(classes=3)
+    sv = vaccinated(teacher, per=per, alpha=0.3)
+    copies = literal.shuffled_teachers(teacher, sv.vaccine.permutations)
+    images = torch.rand(40, 1, 8, 8, generator=rng(1))
+    with torch.no_grad():
+        agree = literal.shuffled_teacher(copies, images).argmax(1) == teacher(images).argmax(1)
+    if not 0 < agree.sum() < len(agree):
+        # push T~ and T apart on half of the images, whatever the shuffle
+        images = torch.cat([images[:20], -5 * images[20:]])
+        with torch.no_grad():
+            agree = literal.shuffled_teacher(copies, images).argmax(1) == teacher(images).argmax(1)
+    assert 0 < agree.sum() < len(agree)
+    images = {"some": images, "none": images[~agree], "all": images[agree]}[agreeing].requires_grad_()
+    found = sv.synthesis_term(images, teacher(images))
+    expected = literal.synthesis_term(literal.shuffled_teacher(copies, images), teacher(images), 0.3, per)
+    torch.testing.assert_close(found, expected)
+    (slope,) = torch.autograd.grad(found, images)
+    assert slope.isfinite().all()
+    if agreeing == "none":
+        assert found == 0
+        assert not slope.any()
+    else:
+        torch.testing.assert_close(slope, torch.autograd.grad(expected, images)[0])
+        assert found < 0
+
+
+def test_the_divisors_differ_by_the_agreeing_share(teacher):
+    images = torch.rand(20, 1, 8, 8, generator=rng())
+    terms = [vaccinated(teacher, per=per).synthesis_term(images, teacher(images)) for per in ("agreeing", "batch")]
+    agree = (vaccinated(teacher).vaccine(images).argmax(1) == teacher(images).argmax(1)).float().mean()
+    torch.testing.assert_close(terms[1], terms[0] * agree)
+
+
+def test_the_vaccine_is_on_between_warmup_and_stop(teacher):
+    sv = vaccinated(teacher, warmup=0.2, stop=0.7)
+    images = torch.rand(4, 1, 8, 8)
+    found = []
+    for index in range(10):
+        sv.before(index)
+        found.append(sv.synthesis_term(images, teacher(images)) is not None)
+    assert found == [False] * 2 + [True] * 5 + [False] * 3
+
+
+class Pointwise(nn.Module):
+    """Logits = 5 x the mean of each of four channels. Shuffling its input channels changes nothing for a grey image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(5 * torch.eye(4).view(4, 4, 1, 1))
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+def coloured(n, grey):
+    """n images of one strong channel each, the first ``grey`` of them with four equal channels instead."""
+    images = torch.eye(4)[torch.arange(n) % 4][:, :, None, None] + 0.1 * torch.rand(n, 4, 2, 2, generator=rng())
+    images[:grey] = 0.5
+    return images
+
+
+def pool(images, **settings):
+    """A run on these images alone, whose vaccine verifies on them after one step; (vaccine, steps)."""
+    source = CleanKD(images, torch.zeros(len(images), dtype=torch.long), share=1, epochs=4, batch_size=len(images), lr=1e-3)
+    sv = ShufflingVaccine(**{"layers": 1, "warmup": 0.25, **settings})
+    return sv, list(distill(Pointwise(), Pointwise(), source, defenses=[sv], device="cpu"))
+
+
+def test_a_shuffle_that_images_survive_is_verified():
+    # 5 % at the floor of -12 among scores near 0: sqrt(.95 / .05) = 4.4 std below the mean
+    sv, steps = pool(coloured(100, grey=5))
+    report = sv.report()
+    assert report["found"]
+    assert report["verified"]
+    assert report["suspicious_shares"][-1] == pytest.approx(0.05)
+    assert report["tries"] == len(report["suspicious_shares"]) <= 8
+    assert report["layers"] == ["conv"]
+    assert all(share <= 0.02 for share in report["suspicious_shares"][:-1])
+    assert [len(step.events) for step in steps] == [0, 1, 0, 0]
+    assert f"found at try {report['tries']}, 5.0%" in steps[1].events[0]
+
+
+@pytest.mark.parametrize("grey", [1, 100])
+def test_no_vaccine_is_said_loudly(grey):
+    # one suspicious image of a hundred is under the threshold; when all are, none stands out
+    with pytest.warns(VaccineNotFound, match="no shuffling vaccine was found in 8 tries"):
+        sv, steps = pool(coloured(100, grey))
+    assert not sv.report()["found"]
+    assert not sv.report()["verified"]
+    assert len(sv.report()["suspicious_shares"]) == 8
+    assert "The vaccine is off" in steps[1].events[0]
+    assert sv.synthesis_term(coloured(4, 0), Pointwise()(coloured(4, 0))) is None
+
+
+def test_tries_and_threshold_are_kept():
+    with pytest.warns(VaccineNotFound, match="in 3 tries: at most 5.0%"):
+        sv, _ = pool(coloured(100, grey=5), threshold=0.05, tries=3)
+    assert sv.report()["tries"] == 3
+
+
+def test_an_unverified_vaccine_says_so():
+    sv, steps = pool(coloured(20, grey=0), verify=False)
+    assert sv.report()["found"]
+    assert not sv.report()["verified"]
+    assert "without verification" in steps[1].events[0]
+
+
+def test_an_empty_pool_is_an_error():
+    with pytest.raises(ValueError, match="no synthetic images to verify on"):
+        pool(coloured(20, grey=1), warmup=0)
+
+
+def test_the_pool_keeps_the_latest_images_in_bounded_memory(teacher, student):
+    sv = ShufflingVaccine(pool=10, warmup=0.9)
+    sv.start(teacher, student, CPU, 0, 100)
+    for i in range(30):
+        sv.observe(Batch(torch.full((4, 1, 8, 8), float(i)), torch.zeros(4, 10)))
+    kept = torch.cat(sv.state()["seen"])[:, 0, 0, 0].tolist()
+    assert 10 <= len(kept) < 14
+    assert kept == sorted(kept)
+    assert kept[-10:] == [27, 27, *[28] * 4, *[29] * 4]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"per": "sample"}, {"warmup": 1}, {"stop": 1.5}, {"tries": 0}, {"pool": 1}], ids=lambda w: next(iter(w))
+)
+def test_impossible_settings_are_errors(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ShufflingVaccine(**wrong)

@@ -1,0 +1,211 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abdlab.triggers import CORNERS, TRIGGERS, Trigger, badnet_grid, badnet_sq, blend, sig, trigger_from, trojan_wm
+
+NAMES = sorted(TRIGGERS)
+PATCHES = ("badnet_grid", "badnet_sq")
+
+sides = st.integers(8, 40)
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), sides, sides)
+
+
+def pictures(shape, seed=0):
+    """Random images, with a pure black and a pure white row, where ranges are easily left."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    images[..., 0, :], images[..., -1, :] = 0, 1
+    return images
+
+
+def grey(height=8, width=8, channels=1, value=0.5):
+    return torch.full((1, channels, height, width), value)
+
+
+class TestEveryTrigger:
+    @given(name=st.sampled_from(NAMES), shape=shapes, seed=st.integers(0, 99))
+    @settings(max_examples=100, deadline=None)
+    def test_keeps_shape_type_range_and_input(self, name, shape, seed):
+        images = pictures(shape, seed)
+        before = images.clone()
+        out = Trigger(name)(images)
+        assert out.shape == images.shape
+        assert out.dtype == images.dtype
+        assert out.min() >= 0
+        assert out.max() <= 1
+        assert torch.equal(images, before)
+        assert not torch.equal(out, images)
+        assert torch.equal(out, Trigger(name)(images))
+
+    @given(name=st.sampled_from(NAMES), shape=shapes)
+    @settings(max_examples=50, deadline=None)
+    def test_treats_every_image_alike_whatever_the_batch(self, name, shape):
+        images = pictures(shape)
+        one_by_one = torch.cat([Trigger(name)(image[None]) for image in images])
+        assert torch.equal(Trigger(name)(images), one_by_one)
+
+    @given(name=st.sampled_from(PATCHES), shape=shapes, corner=st.sampled_from(CORNERS), margin=st.integers(0, 3))
+    @settings(max_examples=100, deadline=None)
+    def test_a_patch_twice_is_the_patch_and_touches_nothing_else(self, name, shape, corner, margin):
+        trigger = Trigger(name, {"size": 4, "corner": corner, "margin": margin})
+        images = pictures(shape)
+        out = trigger(images)
+        assert torch.equal(trigger(out), out)
+        rows = slice(margin, margin + 4) if "top" in corner else slice(shape[2] - margin - 4, shape[2] - margin)
+        cols = slice(margin, margin + 4) if "left" in corner else slice(shape[3] - margin - 4, shape[3] - margin)
+        inside = torch.zeros(shape[2:], dtype=torch.bool)
+        inside[rows, cols] = True
+        assert torch.equal(out[..., ~inside], images[..., ~inside])
+        assert (out[..., inside] == out[:1, :1, inside]).all()  # the same patch in every image and channel
+
+
+class TestPatches:
+    def test_square_by_hand(self):
+        expected = grey(5, 6)
+        expected[..., 3:, 4:] = 0.75
+        assert torch.equal(badnet_sq(grey(5, 6), size=2, value=0.75), expected)
+
+    def test_margin_and_corner_by_hand(self):
+        expected = grey(5, 6)
+        expected[..., 1:3, 1:3] = 1
+        assert torch.equal(badnet_sq(grey(5, 6), size=2, corner="top_left", margin=1), expected)
+
+    def test_grid_by_hand(self):
+        patch = badnet_grid(grey(), size=3)[0, 0, -3:, -3:]
+        assert patch.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+
+    @pytest.mark.parametrize(("side", "expected"), [(8, 2), (16, 2), (32, 3), (64, 6)])
+    def test_default_size_of_the_square(self, side, expected):
+        changed = badnet_sq(grey(side, side)) != grey(side, side)
+        assert changed.sum() == expected**2
+
+    def test_a_patch_larger_than_the_image_is_cut(self):
+        assert torch.equal(badnet_sq(grey(4, 6), size=10), torch.ones(1, 1, 4, 6))
+
+    @pytest.mark.parametrize("name", PATCHES)
+    @pytest.mark.parametrize("size", [0, -1])
+    def test_a_patch_has_a_positive_size(self, name, size):
+        with pytest.raises(ValueError, match="size"):
+            Trigger(name, {"size": size})(grey())
+
+
+class TestBlend:
+    def test_by_hand(self):
+        noise = torch.rand((3, 8, 8), generator=torch.Generator().manual_seed(7))
+        images = pictures((2, 3, 8, 8))
+        assert torch.allclose(blend(images, alpha=0.25, pattern_seed=7), 0.75 * images + 0.25 * noise)
+
+    def test_the_ends_of_alpha(self):
+        images = pictures((2, 3, 8, 8))
+        assert torch.equal(blend(images, alpha=0), images)
+        assert torch.equal(blend(images, alpha=1)[0], blend(images, alpha=1)[1])
+
+    def test_the_pattern_follows_its_seed(self):
+        assert not torch.equal(blend(grey(), pattern_seed=0), blend(grey(), pattern_seed=1))
+
+
+class TestSig:
+    def test_amplitude_by_hand(self):
+        # one period over 8 columns: 0, 1, 0 and -1 strengths at columns 0, 2, 4 and 6
+        row = sig(grey(), strength=0.25, frequency=1)[0, 0, 0]
+        r = 0.25 / math.sqrt(2)
+        expected = [0.5, 0.5 + r, 0.75, 0.5 + r, 0.5, 0.5 - r, 0.25, 0.5 - r]
+        assert row.tolist() == pytest.approx(expected, abs=1e-6)
+
+    def test_every_row_is_the_same_and_the_default_is_20_of_255(self):
+        change = sig(grey(5, 24)) - grey(5, 24)
+        assert torch.equal(change[0, 0, 0].expand(5, -1), change[0, 0])
+        assert change.max().item() == pytest.approx(20 / 255, abs=1e-6)
+        # six periods: six maxima
+        row = change[0, 0, 0]
+        assert (row > 0.9 * 20 / 255).sum() == 6
+
+    def test_is_cut_at_black_and_white(self):
+        assert sig(grey(value=1.0), strength=0.5, frequency=1).max() == 1
+        assert sig(grey(value=0.0), strength=0.5, frequency=1).min() == 0
+
+
+class TestWatermark:
+    @given(shape=shapes, alpha=st.floats(0.05, 1))
+    @settings(max_examples=50, deadline=None)
+    def test_marks_get_brighter_the_rest_stays(self, shape, alpha):
+        images = 0.9 * pictures(shape)
+        out = trojan_wm(images, alpha=alpha)
+        marked = (trojan_wm(torch.zeros(1, 1, *shape[2:]), alpha=1.0) > 0)[0, 0]
+        assert torch.equal(out[..., ~marked], images[..., ~marked])
+        assert (out[..., marked] > images[..., marked]).all()
+        assert torch.allclose(out[..., marked], (1 - alpha) * images[..., marked] + alpha, atol=1e-6)
+        assert 0.05 < marked.float().mean() < 0.75
+
+    def test_white_stays_white(self):
+        assert torch.equal(trojan_wm(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 16, 16))
+
+
+class TestNames:
+    @given(first=st.sampled_from(NAMES), second=st.sampled_from(NAMES))
+    @settings(max_examples=25, deadline=None)
+    def test_a_plus_b_is_b_of_a(self, first, second):
+        images, a, b = pictures((2, 3, 9, 12)), Trigger(first), Trigger(second)
+        assert torch.equal((a + b)(images), b(a(images)))
+        assert torch.equal(trigger_from(f"{first}+{second}")(images), b(a(images)))
+        assert str(a + b) == f"{first}+{second}"
+
+    def test_grouping_does_not_matter(self):
+        images, (a, b, c) = pictures((1, 1, 9, 9)), map(Trigger, ("blend", "sig", "badnet_sq"))
+        assert torch.equal(((a + b) + c)(images), (a + (b + c))(images))
+        assert torch.equal((a + b + c)(images), c(b(a(images))))
+
+    def test_a_card_goes_through_json(self):
+        trigger = Trigger("badnet_sq", {"size": 3, "corner": "top_left"}) + Trigger("blend", {"alpha": 0.3}) + Trigger("sig")
+        again = trigger_from(json.loads(json.dumps(trigger.card())))
+        assert again == trigger
+        images = pictures((2, 1, 12, 12))
+        assert torch.equal(again(images), trigger(images))
+
+    def test_trigger_from_passes_triggers_and_takes_parameters(self):
+        trigger = Trigger("blend")
+        assert trigger_from(trigger) is trigger
+        assert trigger_from("badnet_sq", {"size": 5}) == Trigger("badnet_sq", {"size": 5})
+        with pytest.raises(ValueError, match="parameters need a single trigger"):
+            trigger_from("badnet_sq+blend", {"size": 5})
+
+    def test_only_sig_is_clean_label(self):
+        assert [name for name in NAMES if Trigger(name).clean_label] == ["sig"]
+        assert (Trigger("sig") + Trigger("sig")).clean_label
+        assert not (Trigger("sig") + Trigger("blend")).clean_label
+
+    def test_hints_for_wrong_names(self):
+        with pytest.raises(ValueError, match="unknown trigger 'badnet_sqr': did you mean 'badnet_sq'"):
+            Trigger("badnet_sqr")
+        with pytest.raises(ValueError, match="unknown parameter of blend 'alfa': did you mean 'alpha'"):
+            Trigger("blend", {"alfa": 0.1})
+        with pytest.raises(ValueError, match="unknown corner 'bottom_rigth': did you mean 'bottom_right'"):
+            Trigger("badnet_sq", {"corner": "bottom_rigth"})(grey())
+        with pytest.raises(ValueError, match="unknown key of a trigger's card 'parms': did you mean 'params'"):
+            trigger_from({"name": "blend", "parms": {}})
+
+    def test_a_card_without_a_name_is_an_error(self):
+        with pytest.raises(ValueError, match="name"):
+            trigger_from({"params": {}})
+
+    @pytest.mark.parametrize(
+        ("name", "parameter", "value"),
+        [
+            ("badnet_sq", "value", 1.5),
+            ("badnet_sq", "value", -0.1),
+            ("badnet_sq", "margin", -1),
+            ("badnet_sq", "margin", 8),
+            ("badnet_grid", "margin", -1),
+            ("blend", "alpha", 1.01),
+            ("sig", "strength", -0.1),
+            ("sig", "strength", float("nan")),
+            ("trojan_wm", "alpha", 2),
+        ],
+    )
+    def test_values_out_of_range(self, name, parameter, value):
+        with pytest.raises(ValueError, match=parameter):
+            Trigger(name, {parameter: value})(grey())
