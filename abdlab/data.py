@@ -260,7 +260,8 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
         rows = offset[0, :, None] + torch.arange(height, device=images.device)
         cols = offset[1, :, None] + torch.arange(width, device=images.device)
         index = torch.arange(n, device=images.device)[:, None, None]
-        images = padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        # contiguous(): strides that look like channels_last would put the whole network in that format (see models.place)
+        images = padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
     if flip:
         mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)

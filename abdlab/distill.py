@@ -17,7 +17,7 @@ from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.models import place
-from abdlab.sources.source import Source
+from abdlab.sources.source import Source, clip_gradients
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Step:
         total: length of the stream.
         losses: the step's mean loss terms by name, weights included.
         acc, asr: shares in [0, 1], on steps where an exam was held; else None.
-        images: a few of the step's inputs (N, C, H, W) on the CPU, now and then; else None.
+        images: up to 64 of the step's inputs (N, C, H, W) on the CPU, now and then; else None.
         events: what a reader must know, as sentences (a vaccine found or not, a defence that begins).
         seconds: since this process began the stream.
     """
@@ -111,6 +111,10 @@ def distill(
             )
         index = old["index"]
         replaced = old["optimizer_since"]
+        if replaced[0] not in [None, *(d.name for d in defenses)]:
+            raise CheckpointError(
+                f"{found} was saved after {replaced[0]} had replaced the optimiser: branch from an earlier one to leave it out"
+            )
         try:
             student.load_state_dict(state["student"])
             source.restore(state["source"])
@@ -124,14 +128,18 @@ def distill(
             if schedule is not None:
                 schedule.load_state_dict(state["schedule"])
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{found} does not fit these networks: {str(error).splitlines()[0]}") from error
+            reason = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+            raise CheckpointError(f"{found} does not fit these networks: {reason}") from error
     else:
         replaced = [None]
 
-    def save(path: Path) -> None:
+    def check() -> None:
         bad = next((name for name, p in student.named_parameters() if not torch.isfinite(p).all()), None)
         if bad:
             raise Diverged(f"after step {index} the student's {bad} is not finite; {_last_good(checkpoint)}")
+
+    def save(path: Path) -> None:
+        check()
         state = {
             "student": student.state_dict(),
             "source": source.state(),
@@ -157,6 +165,8 @@ def distill(
             losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
             index += 1
             last, measured, shown = index == total, {}, None
+            if last:
+                check()
             if exam and (last or (exam_every and index % exam_every == 0)):
                 measured = exam(student)
                 student.train()
@@ -198,17 +208,14 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
                     terms[defense.name] = term
             optimizer.zero_grad(set_to_none=True)
             sum(terms.values()).backward()
-            if source.clip is not None:
-                nn.utils.clip_grad_norm_(student.parameters(), source.clip, error_if_nonfinite=True)
+            clip_gradients(student, source.clip, terms)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
-    except RuntimeError as error:
-        if "non-finite" not in str(error):
-            raise
-        raise Diverged(f"at step {index + 1} a gradient is not finite; {_last_good(checkpoint)}") from error
+    except Diverged as error:
+        raise Diverged(f"at step {index + 1} {error}; {_last_good(checkpoint)}") from None
     values = (torch.stack([v.double() if v.device.type != "mps" else v for v in sums.values()]) / source.student_steps).tolist()
     losses = dict(zip(sums, values, strict=True))
     for name, value in losses.items():

@@ -33,11 +33,12 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
         same = inside == outside and stride == 1
-        self.shortcut = None if same else nn.Conv2d(inside, outside, 1, stride, bias=False)
+        # its stride is taken before it: the same numbers, and never oneDNN's strided 1x1 weight gradient (see place)
+        self.stride, self.shortcut = stride, None if same else nn.Conv2d(inside, outside, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         act = F.relu(self.bn1(x))
-        skip = x if self.shortcut is None else self.shortcut(act)
+        skip = x if self.shortcut is None else self.shortcut(act[:, :, :: self.stride, :: self.stride])
         return self.conv2(F.relu(self.bn2(self.conv1(act)))) + skip
 
 

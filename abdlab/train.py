@@ -61,7 +61,7 @@ def train(
     if schedule == "cosine":
         rate = CosineAnnealingLR(sgd, epochs * per_epoch)
     else:
-        rate = OneCycleLR(sgd, max_lr=lr, total_steps=epochs * per_epoch)
+        rate = OneCycleLR(sgd, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False)
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
     try:
         for epoch in range(1, epochs + 1):

@@ -1,5 +1,6 @@
 """The two lists of dependencies agree, notebooks are clean, and the Makefile's commands are those of the README."""
 
+import itertools
 import json
 import re
 import tomllib
@@ -23,7 +24,8 @@ def test_environment_yml_names_the_same_dependencies_as_pyproject():
 
 def test_every_dependency_states_a_lower_bound():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    everything = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    everything = [*project["dependencies"], *itertools.chain(*extras)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", d) for d in everything)
 
 

@@ -326,9 +326,11 @@ def test_an_unverified_vaccine_says_so():
     assert "without verification" in steps[1].events[0]
 
 
-def test_an_empty_pool_is_an_error():
-    with pytest.raises(ValueError, match="no synthetic images to verify on"):
-        pool(coloured(20, grey=1), warmup=0)
+def test_verification_has_at_least_one_pseudo_batch_to_look_at():
+    with pytest.warns(VaccineNotFound):
+        sv, steps = pool(coloured(100, grey=1), warmup=0)
+    assert [len(step.events) for step in steps] == [0, 1, 0, 0]
+    assert len(sv.report()["suspicious_shares"]) == 8
 
 
 def test_the_pool_keeps_the_latest_images_in_bounded_memory(teacher, student):

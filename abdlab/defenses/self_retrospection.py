@@ -61,7 +61,7 @@ def implicit_gradient(
     (inner_grad,) = torch.autograd.grad(inner_objective(logits, perturbed, delta, penalty), [delta], create_graph=True)
     phi = delta - step * inner_grad
     v = outer_grad
-    for _ in range(iterations):
+    for _ in range(iterations - 1):
         (pushed,) = torch.autograd.grad(phi, [delta], grad_outputs=v, retain_graph=True)
         v = pushed + outer_grad
     return torch.autograd.grad(phi, weights, grad_outputs=v, allow_unused=True, materialize_grads=True)
@@ -138,16 +138,18 @@ class SelfRetrospection(Defense):
 
     def start(self, teacher, student, device, seed, length):
         super().start(teacher, student, device, seed, length)
-        self.first, self.active = round(self.start_share * length), False
+        self.first = min(round(self.start_share * length), length - 1)
+        self.began: int | None = None
         self.scale: Tensor | None = None
 
     def before(self, index):
-        begins = index >= self.first and not self.active
-        self.active = index >= self.first
-        return [f"self-retrospection: on from pseudo-batch {index}"] if begins and index == self.first else []
+        if index < self.first or self.began is not None:
+            return []
+        self.began = index
+        return [f"self-retrospection: on from pseudo-batch {index}"]
 
     def optimizer(self, index, steps_left):
-        if index != self.first or self.lr is None:
+        if index != self.began or self.lr is None:
             return None
         adam = Adam(self.student.parameters(), lr=self.lr, fused=True)
         return adam, CosineAnnealingLR(adam, steps_left)
@@ -156,7 +158,7 @@ class SelfRetrospection(Defense):
         self.steps = 0
 
     def student_term(self, batch: Batch, logits: Tensor):
-        if not self.active:
+        if self.began is None:
             return None
         images = batch.images[: max(1, round(self.fraction * len(batch.images)))]
         if self.scale is None:
@@ -191,5 +193,12 @@ class SelfRetrospection(Defense):
         surrogate = sum((p * g.detach()).sum() for p, g in zip(weights, found, strict=True))
         return self.weight * (surrogate - surrogate.detach())
 
+    def state(self):
+        return {**super().state(), "began": self.began}
+
+    def restore(self, state):
+        super().restore(state)
+        self.began = state["began"]
+
     def report(self):
-        return {"from_pseudo_batch": self.first, "order": self.order, "perturb": self.perturb}
+        return {"from_pseudo_batch": self.began, "order": self.order, "perturb": self.perturb}

@@ -13,6 +13,9 @@ from abdlab.defenses.defense import Defense
 from abdlab.evaluate import kl, log_kl
 from abdlab.features import module_at
 
+#: whose kernels have the input channels in their second dimension (transposed ones have not)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class VaccineNotFound(UserWarning):
     """No shuffle of the teacher passed verification, so that the Shuffling Vaccine stays off."""
@@ -26,7 +29,7 @@ def shuffled_layers(model: nn.Module, last: int) -> list[str]:
     Raises:
         ValueError: when the model has fewer.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd) and m.in_channels > m.groups]
+    names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.in_channels > m.groups]
     if last < 1 or last > len(names):
         raise ValueError(
             f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled"
@@ -71,7 +74,7 @@ class ShuffledTeacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Mean logits (N, classes) of the k copies; differentiable to the images."""
         if self._one_pass is None:
-            self._one_pass = self._agrees(images[:2].detach())
+            self._one_pass = self._agrees(images[:1].detach().expand(2, *images.shape[1:]))
         return self._shared(images) if self._one_pass else self.copies(images).mean(0)
 
     def copies(self, images: Tensor) -> Tensor:
@@ -104,7 +107,10 @@ class ShuffledTeacher:
     @torch.no_grad()
     def _agrees(self, images: Tensor) -> bool:
         try:
-            return torch.allclose(self._shared(images), self.copies(images).mean(0), rtol=1e-3, atol=1e-3)
+            wanted = self.copies(images).mean(0)
+            return torch.allclose(self._shared(images), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # shapes clash: a path around the first shuffled layer meets the k copies
             return False
 
@@ -121,7 +127,9 @@ def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batc
 
 
 def tail_share(scores: Tensor, sigma: float = 3.0) -> float:
-    """Share of the scores below mean - sigma x std; a Gaussian has .00135 below 3."""
+    """Share of the scores below mean - sigma x std; a Gaussian has .00135 below 3. Of no scores it is 0."""
+    if len(scores) == 0:
+        return 0.0
     return (scores < scores.mean() - sigma * scores.std(correction=0)).double().mean().item()
 
 
@@ -137,7 +145,8 @@ class ShufflingVaccine(Defense):
             WRN-16-2, where they are the third stage.
         alpha: weight of the synthesis term. With ``per="agreeing"`` the sum is divided by the number of agreeing
             samples (official code), with ``per="batch"`` by the batch size.
-        warmup: undefended share of the run, in [0, 1), whose images fill the verification pool.
+        warmup: undefended share of the run, in [0, 1), whose images fill the verification pool; at least one pseudo-batch
+            when it verifies. A run that branches into the vaccine warms up from there.
         stop: share of the run after which the vaccine is off (the lambda of the paper).
         tries: shuffles to try; the first that verifies is used.
         sigma, threshold: a shuffle verifies when more than ``threshold`` of the pool scores below mean - sigma x std.
@@ -182,7 +191,8 @@ class ShufflingVaccine(Defense):
         self.vaccine: ShuffledTeacher | None = None
         self.shares: list[float] = []
         self.decided = False
-        self.first, self.last = round(self.warmup * length), round(self.stop * length)
+        self.began: int | None = None
+        self.last = round(self.stop * length)
         self.seen: list[Tensor] = []
         self.active = False
 
@@ -191,15 +201,17 @@ class ShufflingVaccine(Defense):
         if isinstance(self.layers, int):
             return shuffled_layers(teacher, self.layers)
         for name in self.layers:
-            if not isinstance(module_at(teacher, name), nn.modules.conv._ConvNd):
+            if not isinstance(module_at(teacher, name), CONVOLUTIONS):
                 raise ValueError(f"{name} is no convolution, and only convolutions are shuffled")
         return list(self.layers)
 
     def before(self, index):
         events = []
-        if not self.decided and index >= self.first:
+        self.began = index if self.began is None else self.began
+        warm = max(round(self.warmup * self.length), 1 if self.verify else 0)
+        if not self.decided and index >= self.began + warm:
             events = self._decide()
-        self.active = self.vaccine is not None and self.first <= index < self.last
+        self.active = self.vaccine is not None and index < self.last
         return events
 
     def observe(self, batch):
@@ -222,8 +234,6 @@ class ShufflingVaccine(Defense):
         if not self.verify:
             self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, self.rng)
             return ["shuffling vaccine: the first shuffle is used without verification"]
-        if not self.seen:
-            raise ValueError("the vaccine has no synthetic images to verify on: set warmup above 0, or verify=False")
         images = torch.cat(self.seen)[-self.pool :]
         self.seen = []
         for number in range(1, self.tries + 1):
@@ -243,6 +253,7 @@ class ShufflingVaccine(Defense):
         return {
             **super().state(),
             "decided": self.decided,
+            "began": self.began,
             "shares": self.shares,
             "seen": self.seen,
             "permutations": None if self.vaccine is None else self.vaccine.permutations,
@@ -250,7 +261,7 @@ class ShufflingVaccine(Defense):
 
     def restore(self, state):
         super().restore(state)
-        self.decided, self.shares = state["decided"], list(state["shares"])
+        self.decided, self.began, self.shares = state["decided"], state["began"], list(state["shares"])
         self.seen = [part.to(self.device) for part in state["seen"]]
         if state["permutations"] is not None:
             self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, permutations=state["permutations"])

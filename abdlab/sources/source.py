@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from abdlab.errors import Diverged
 
 
 @dataclass
@@ -29,6 +31,20 @@ class Batch:
     features: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def clip_gradients(model: nn.Module, norm: float | None, losses: Mapping[str, Tensor]) -> None:
+    """Clip to a norm; raise :class:`Diverged` naming the first loss that is not finite, when the gradient is not.
+
+    Scaling by an infinite norm would turn every weight into NaN: the step is never taken.
+    """
+    limit = float("inf") if norm is None else norm
+    total = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if not torch.isfinite(total):
+        bad = next((name for name, value in losses.items() if not torch.isfinite(value)), None)
+        raise Diverged(
+            f"the loss {bad!r} is {losses[bad].item()}" if bad else f"the gradient of {'+'.join(losses)} is not finite"
+        )
 
 
 class Source:

@@ -14,7 +14,7 @@ from abdlab.checkpoint import load_optimizer
 from abdlab.evaluate import kl
 from abdlab.features import frozen, record
 from abdlab.models import normalization, place, seeded
-from abdlab.sources.source import Batch, Source
+from abdlab.sources.source import Batch, Source, clip_gradients
 
 
 class Generator(nn.Module):
@@ -152,7 +152,7 @@ class ZSKT(Source):
                 losses[f"{defense.name}_synthesis"] = term
         self.generator_optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(self.generator.parameters(), self.clip, error_if_nonfinite=True)
+        clip_gradients(self.generator, self.clip, losses)
         self.generator_optimizer.step()
         self.generator_schedule.step()
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
@@ -171,12 +171,14 @@ class ZSKT(Source):
         return logits, self._kd(batch.logits, logits), terms
 
     @torch.no_grad()
-    def synthesize(self, n: int) -> Tensor:
-        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with."""
-        batches = [
-            self.generator(torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device))
-            for _ in range(-(-n // self.batch_size))
-        ]
+    def synthesize(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with.
+
+        Leaves the run's own random numbers and the generator's statistics alone.
+        """
+        rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
+        with frozen(self.generator):
+            batches = [self.generator(torch.randn(self.batch_size, self.z, generator=rng).to(self.device)) for _ in range(count)]
         return torch.cat(batches)[:n]
 
     def state(self):
