@@ -145,6 +145,9 @@ class ShufflingVaccine(Defense):
             WRN-16-2, where they are the third stage.
         alpha: weight of the synthesis term. With ``per="agreeing"`` the sum is divided by the number of agreeing
             samples (official code), with ``per="batch"`` by the batch size.
+        cap: KL, in nats, above which a sample is not pushed further; None is the paper's unbounded term. It has no upper limit
+            even where both agree, and once the student is good it outweighs the generator's own loss: on digits the
+            generator then makes nothing but extreme images of one class. With a cap only suspicious samples are pushed.
         warmup: undefended share of the run, in [0, 1), whose images fill the verification pool; at least one pseudo-batch
             when it verifies. A run that branches into the vaccine warms up from there.
         stop: share of the run after which the vaccine is off (the lambda of the paper).
@@ -164,6 +167,7 @@ class ShufflingVaccine(Defense):
         layers: int | Sequence[str] = 5,
         alpha: float = 0.1,
         per: str = "agreeing",
+        cap: float | None = None,
         warmup: float = 0.1,
         stop: float = 1.0,
         tries: int = 8,
@@ -179,7 +183,9 @@ class ShufflingVaccine(Defense):
         if tries < 1 or pool < 2:
             raise ValueError(f"tries must be at least 1 and pool at least 2, not {tries} and {pool}")
         self.k, self.layers, self.alpha, self.per, self.warmup, self.stop = k, layers, alpha, per, warmup, stop
-        self.tries, self.sigma, self.threshold, self.pool, self.verify = tries, sigma, threshold, pool, verify
+        if cap is not None and cap <= 0:
+            raise ValueError(f"cap is a KL in nats above 0, or None, not {cap}")
+        self.cap, self.tries, self.sigma, self.threshold, self.pool, self.verify = cap, tries, sigma, threshold, pool, verify
 
     @property
     def name(self) -> str:
@@ -225,7 +231,8 @@ class ShufflingVaccine(Defense):
             return None
         shuffled = self.vaccine(images)
         agree = shuffled.argmax(1) == teacher_logits.argmax(1)
-        per_sample = kl(shuffled, teacher_logits) / teacher_logits.shape[1] * agree
+        per_sample = kl(shuffled, teacher_logits).clamp_max(self.cap) if self.cap else kl(shuffled, teacher_logits)
+        per_sample = per_sample / teacher_logits.shape[1] * agree
         count = agree.sum().clamp_min(1) if self.per == "agreeing" else len(images)
         return -self.alpha * per_sample.sum() / count
 
