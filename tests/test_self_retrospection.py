@@ -263,3 +263,50 @@ def test_a_short_run_has_it_for_at_least_one_step(wrn):
 def test_impossible_settings_are_errors(wrong, message):
     with pytest.raises(ValueError, match=message):
         SelfRetrospection(**wrong)
+
+
+@pytest.mark.parametrize("anchor", ["detached", "teacher"])
+def test_an_anchor_takes_no_gradient_and_only_the_perturbed_answer_moves(wrn, anchor):
+    """By hand: the term is KL(anchor || S(x + delta)), so its gradient is that with the anchor as a constant."""
+    teacher, student = wrn(seed=1), wrn(seed=2).train()
+    sr = SelfRetrospection(start=0, weight=3.0, inner_steps=2, anchor=anchor)
+    sr.start(teacher, student, torch.device("cpu"), 0, 10)
+    sr.before(0)
+    images = torch.rand(6, 1, 8, 8)
+    batch = Batch(images, teacher(images).detach())
+    sr.observe(batch)
+    term = sr.student_term(batch, student(images))
+    fixed = batch.logits if anchor == "teacher" else student(images).detach()
+    expected = 3 * literal.mean_kl(fixed, student(images + sr.delta * sr.scale))
+    torch.testing.assert_close(term, expected)
+    found = torch.autograd.grad(term, student.fc.weight)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(expected, student.fc.weight)[0])
+
+
+def test_delta_is_found_anew_every_so_many_student_steps(wrn):
+    teacher, student = wrn(seed=1), wrn(seed=2).train()
+    sr = SelfRetrospection(start=0, inner_steps=1, delta_every=2)
+    sr.start(teacher, student, torch.device("cpu"), 0, 10)
+    sr.before(0)
+    images, deltas = torch.rand(6, 1, 8, 8), []
+    batch = Batch(images, teacher(images).detach())
+    for _ in range(2):
+        sr.observe(batch)
+        for _ in range(3):
+            sr.student_term(batch, student(images))
+            deltas.append(sr.delta)
+    same = [torch.equal(a, b) for a, b in zip(deltas, deltas[1:], strict=False)]
+    assert same == [True, False, False, True, False]  # a pseudo-batch begins with a new one
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"anchor": "nobody"}, "anchor is"),
+        ({"anchor": "teacher", "order": 2}, "order 2"),
+        ({"delta_every": 0}, "delta_every counts"),
+    ],
+)
+def test_options_that_cannot_be(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SelfRetrospection(**options)

@@ -350,3 +350,17 @@ def test_the_pool_keeps_the_latest_images_in_bounded_memory(teacher, student):
 def test_impossible_settings_are_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ShufflingVaccine(**wrong)
+
+
+def test_the_cap_bounds_each_samples_kl(wrn):
+    # three samples of two classes; the last one disagrees and does not count
+    shuffled, logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([[9.0, 0.0], [1.1, 0.0], [0.0, 1.0]])
+    far, near, _ = (literal.kl(p, q).item() for p, q in zip(shuffled, logits, strict=True))
+    assert near < 0.05 < far
+    for cap, wanted in ((None, far + near), (0.05, 0.05 + near)):
+        sv = ShufflingVaccine(layers=1, verify=False, alpha=0.5, cap=cap)
+        sv.start(wrn(seed=1), wrn(seed=2), CPU, 0, 10)
+        sv.vaccine, sv.active = lambda images: shuffled, True  # a vaccine whose answers are known
+        assert sv.synthesis_term(torch.zeros(3, 1, 8, 8), logits).item() == pytest.approx(-0.5 * wanted / 2 / 2)
+    with pytest.raises(ValueError, match="cap is a KL"):
+        ShufflingVaccine(cap=0)

@@ -88,6 +88,9 @@ class SelfRetrospection(Defense):
         implicit_steps, implicit_lr: fixed-point iterations and step of order 2 (paper: 5 and .1).
         delta_every: student steps between new deltas; each pseudo-batch begins with a new one. 1 is the paper's; a larger number
             saves most of the time (the images of a pseudo-batch stay the same over its student steps).
+        anchor: what the perturbed answer is drawn to: "student" is the paper's KL(S(x) || S(x + delta)), whose gradient also
+            moves the clean answer; "detached" holds the clean answer fixed; "teacher" takes T(x) instead. The latter two are
+            ours: with the first, small students on digits drift to one class for every input.
         statistics: batch norm of the perturbed passes normalises with the "batch" (as the official code) or with the
             student's "running" statistics (as the student will be used). Neither records anything, clean or perturbed.
 
@@ -121,10 +124,14 @@ class SelfRetrospection(Defense):
             raise ValueError(
                 f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}"
             )
+        if anchor not in ("student", "detached", "teacher"):
+            raise ValueError(f"anchor is 'student', 'detached' or 'teacher', not {anchor!r}")
         if delta_every < 1:
             raise ValueError(f"delta_every counts student steps and is at least 1, not {delta_every}")
         if order not in (1, 2):
             raise ValueError(f"order is 1 or 2, not {order}")
+        if order == 2 and anchor != "student":
+            raise ValueError(f"order 2 is the paper's gradient and needs anchor='student', not {anchor!r}")
         if order == 2 and perturb == "teacher":
             raise ValueError("order 2 needs perturb='student': a perturbation of the teacher does not depend on the student")
         self.start_share, self.weight, self.fraction, self.lr = start, weight, fraction, lr
