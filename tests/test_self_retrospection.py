@@ -1,6 +1,7 @@
 """Self-Retrospection: delta and both gradients against the literal formulas and by hand, and what it must leave alone."""
 
 import copy
+import itertools
 import math
 
 import literal
@@ -295,7 +296,7 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         for _ in range(3):
             sr.student_term(batch, student(images))
             deltas.append(sr.delta)
-    same = [torch.equal(a, b) for a, b in zip(deltas, deltas[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(deltas)]
     assert same == [True, False, False, True, False]  # a pseudo-batch begins with a new one
 
 
