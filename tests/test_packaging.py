@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -57,3 +59,11 @@ def test_ci_calls_the_readmes_test_command():
 def test_no_device_is_written_into_the_library():
     for path in (ROOT / "abdlab").rglob("*.py"):
         assert not re.search(r"\.cuda\(|device=['\"](cuda|mps)|\.to\(['\"]", path.read_text()), path
+
+
+def test_the_core_needs_no_jupyter():
+    """On a machine without the notebook stack, importing abdlab and training still works."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['papermill', 'ipywidgets', 'jupyterlab', 'captum', 'IPython', 'typer']))\n"
+    code = blocked + "import abdlab; print(len(abdlab.load('digits', device='cpu').test_images))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "500", done.stderr
