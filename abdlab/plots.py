@@ -90,14 +90,14 @@ def trigger_figure(images: Tensor, triggered: Tensor, labels: Sequence[str] | No
 def prediction_figure(
     images: Tensor, triggered: Tensor, clean_said: Tensor, triggered_said: Tensor, classes: Sequence[str], target: int
 ) -> Figure:
-    """Two rows, clean and triggered, each image under the class that a model gives it; the target class in red."""
+    """Two rows, clean and triggered, each image under the class that a model gives it; the target class in orange."""
     figure, axes = plt.subplots(2, len(images), figsize=(1.1 * len(images) + 0.9, 2.9), layout="constrained", squeeze=False)
     for row, (batch, said) in enumerate(((images, clean_said), (triggered, triggered_said))):
         for column, label in enumerate(said.tolist()):
             show(axes[row, column], batch[column], f"says {classes[label]}", COLORS["zskt"] if label == target else None)
     axes[0, 0].set_ylabel("clean", fontsize=9)
     axes[1, 0].set_ylabel("triggered", fontsize=9)
-    figure.suptitle(f"What the model says (red: the target class, {classes[target]})", fontsize=11)
+    figure.suptitle(f"What the model says (orange: the target class, {classes[target]})", fontsize=11)
     return figure
 
 
@@ -218,7 +218,7 @@ def suspicion_histogram(
         xlabel="suspicion score log10 KL(T~ || T), KL in nats (low = suspicious)",
         ylabel="density (share of images per unit of score)",
     )
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     sns.despine(ax=ax)
     return ax
 
@@ -328,6 +328,8 @@ def overlay_figure(
             )
         axes[row, 0].set_ylabel(f"{label}\n{name}", fontsize=8, rotation=0, ha="right", va="center")
     figure.colorbar(heat, ax=axes, label=f"{what}, scaled to each image's maximum (no unit)", shrink=0.6)
+    if captions:
+        figure.suptitle("Above each image: the class that the model gives it", fontsize=10)
     return figure
 
 

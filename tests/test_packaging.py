@@ -63,7 +63,9 @@ def test_no_device_is_written_into_the_library():
 
 def test_the_core_needs_no_jupyter():
     """On a machine without the notebook stack, importing abdlab and training still works."""
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['papermill', 'ipywidgets', 'jupyterlab', 'captum', 'IPython', 'typer']))\n"
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(['papermill', 'ipywidgets', 'jupyterlab', 'captum', 'IPython', 'typer']))\n"
+    )
     code = blocked + "import abdlab; print(len(abdlab.load('digits', device='cpu').test_images))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "500", done.stderr
