@@ -91,9 +91,12 @@ class Run:
         return self._write("metrics.json", metrics)
 
     def save_figure(self, figure: Figure, name: str) -> Path:
-        """Write figures/NAME.png (150 dpi)."""
+        """Write figures/NAME.png (150 dpi). pyplot forgets the figure, so that a notebook which returns it shows it once."""
+        from matplotlib import pyplot
+
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150, bbox_inches="tight")
+        pyplot.close(figure)
         return write_atomically(self.file(f"figures/{name}.png"), buffer.getvalue())
 
     def history(self) -> pd.DataFrame:

@@ -101,3 +101,9 @@ def test_a_notebook_stands_alone(name, tmp_path):
         ]
     else:
         assert set(metrics["asr"]) == {"zskt", "zskt+sv"}
+
+
+def test_every_figure_is_shown_once(walk):
+    for name, (_, figures, book) in walk[1].items():
+        pictures = [o for cell in book.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert len(pictures) == len(figures), name
