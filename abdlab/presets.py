@@ -49,7 +49,7 @@ SECTIONS: dict[str, list[str]] = {
 }
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # A laptop's CPU, minutes. Tuned on seed 0; figures over seeds 1 to 3 stand in the README.
+    # A laptop's CPU, minutes. Tuned on seed 0; the README has the figures over seeds 1 to 3: there SV and SR are too weak.
     "quick/digits": {
         "data": {"name": "digits"},
         "attack": {"trigger": "badnet_sq", "params": {"size": 4}, "rate": 0.1, "target": 0},
