@@ -18,6 +18,7 @@ TINY = {
     "zskt.batch_size": 16,
     "clean.epochs": 1,
     "sv.verify": False,
+    "sv.layers": 3,
     "sr.inner_steps": 2,
 }
 STUDENTS = ["clean", "zskt", "zskt+sv", "zskt+sr", "zskt+sv+sr"]
