@@ -360,7 +360,7 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     if floor == floor:
         axes[1].axvline(100 * floor, color=COLORS["clean"], ls=":", lw=1.5, label="floor (clean KD)")
-        axes[1].legend(fontsize=8, frameon=False, loc="lower right")
+        axes[1].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
     axes[0].invert_yaxis()
     figure.suptitle(
         f"Mean over {seeds} seed{'s' if seeds != 1 else ''}" + (", one standard deviation, each seed a dot" if seeds > 1 else ""),

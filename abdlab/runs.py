@@ -364,11 +364,11 @@ def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], w
                     label, step = queue.get(timeout=0.5)
                 except Empty:
                     continue
-                lengths = {label: step.total}
                 if bar is None:
                     bar = _bar("students", 0)
+                # a student that goes on from a checkpoint has only the rest before it
+                total.setdefault(label, step.total - step.index + 1)
                 new = step.index - done.get(label, step.index - 1)
-                total |= lengths
                 bar.total = sum(total.values())
                 for event in step.events:
                     bar.write(f"{label}: {event}")
