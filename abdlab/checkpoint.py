@@ -48,7 +48,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
 def save_model(path: str | Path, model: nn.Module, card: dict | None = None) -> Path:
     """Write a model's weights and its card (the model's own ``card`` under ``"model"``, when it has one)."""
     card = {"kind": "model", **({"model": model.card} if hasattr(model, "card") else {}), **(card or {})}
-    return _write(path, dict(model.state_dict().items()), card)
+    return _write(path, model.state_dict(), card)
 
 
 def save_state(path: str | Path, tree: Any, card: dict | None = None) -> Path:

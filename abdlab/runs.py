@@ -277,9 +277,9 @@ def distilled(
     if path.exists() and run.metrics:
         return load_model(path, device=data.train_images.device), run.metrics
     every = max(1, len(src) // max(1, exams))
-    fork = 0 if source == "clean" else round(chosen.defenses("sr")[0].start_share * len(src))
+    fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))
     if resume_from is None:
-        resume_from = _shared_trunk(run.path.parent, label, fork)
+        resume_from = _shared_trunk(run, label, fork)
     stream = distill(
         teacher,
         student,
@@ -308,12 +308,13 @@ def distilled(
     return student, metrics
 
 
-def _shared_trunk(folder: Path, label: str, fork: int) -> Path | None:
-    """A checkpoint that another method, alike but for SR, kept at step ``fork``."""
+def _shared_trunk(run: Run, label: str, fork: int) -> Path | None:
+    """A checkpoint that another method, alike but for SR and with the same settings, kept at step ``fork``."""
     trunk = label.removesuffix("+sr")
     other = trunk if label.endswith("+sr") else f"{label}+sr"
-    kept = folder / other / f"checkpoint-{fork}.safetensors"
-    return kept if kept.exists() else None
+    kept, mine = run.path.parent / other / f"checkpoint-{fork}.safetensors", run.config
+    theirs = Run(kept.parent).config if kept.exists() else {}
+    return kept if theirs and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys()) else None
 
 
 def distill_all(

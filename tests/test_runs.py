@@ -6,6 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from abdlab.checkpoint import read_card
+from abdlab.defenses import SelfRetrospection
 from abdlab.distill import Step
 from abdlab.errors import CheckpointError
 from abdlab.presets import settings
@@ -357,3 +358,20 @@ def test_table_has_one_row_per_run(tmp_path):
     assert found["acc"].tolist() == [0.7, 0.9]
     assert "defenses" not in found
     assert table(tmp_path / "none").empty
+
+
+def test_a_trunk_with_other_settings_is_not_shared(tmp_path):
+    from abdlab.runs import _shared_trunk
+
+    ours = Run(tmp_path / "zskt+sr", {"seed": 0, "zskt": {"z": 4}, "sr": {}})
+    for z, shared in ((4, True), (5, False)):
+        folder = tmp_path / "zskt"
+        (folder / "config.json").unlink(missing_ok=True)
+        Run(folder, {"seed": 0, "zskt": {"z": z}})
+        (folder / "checkpoint-5.safetensors").touch()
+        assert (_shared_trunk(ours, "zskt+sr", 5) is not None) == shared
+    assert _shared_trunk(ours, "zskt+sr", 6) is None
+
+
+def test_sr_always_has_a_pseudo_batch_and_forks_before_it():
+    assert SelfRetrospection(start=0.99).first_of(6) == 5

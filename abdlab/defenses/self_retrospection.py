@@ -145,9 +145,13 @@ class SelfRetrospection(Defense):
 
     def start(self, teacher, student, device, seed, length):
         super().start(teacher, student, device, seed, length)
-        self.first = min(round(self.start_share * length), length - 1)
+        self.first = self.first_of(length)
         self.began: int | None = None
         self.scale: Tensor | None = None
+
+    def first_of(self, length: int) -> int:
+        """The pseudo-batch from which it acts in a run of ``length``: at least the last one."""
+        return min(round(self.start_share * length), length - 1)
 
     def before(self, index):
         if index < self.first or self.began is not None:
