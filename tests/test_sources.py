@@ -10,7 +10,8 @@ from torch import nn
 
 from abdlab import ZSKT, CleanKD, distill
 from abdlab.evaluate import kl
-from abdlab.sources.zskt import Generator, attention, attention_loss
+from abdlab.sources.generator import Generator
+from abdlab.sources.zskt import attention, attention_loss
 
 CPU = torch.device("cpu")
 

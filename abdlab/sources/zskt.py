@@ -14,40 +14,8 @@ from abdlab.checkpoint import load_optimizer
 from abdlab.evaluate import kl
 from abdlab.features import frozen, record
 from abdlab.models import normalization, place, seeded
+from abdlab.sources.generator import Generator
 from abdlab.sources.source import Batch, Source, clip_gradients
-
-
-class Generator(nn.Module):
-    """Noise (B, z) to images (B, C, H, W); the last batch norm emits normalised images, the buffers map them to pixels.
-
-    Linear to 2*width x H/4 x W/4, BN, up x2, conv, BN, LeakyReLU(.2), up x2, conv, BN, LeakyReLU, conv, BN.
-    The paper has width 64 for 32x32 images. Images are not clamped: they may leave [0, 1].
-    """
-
-    def __init__(self, shape: Sequence[int], z: int, width: int, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        channels, height, breadth = shape
-        low = (2 * width, -(-height // 4), -(-breadth // 4))
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.layers = nn.Sequential(
-            nn.Linear(z, low[0] * low[1] * low[2]),
-            nn.Unflatten(1, low),
-            nn.BatchNorm2d(2 * width),
-            nn.Upsample(size=(-(-height // 2), -(-breadth // 2))),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(size=(height, breadth)),
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z) * self.std + self.mean
 
 
 def attention(feature: Tensor) -> Tensor:
