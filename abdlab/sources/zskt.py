@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.checkpoint import load_optimizer
 from abdlab.evaluate import kl
 from abdlab.features import frozen, record
-from abdlab.models import normalization, place, seeded
-from abdlab.sources.generator import Generator
-from abdlab.sources.source import Batch, Source, clip_gradients
+from abdlab.sources.generated import Generated
+from abdlab.sources.source import Batch
 
 
 def attention(feature: Tensor) -> Tensor:
@@ -31,7 +29,7 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (attention(student) - attention(teacher)).square().mean()
 
 
-class ZSKT(Source):
+class ZSKT(Generated):
     """A generator seeks images on which student and teacher differ; the student learns to agree on them.
 
     Per pseudo-batch: one generator step that maximises KL(T || S), then ``student_steps`` student steps on the images
@@ -81,27 +79,24 @@ class ZSKT(Source):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
-        if min(pseudo_batches, student_steps) < 1 or batch_size < 2:
-            raise ValueError("pseudo_batches and student_steps must be at least 1, batch_size at least 2 (for batch norm)")
-        self.shape, self.pseudo_batches, self.batch_size = tuple(shape), pseudo_batches, batch_size
-        self.student_steps, self.student_lr, self.generator_lr = student_steps, student_lr, generator_lr
-        self.z, self.width, self.temperature = z, width, temperature
-        self.attention, self.attention_layers, self.clip = attention, attention_layers, clip
-        self.mean, self.std = mean, std
-
-    def __len__(self) -> int:
-        return self.pseudo_batches
+        super().__init__(
+            shape,
+            pseudo_batches=pseudo_batches,
+            batch_size=batch_size,
+            generator_lr=generator_lr,
+            z=z,
+            width=width,
+            clip=clip,
+            mean=mean,
+            std=std,
+        )
+        if student_steps < 1:
+            raise ValueError(f"student_steps must be at least 1, not {student_steps}")
+        self.student_steps, self.student_lr, self.temperature = student_steps, student_lr, temperature
+        self.attention, self.attention_layers = attention, attention_layers
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
-        mean, std = normalization(teacher, self.shape[0])
-        with seeded(seed):
-            self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std)
-        place(self.generator, device).train()
-        self.generator_optimizer = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
-        self.generator_schedule = CosineAnnealingLR(self.generator_optimizer, len(self))
         self.pairs = self._pairs(teacher, student) if self.attention else {}
 
     def optimizer(self, student):
@@ -109,24 +104,16 @@ class ZSKT(Source):
         return adam, CosineAnnealingLR(adam, len(self) * self.student_steps)
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        noise = torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device)
+        noise = self.noise()
         images = self.generator(noise)
         with frozen(self.student):
             logits = self.teacher(images)
             losses = {"generator": -self._kd(logits, self.student(images)).mean()}
-        for defense in defenses:
-            term = defense.synthesis_term(images, logits)
-            if term is not None:
-                losses[f"{defense.name}_synthesis"] = term
-        self.generator_optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        clip_gradients(self.generator, self.clip, losses)
-        self.generator_optimizer.step()
-        self.generator_schedule.step()
+        losses = self.learn(images, logits, losses, defenses)
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
             images = self.generator(noise)
             logits = self.teacher(images)
-        return Batch(images, logits, dict(features), losses={k: v.detach() for k, v in losses.items()})
+        return Batch(images, logits, dict(features), losses=losses)
 
     def student_loss(self, batch: Batch):
         with record(self.student, list(self.pairs.values())) as features:
@@ -137,31 +124,6 @@ class ZSKT(Source):
                 attention_loss(features[s], batch.features[t]) for t, s in self.pairs.items()
             )
         return logits, self._kd(batch.logits, logits), terms
-
-    @torch.no_grad()
-    def synthesize(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with.
-
-        Leaves the run's own random numbers and the generator's statistics alone.
-        """
-        rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
-        with frozen(self.generator):
-            batches = [self.generator(torch.randn(self.batch_size, self.z, generator=rng).to(self.device)) for _ in range(count)]
-        return torch.cat(batches)[:n]
-
-    def state(self):
-        return {
-            **super().state(),
-            "generator": self.generator.state_dict(),
-            "optimizer": self.generator_optimizer.state_dict(),
-            "schedule": self.generator_schedule.state_dict(),
-        }
-
-    def restore(self, state):
-        super().restore(state)
-        self.generator.load_state_dict(state["generator"])
-        load_optimizer(self.generator_optimizer, state["optimizer"])
-        self.generator_schedule.load_state_dict(state["schedule"])
 
     def _kd(self, teacher: Tensor, student: Tensor) -> Tensor:
         return kl(teacher, student, self.temperature) / teacher.shape[1]

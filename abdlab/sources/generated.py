@@ -1,0 +1,129 @@
+"""What the online sources share: a generator that learns while the student does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from abdlab.checkpoint import load_optimizer
+from abdlab.features import frozen
+from abdlab.models import normalization, place, seeded
+from abdlab.sources.generator import Generator
+from abdlab.sources.source import Source, clip_gradients
+
+
+class Generated(Source):
+    """Base class. A subclass says what its generator minimises and how the student learns, and holds its paper's defaults.
+
+    Its ``batch`` draws :meth:`noise`, runs generator and teacher, and hands its own loss terms to :meth:`learn`.
+
+    Args:
+        shape: (channels, height, width) of the images.
+        pseudo_batches: length of the run.
+        batch_size: images per pseudo-batch.
+        generator_lr: of the optimiser that :meth:`optimize_generator` makes.
+        z: noise dimensions. width: of the generator, see :class:`~abdlab.sources.generator.Generator`.
+        clip: gradient norm of student and generator; None leaves both.
+        mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own
+            :class:`~abdlab.models.Normalize` layer, or 0.5 and 0.25. A generator that emits pixels does not use them.
+    """
+
+    #: what stands at the generator's end, see :class:`~abdlab.sources.generator.Generator`
+    output = "batchnorm"
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        pseudo_batches: int,
+        batch_size: int,
+        generator_lr: float,
+        z: int,
+        width: int,
+        clip: float | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ):
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        if min(pseudo_batches, z, width) < 1 or batch_size < 2:
+            raise ValueError("pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch norm)")
+        self.shape, self.pseudo_batches, self.batch_size = tuple(shape), pseudo_batches, batch_size
+        self.generator_lr, self.z, self.width, self.clip = generator_lr, z, width, clip
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return self.pseudo_batches
+
+    def start(self, teacher, student, device, seed):
+        super().start(teacher, student, device, seed)
+        mean, std = normalization(teacher, self.shape[0])
+        with seeded(seed):
+            self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output)
+        place(self.generator, device).train()
+        self.generator_optimizer, self.generator_schedule = self.optimize_generator()
+
+    def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:
+        """The generator's optimiser and its schedule, which steps once per generator step: Adam, cosine to 0 over the run."""
+        adam = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
+        return adam, CosineAnnealingLR(adam, len(self))
+
+    def noise(self) -> Tensor:
+        """The next pseudo-batch's noise (batch_size, z), on the device."""
+        return torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device)
+
+    def learn(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
+        """One step of the generator on the sum of ``losses`` and of each defence's ``synthesis_term``.
+
+        Args:
+            images: (B, C, H, W), attached to the generator. logits: the teacher's on them, attached.
+            losses: the source's own terms by name, scalars, weights included.
+
+        Returns:
+            all terms, detached.
+
+        Raises:
+            Diverged: when the gradient is not finite; the step is then not taken.
+        """
+        for defense in defenses:
+            term = defense.synthesis_term(images, logits)
+            if term is not None:
+                losses[f"{defense.name}_synthesis"] = term
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        clip_gradients(self.generator, self.clip, losses)
+        self.generator_optimizer.step()
+        if self.generator_schedule is not None:
+            self.generator_schedule.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def synthesize(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with.
+
+        Leaves the run's own random numbers and the generator's statistics alone.
+        """
+        rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
+        with frozen(self.generator):
+            batches = [self.generator(torch.randn(self.batch_size, self.z, generator=rng).to(self.device)) for _ in range(count)]
+        return torch.cat(batches)[:n]
+
+    def state(self):
+        return {
+            **super().state(),
+            "generator": self.generator.state_dict(),
+            "optimizer": self.generator_optimizer.state_dict(),
+            "schedule": self.generator_schedule and self.generator_schedule.state_dict(),
+        }
+
+    def restore(self, state):
+        super().restore(state)
+        self.generator.load_state_dict(state["generator"])
+        load_optimizer(self.generator_optimizer, state["optimizer"])
+        if self.generator_schedule is not None:
+            self.generator_schedule.load_state_dict(state["schedule"])
