@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import papermill
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from abdlab.errors import did_you_mean
@@ -60,16 +61,19 @@ def parameters(notebook: str | Path) -> dict[str, dict]:
     return out
 
 
-def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def check_parameters(notebook: str | Path, given: Mapping[str, Any], known: Mapping[str, dict] | None = None) -> dict[str, Any]:
     """The given parameters with their types checked against the notebook's own; strings are read as Python literals.
+
+    Args:
+        known: what :func:`parameters` returned for the notebook, to spare reading it again.
 
     Raises:
         ValueError: for an unknown name (with a "did you mean") or a value of another type.
     """
-    path, known, out = find_notebook(notebook), parameters(notebook), {}
+    known, out = parameters(notebook) if known is None else known, {}
     for name, value in given.items():
         if name not in known:
-            raise ValueError(did_you_mean(f"parameter of {path.stem}", name, known))
+            raise ValueError(did_you_mean(f"parameter of {Path(notebook).stem}", name, known))
         out[name] = _typed(name, value, known[name]["type"])
     return out
 
@@ -127,29 +131,40 @@ def execute(
     Raises:
         ValueError: for bad parameters. NotebookFailed: when a cell raises, with its error in one sentence.
     """
-    path, log = find_notebook(notebook), log or sys.stderr
+    path, output = find_notebook(notebook), Path(output)
     given = check_parameters(path, given or {})
-    output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {output.parent}: {error.strerror}; choose another folder") from error
+    try:
+        run_kernel(path, output, given, log or sys.stderr, threads)
+    except PapermillExecutionError as error:
+        raise NotebookFailed(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (see {output})") from None
+    return output
+
+
+def run_kernel(
+    notebook: Path | NotebookNode,
+    output: Path,
+    given: Mapping[str, Any],
+    log: TextIO,
+    threads: int | None = None,
+    folder: str | Path | None = None,
+) -> None:
+    """papermill with our environment and nothing checked: a kernel in ``folder`` (by default the working directory)."""
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with _environment(extra if threads is None else {**extra, "OMP_NUM_THREADS": str(threads)}):
-        try:
-            papermill.execute_notebook(
-                str(path),
-                str(output),
-                given,
-                kernel_name="python3",
-                progress_bar=False,
-                stdout_file=log,
-                stderr_file=log,
-                cwd=os.getcwd(),
-            )
-        except PapermillExecutionError as error:
-            raise NotebookFailed(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (see {output})") from None
-    return output
+        papermill.execute_notebook(
+            notebook if isinstance(notebook, NotebookNode) else str(notebook),
+            str(output),
+            dict(given),
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=log,
+            stderr_file=log,
+            cwd=str(folder or os.getcwd()),
+        )
 
 
 @contextmanager
