@@ -5,10 +5,15 @@ Images are float32 NCHW in [0, 1]; labels are int64. Nothing here normalises: mo
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
-from collections.abc import Callable
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +92,12 @@ def load(
             PATH/train/CLASS/* and PATH/test/CLASS/*.
         root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB.
         size: resize to size x size pixels; by default 16 for digits, 32 for the others.
-        download: let torchvision download what is missing.
+        download: let torchvision download what is missing or damaged. It unpacks over what is there, and only an archive
+            whose checksum is right; a download that fails leaves what was unpacked alone.
 
     Raises:
-        ValueError: for an unknown name, or a folder without the two splits.
-        FileNotFoundError: when the files are not there and ``download`` is false.
+        ValueError: for an unknown name, an image that cannot be decoded, or classes that do not fit.
+        FileNotFoundError: when files are missing or damaged and ``download`` is false, or the download fails; it says which.
     """
     device = pick_device(device)
     kind, _, path = name.partition(":")
@@ -100,7 +106,7 @@ def load(
     if kind == "folder" and not path:
         raise ValueError("folder: needs a path, as in folder:data/cifar10 (with train/CLASS/* and test/CLASS/*)")
     reader, shift, flip = DATASETS[kind]
-    train, test, classes = reader(Path(path) if path else Path(root), size, download)
+    train, test, classes = reader(Path(path or root).expanduser(), size, download)
     for split, (images, _) in {"train": train, "test": test}.items():
         if len(images) == 0:
             raise ValueError(f"{name} has no images in its {split} split")
@@ -141,35 +147,166 @@ def _digits(root: Path, size: int | None, download: bool):
 def _cifar10(root: Path, size: int | None, download: bool):
     from torchvision.datasets import CIFAR10
 
+    class Whole(CIFAR10):
+        def _check_integrity(self):  # torchvision's own forgets batches.meta, so that download=True would not bring it back
+            return not _cifar10_faults(root)
+
     splits = []
     for train in (True, False):
-        try:
-            split = CIFAR10(str(root), train=train, download=download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"CIFAR-10 is missing or incomplete under {root}: pass download=True, or root= of an existing copy"
-            ) from error
+        split = _whole(
+            "CIFAR-10",
+            CIFAR10.base_folder,
+            root,
+            download,
+            lambda train=train: Whole(str(root), train=train, download=download),
+            lambda: _cifar10_faults(root),
+        )
         images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
         splits.append((_resize(images, size or 32), torch.tensor(split.targets)))
     return *splits, split.classes
 
 
+def _cifar10_faults(root: Path) -> list[str]:
+    """What keeps ``root`` from holding CIFAR-10 as torchvision knows it, one phrase per fault; empty when all is there."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    folder, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
+    sums = {**dict(CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
+    missing = [name for name in sums if not (folder / name).is_file()]
+    damaged = [name for name in sums if name not in missing and not check_integrity(folder / name, sums[name])]
+    faults = [f"{_some(damaged)} in {folder.name}: the md5 sum is wrong"] if damaged else []
+    if missing:
+        faults.insert(0, f"{folder.name} lacks {_some(missing)}" if folder.is_dir() else f"there is no {folder.name} in it")
+    if faults and archive.is_file():
+        whole = check_integrity(archive, CIFAR10.tgz_md5)
+        faults.append(f"{archive.name} is {'not unpacked' if whole else 'half-downloaded or damaged'}")
+    return faults
+
+
+#: GTSRB's class folders, in label order
+_SIGNS = tuple(f"{label:05d}" for label in range(43))
+
+
 def _gtsrb(root: Path, size: int | None, download: bool):
     from torchvision.datasets import GTSRB
 
-    splits = []
+    base, splits = root / "gtsrb", []
+
+    class Whole(GTSRB):
+        def _check_exists(self):  # torchvision's own takes the folder for the whole, also after half an unpacking
+            return not _gtsrb_faults(base, self._split)
+
     for name in ("train", "test"):
-        try:
-            split = GTSRB(str(root), split=name, download=download)
-        except (RuntimeError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"GTSRB is missing or incomplete under {root}: pass download=True, or root= of an existing copy"
-            ) from error
+        split = _whole(
+            "GTSRB",
+            base.name,
+            root,
+            download,
+            lambda name=name: Whole(str(root), split=name, download=download),
+            lambda name=name: _gtsrb_faults(base, name),
+        )
         files = [path for path, _ in split._samples]
-        # torchvision numbers the training folders that it finds: an absent one would shift all later labels
+        if name == "train":
+            # torchvision numbers the training folders that it finds: a strange one would shift all later labels
+            strange = sorted({Path(path).parent.name for path in files} - set(_SIGNS))
+            if strange:
+                raise ValueError(
+                    f"{base / 'GTSRB/Training'} has folders that are no class of GTSRB: {_some(strange)} "
+                    f"(the classes are {_SIGNS[0]} to {_SIGNS[-1]}; move the others elsewhere)"
+                )
         labels = torch.tensor([int(Path(p).parent.name) if name == "train" else label for p, label in split._samples])
-        splits.append(_shuffled(_decode(files, size or 32, root / "gtsrb", name), labels))
-    return *splits, [str(i) for i in range(43)]
+        mend = "delete that file and pass download=True"
+        splits.append(_shuffled(_decode(files, size or 32, base, name, mend), labels))
+    return *splits, [str(i) for i in range(len(_SIGNS))]
+
+
+def _gtsrb_faults(base: Path, split: str) -> list[str]:
+    """What keeps ``base`` from holding one split of GTSRB, one phrase per fault; empty when all is there."""
+    images = base / ("GTSRB/Training" if split == "train" else "GTSRB/Final_Test/Images")
+    if not images.is_dir():
+        archives = [path for path in sorted(base.glob("*.zip")) if ("Training" in path.name) == (split == "train")]
+        states = {path.name: "not unpacked" if zipfile.is_zipfile(path) else "half-downloaded or damaged" for path in archives}
+        found = images.relative_to(base.parent)
+        return [f"there is no {found} in it", *(f"{name} is {state}" for name, state in states.items())]
+    return _training_faults(images) if split == "train" else _test_faults(images, base / "GT-final_test.csv")
+
+
+def _training_faults(folder: Path) -> list[str]:
+    absent = [name for name in _SIGNS if not (folder / name).is_dir()]
+    faults = [f"{len(absent)} of the 43 class folders are not in {folder.name}: {_some(absent)}"] if absent else []
+    for name in sorted(set(_SIGNS) - set(absent)):
+        there, table = _pictures(folder / name), folder / name / f"GT-{name}.csv"
+        if not there:
+            faults.append(f"the class folder {name} holds no .ppm image")
+        elif table.is_file():  # the archive's own list of the folder
+            lost = sorted({row.get("Filename") or "" for row in _rows(table)[1]} - there - {""})
+            faults += [f"{table.name} lists images that are not there: {_some(lost)}"] if lost else []
+    return faults
+
+
+def _test_faults(folder: Path, table: Path) -> list[str]:
+    if not table.is_file():
+        return [f"there is no {table.name}, which holds the labels of the test images"]
+    columns, rows = _rows(table)
+    if not {"Filename", "ClassId"} <= columns:
+        return [f"{table.name} must have the columns Filename and ClassId, separated by semicolons"]
+    for line, row in enumerate(rows, start=2):
+        label = (row["ClassId"] or "").strip()
+        if not row["Filename"] or not label.isdecimal() or int(label) >= len(_SIGNS):
+            return [
+                f"line {line} of {table.name} must have a Filename and a ClassId from 0 to 42, not {row['Filename']!r} and {label!r}"
+            ]
+    listed, there = {row["Filename"] for row in rows}, _pictures(folder)
+    faults = []
+    if listed - there:
+        faults.append(f"{table.name} lists images that are not there: {_some(sorted(listed - there))}")
+    if there - listed:
+        faults.append(
+            f"{table.name} lists {len(listed & there)} of {len(there)} test images and lacks {_some(sorted(there - listed))}"
+        )
+    return faults
+
+
+def _pictures(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix == ".ppm"}
+
+
+def _rows(table: Path) -> tuple[set[str], list[dict[str, str | None]]]:
+    """Columns and rows of one of GTSRB's tables; none where it is no text."""
+    try:
+        with table.open(newline="") as handle:
+            reader = csv.DictReader(handle, delimiter=";", skipinitialspace=True)
+            return set(reader.fieldnames or ()), list(reader)
+    except (csv.Error, UnicodeDecodeError):
+        return set(), []
+
+
+def _whole(what: str, needs: str, root: Path, download: bool, read: Callable, faults: Callable[[], list[str]]):
+    """What ``read`` returns. Whatever goes wrong in torchvision's reading and downloading becomes one sentence with the fault."""
+    try:
+        return read()
+    except (OSError, HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        by_hand = f"root= of a folder that holds a whole {needs}"
+        try:
+            found = "; ".join(faults())
+        except OSError as unreadable:
+            found = str(unreadable)
+        if not download:
+            raise FileNotFoundError(
+                f"{what} is missing or incomplete under {root} ({found or error}): pass download=True, or {by_hand}"
+            ) from error
+        # torchvision's own sentences are RuntimeErrors, and say less than what is there now
+        reason = found if isinstance(error, RuntimeError) and found else str(error) or type(error).__name__
+        raise FileNotFoundError(
+            f"{what} could not be downloaded to {root} ({reason.splitlines()[0]}): try again, or pass {by_hand}"
+        ) from error
+
+
+def _some(names: Collection[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _folder(root: Path, size: int | None, download: bool):
@@ -191,8 +328,8 @@ def _folder(root: Path, size: int | None, download: bool):
     return *splits, classes
 
 
-def _decode(files: list[str], size: int, cache_root: Path, split: str) -> Tensor:
-    """Decode image files once; later calls read the cached uint8 tensor beside them."""
+def _decode(files: list[str], size: int, cache_root: Path, split: str, mend: str = "replace it, or take it away") -> Tensor:
+    """Decode image files once; later calls read the cached uint8 tensor beside them. ``mend``: what to do about a bad one."""
     from PIL import Image, UnidentifiedImageError
     from tqdm.auto import tqdm
 
@@ -209,7 +346,7 @@ def _decode(files: list[str], size: int, cache_root: Path, split: str) -> Tensor
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 out[i] = np.asarray(image).transpose(2, 0, 1)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{file} is not a readable image: {error}") from error
+            raise ValueError(f"{file} is not a readable image ({error}): {mend}") from error
     try:
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
         with partial.open("wb") as handle:
@@ -266,3 +403,61 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
         mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return images
+
+
+def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Cut a box of its own out of every image and stretch it to the images' size; differentiable to the images.
+
+    One affine grid and one bilinear sampling for the whole batch, without smoothing. Where a box leaves the image there are
+    zeros.
+
+    Args:
+        images: (N, C, H, W).
+        boxes: (N, 4), top, left, height and width in pixels, not necessarily whole ones; (0, 0, H, W) is the image itself.
+        mirrored: (N,) bool, which results are mirrored left-right.
+
+    Returns:
+        (N, C, H, W), a new tensor.
+    """
+    height, width = images.shape[-2:]
+    top, left, tall, wide = boxes.to(images).unbind(1)
+    # the grid's coordinates run from -1 at the image's left (upper) edge to 1 at its right (lower) one
+    across, down, zero = wide / width, tall / height, torch.zeros_like(top)
+    shift_x, shift_y = (2 * left + wide) / width - 1, (2 * top + tall) / height - 1
+    if mirrored is not None:
+        across = torch.where(mirrored.to(images.device), -across, across)
+    theta = torch.stack([torch.stack([across, zero, shift_x], 1), torch.stack([zero, down, shift_y], 1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+
+
+def random_views(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    shift: int = 0,
+    scale: Sequence[float] = (1.0, 1.0),
+    ratio: Sequence[float] = (1.0, 1.0),
+    flip: bool = False,
+) -> Tensor:
+    """Show every image through its own random box, stretched to the images' size, and mirror half of them; differentiable.
+
+    Args:
+        images: (N, C, H, W).
+        generator: a CPU generator; its draws are moved to the images' device.
+        shift: the box is then moved by up to this many whole pixels in each direction (zeros move in).
+        scale: range of the box's share of the area, in (0, 1]; uniform. Its place inside the image is uniform, too.
+        ratio: range of its relative width by its relative height; uniform in the logarithm. A side that would leave the image
+            is cut to it (torchvision draws again).
+        flip: mirror left-right with probability 1/2; False where a mirrored image is another one, as for digits.
+
+    Returns:
+        (N, C, H, W), a new tensor. All three off, it is the images up to round-off.
+    """
+    n, _, height, width = images.shape
+    area, shape, y, x, mirror = torch.rand(5, n, generator=generator)
+    area, shape = area * (scale[1] - scale[0]) + scale[0], ratio[0] * (ratio[1] / ratio[0]) ** shape
+    tall, wide = (area / shape).sqrt().clamp_max(1) * height, (area * shape).sqrt().clamp_max(1) * width
+    moved = torch.randint(-shift, shift + 1, (2, n), generator=generator)
+    boxes = torch.stack([y * (height - tall) + moved[0], x * (width - wide) + moved[1], tall, wide], 1)
+    return resized_crops(images, boxes, mirror < 0.5 if flip else None)

@@ -1,6 +1,11 @@
 import hashlib
+import http.server
 import os
 import pickle
+import shutil
+import tarfile
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +38,60 @@ def tree(tmp_path):
 
 def cpu(name, root="data", **options):
     return load(name, root, device="cpu", **options)
+
+
+def complaint(name, root, **options):
+    """The one sentence that loading fails with; no file of the user's is gone or changed."""
+    before = contents(root)
+    with pytest.raises((FileNotFoundError, ValueError)) as caught:
+        cpu(name, root, **options)
+    after = contents(root)
+    assert {path: after[path] for path in before} == before
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def contents(root):
+    return {str(p): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file() and not p.name.startswith(".abdlab")}
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+class Breaking(Quiet):
+    """Promises the whole file, sends half of it and hangs up."""
+
+    def copyfile(self, source, outputfile):
+        data = source.read()
+        outputfile.write(data[: len(data) // 2])
+        self.close_connection = True
+
+
+@pytest.fixture
+def serve(tmp_path_factory, monkeypatch):
+    """``serve(handler)``: (folder, its http address on this machine); torchvision's own download code gets files from there."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    def start(handler=Quiet, folder=None):
+        folder = folder or tmp_path_factory.mktemp("www")
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return folder, f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def closed_port():
+    """An address on this machine where nobody answers."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        return f"http://127.0.0.1:{server.server_port}"
 
 
 class TestDigits:
@@ -220,47 +279,170 @@ class TestCifar10:
         assert data.shape == (3, 8, 8)
         assert torch.allclose(data.train_images.mean(dim=(1, 2, 3)) * 255, data.train_labels.float())
 
-    def test_missing_files(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is missing or incomplete under .*: pass download=True, or root="):
-            cpu("cifar10", tmp_path)
+    def test_nothing_there(self, tmp_path):
+        assert complaint("cifar10", tmp_path) == (
+            f"CIFAR-10 is missing or incomplete under {tmp_path} (there is no cifar-10-batches-py in it): "
+            "pass download=True, or root= of a folder that holds a whole cifar-10-batches-py"
+        )
 
-    @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
-    def test_a_damaged_file(self, archive, name):
-        (archive / "cifar-10-batches-py" / name).write_bytes(b"damaged")
-        with pytest.raises(FileNotFoundError, match="CIFAR-10 is missing or incomplete"):
-            cpu("cifar10", archive)
+    @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+    def test_one_file_is_missing(self, archive, name):
+        (archive / "cifar-10-batches-py" / name).unlink()
+        assert f"(cifar-10-batches-py lacks {name}): pass download=True" in complaint("cifar10", archive)
+
+    @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+    @pytest.mark.parametrize("part", [0, 0.5])
+    def test_a_damaged_file(self, archive, name, part):
+        file = archive / "cifar-10-batches-py" / name
+        file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+        assert f"({name} in cifar-10-batches-py: the md5 sum is wrong): pass download=True" in complaint("cifar10", archive)
+
+    def test_a_damaged_file_is_never_unpickled(self, archive):
+        class Bomb:
+            def __reduce__(self):
+                return (open, (str(archive / "exploded"), "w"))
+
+        (archive / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
+        complaint("cifar10", archive)
+        assert not (archive / "exploded").exists()
+
+    def test_many_faults_are_one_sentence(self, archive):
+        folder = archive / "cifar-10-batches-py"
+        for i in range(1, 6):
+            (folder / f"data_batch_{i}").unlink()
+        (folder / "test_batch").write_bytes(b"damaged")
+        said = complaint("cifar10", archive)
+        assert "lacks data_batch_1, data_batch_2, data_batch_3 and 2 more; test_batch in cifar-10-batches-py: the md5" in said
+
+
+class TestCifar10Download:
+    """torchvision's real download and extraction, from a server on this machine."""
+
+    archive = TestCifar10.archive
+
+    @pytest.fixture
+    def www(self, archive, serve, monkeypatch):
+        """The tiny archive as cifar-10-python.tar.gz on a server; nothing unpacked."""
+        from torchvision.datasets import CIFAR10
+
+        folder, address = serve()
+        packed = folder / CIFAR10.filename
+        with tarfile.open(packed, "w:gz") as tar:
+            tar.add(archive / CIFAR10.base_folder, CIFAR10.base_folder)
+        monkeypatch.setattr(CIFAR10, "url", f"{address}/{CIFAR10.filename}")
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+        return packed
+
+    def elsewhere(self, monkeypatch, address):
+        from torchvision.datasets import CIFAR10
+
+        monkeypatch.setattr(CIFAR10, "url", f"{address}/{CIFAR10.filename}")
+
+    def test_into_an_empty_folder(self, archive, www, tmp_path):
+        data = cpu("cifar10", tmp_path / "new" / "data", download=True)
+        assert torch.equal(data.train_images, cpu("cifar10", archive).train_images)
+        assert data.test_labels.tolist() == [0, 0]
+
+    @pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"damaged")])
+    def test_mends_what_is_missing_or_damaged(self, archive, www, name, damage):
+        before = contents(archive)
+        (archive / "notes.txt").write_text("the user's own")
+        damage(archive / "cifar-10-batches-py" / name)
+        assert cpu("cifar10", archive, download=True).train_labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        after = contents(archive)
+        assert {path: after[path] for path in before} == before
+        assert (archive / "notes.txt").read_text() == "the user's own"
+
+    def test_a_whole_copy_needs_no_net(self, archive, www, monkeypatch):
+        self.elsewhere(monkeypatch, closed_port())
+        assert len(cpu("cifar10", archive, download=True).train_images) == 10
+
+    def test_an_archive_that_is_not_unpacked(self, www, tmp_path, monkeypatch):
+        root = tmp_path / "new"
+        root.mkdir()
+        shutil.copy(www, root)
+        assert "(there is no cifar-10-batches-py in it; cifar-10-python.tar.gz is not unpacked)" in complaint("cifar10", root)
+        self.elsewhere(monkeypatch, closed_port())
+        assert len(cpu("cifar10", root, download=True).train_images) == 10
+
+    def test_half_an_archive(self, www, tmp_path):
+        root = tmp_path / "new"
+        root.mkdir()
+        (root / www.name).write_bytes(www.read_bytes()[: www.stat().st_size // 2])
+        assert "; cifar-10-python.tar.gz is half-downloaded or damaged)" in complaint("cifar10", root)
+        assert len(cpu("cifar10", root, download=True).train_images) == 10
+
+    @pytest.mark.parametrize("why", ["unreachable", "not there"])
+    def test_no_server_or_no_file(self, archive, www, monkeypatch, why):
+        (archive / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
+        (archive / www.name).write_bytes(b"half")
+        if why == "unreachable":
+            self.elsewhere(monkeypatch, closed_port())
+        else:
+            www.unlink()
+        said = complaint("cifar10", archive, download=True)
+        assert f"CIFAR-10 could not be downloaded to {archive} (" in said
+        assert ("refused" if why == "unreachable" else "HTTP Error 404") in said
+        assert said.endswith("): try again, or pass root= of a folder that holds a whole cifar-10-batches-py")
+
+    def test_a_download_that_breaks_can_be_tried_again(self, www, serve, tmp_path, monkeypatch):
+        from torchvision.datasets import CIFAR10
+
+        root, good = tmp_path / "new", CIFAR10.url
+        self.elsewhere(monkeypatch, serve(Breaking, www.parent)[1])
+        said = complaint("cifar10", root, download=True)
+        assert "could not be downloaded" in said
+        assert not (root / "cifar-10-batches-py").exists()  # half an archive is never unpacked
+        monkeypatch.setattr(CIFAR10, "url", good)
+        assert len(cpu("cifar10", root, download=True).train_images) == 10
+
+    def test_another_archive_is_not_unpacked(self, www, tmp_path):
+        www.write_bytes(b"something else")
+        said = complaint("cifar10", tmp_path / "new", download=True)
+        assert "cifar-10-python.tar.gz is half-downloaded or damaged): try again" in said
+
+    def test_a_root_that_is_a_file(self, www, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        said = complaint("cifar10", tmp_path / "file", download=True)
+        assert f"CIFAR-10 could not be downloaded to {tmp_path / 'file'} (" in said
+        assert (tmp_path / "file").read_text() == "mine"
 
 
 class TestGTSRB:
     @pytest.fixture
     def archive(self, tmp_path):
-        """gtsrb/ as it lies on disk, with three classes told apart by colour."""
+        """gtsrb/ as it lies on disk, two images per class: the red value is five times the label."""
         base = tmp_path / "gtsrb"
-        colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-        for label, color in enumerate(colors):
+        head = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+        for label in range(43):
+            rows = [head]
             for track in range(2):
-                paint(base / f"GTSRB/Training/{label:05d}/00000_{track:05d}.ppm", color, (15 + label, 20))
-        rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
-        for i, label in enumerate((2, 0)):
-            paint(base / f"GTSRB/Final_Test/Images/{i:05d}.ppm", colors[label], (16, 16))
+                name = f"00000_{track:05d}.ppm"
+                paint(base / f"GTSRB/Training/{label:05d}" / name, (5 * label, 0, 100), (15 + label % 3, 20))
+                rows.append(f"{name};15;20;5;5;10;15;{label}")
+            (base / f"GTSRB/Training/{label:05d}/GT-{label:05d}.csv").write_text("\n".join(rows) + "\n")
+        rows = [head]
+        for i, label in enumerate((2, 0, 42)):
+            paint(base / f"GTSRB/Final_Test/Images/{i:05d}.ppm", (5 * label, 0, 100), (16, 16))
             rows.append(f"{i:05d}.ppm;16;16;1;1;15;15;{label}")
         (base / "GT-final_test.csv").write_text("\n".join(rows) + "\n")
         return tmp_path
 
+    @staticmethod
+    def seen(images):
+        """The labels that the pictures show."""
+        return (images[:, 0].mean(dim=(1, 2)) * 51).round().int().tolist()
+
     def test_reads_images_with_their_labels(self, archive):
         data = cpu("gtsrb", archive)
-        assert data.train_images.shape == (6, 3, 32, 32)
-        assert sorted(data.train_labels.tolist()) == [0, 0, 1, 1, 2, 2]
-        assert sorted(data.test_labels.tolist()) == [0, 2]
+        assert data.train_images.shape == (86, 3, 32, 32)
+        assert sorted(data.train_labels.tolist()) == sorted([*range(43)] * 2)
+        assert sorted(data.test_labels.tolist()) == [0, 2, 42]
         for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-            assert images.mean(dim=(2, 3)).argmax(1).tolist() == labels.tolist()
-        assert len(data.classes) == 43
+            assert self.seen(images) == labels.tolist()
+        assert data.classes == tuple(map(str, range(43)))
         assert not data.flip
-
-    def test_a_label_is_its_folders_number_also_when_a_class_is_absent(self, archive):
-        (archive / "gtsrb/GTSRB/Training/00001").rename(archive / "00001")
-        data = cpu("gtsrb", archive)
-        assert data.train_images.mean(dim=(2, 3)).argmax(1).tolist() == data.train_labels.tolist()
 
     def test_decodes_once(self, archive):
         first = cpu("gtsrb", archive, size=8)
@@ -270,20 +452,170 @@ class TestGTSRB:
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert torch.equal(cpu("gtsrb", archive, size=8).train_images, first.train_images)
 
-    def test_missing_files(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"GTSRB is missing or incomplete under .*: pass download=True, or root="):
-            cpu("gtsrb", tmp_path)
+    def test_root_may_begin_at_home(self, archive, monkeypatch):
+        monkeypatch.setenv("HOME", str(archive))
+        assert len(cpu("gtsrb", "~").test_images) == 3
 
-    def test_a_missing_table_of_test_labels(self, archive):
+    def test_nothing_there(self, tmp_path):
+        assert complaint("gtsrb", tmp_path) == (
+            f"GTSRB is missing or incomplete under {tmp_path} (there is no gtsrb/GTSRB/Training in it): "
+            "pass download=True, or root= of a folder that holds a whole gtsrb"
+        )
+
+    def test_half_an_archive(self, tmp_path):
+        (tmp_path / "gtsrb").mkdir()
+        (tmp_path / "gtsrb" / "GTSRB-Training_fixed.zip").write_bytes(b"PK\x03\x04 and no end")
+        (tmp_path / "gtsrb" / "GTSRB_Final_Test_GT.zip").write_bytes(b"of no matter here")
+        said = complaint("gtsrb", tmp_path)
+        assert "Training in it; GTSRB-Training_fixed.zip is half-downloaded or damaged): pass" in said
+
+    def test_half_an_unpacking(self, archive):
+        for label in range(1, 43):
+            shutil.rmtree(archive / f"gtsrb/GTSRB/Training/{label:05d}")
+        said = complaint("gtsrb", archive)
+        assert "(42 of the 43 class folders are not in Training: 00001, 00002, 00003 and 39 more)" in said
+
+    def test_a_class_folder_without_images(self, archive):
+        for file in (archive / "gtsrb/GTSRB/Training/00007").glob("*.ppm"):
+            file.unlink()
+        assert "(the class folder 00007 holds no .ppm image)" in complaint("gtsrb", archive)
+
+    def test_a_folder_that_is_no_class(self, archive):
+        paint(archive / "gtsrb/GTSRB/Training/00001_old/00000_00000.ppm", (0, 0, 0))
+        said = complaint("gtsrb", archive)
+        assert "has folders that are no class of GTSRB: 00001_old (the classes are 00000 to 00042; move" in said
+
+    def test_a_training_image_is_missing(self, archive):
+        (archive / "gtsrb/GTSRB/Training/00007/00000_00001.ppm").unlink()
+        assert "(GT-00007.csv lists images that are not there: 00000_00001.ppm)" in complaint("gtsrb", archive)
+
+    def test_a_test_image_is_missing(self, archive):
+        (archive / "gtsrb/GTSRB/Final_Test/Images/00001.ppm").unlink()
+        assert "(GT-final_test.csv lists images that are not there: 00001.ppm)" in complaint("gtsrb", archive)
+
+    @pytest.mark.parametrize("name", ["Training/00007/00000_00001.ppm", "Final_Test/Images/00001.ppm"])
+    @pytest.mark.parametrize("part", [0, 0.01, 0.5])
+    def test_a_truncated_image(self, archive, name, part):
+        file = archive / "gtsrb/GTSRB" / name
+        file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+        said = complaint("gtsrb", archive)
+        assert f"{file} is not a readable image (" in said
+        assert said.endswith("): delete that file and pass download=True")
+
+    def test_no_table_of_test_labels(self, archive):
         (archive / "gtsrb" / "GT-final_test.csv").unlink()
-        with pytest.raises(FileNotFoundError, match="GTSRB is missing or incomplete"):
-            cpu("gtsrb", archive)
+        assert "(there is no GT-final_test.csv, which holds the labels of the test images)" in complaint("gtsrb", archive)
 
-    def test_training_images_without_class_folders(self, archive):
-        for folder in (archive / "gtsrb/GTSRB/Training").iterdir():
-            folder.rename(archive / folder.name)
-        with pytest.raises(FileNotFoundError, match="GTSRB is missing or incomplete"):
-            cpu("gtsrb", archive)
+    def test_half_a_table_of_test_labels(self, archive):
+        table = archive / "gtsrb" / "GT-final_test.csv"
+        table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
+        said = complaint("gtsrb", archive)
+        assert "(GT-final_test.csv lists 1 of 3 test images and lacks 00001.ppm, 00002.ppm)" in said
+
+    @pytest.mark.parametrize("label", ["43", "-1", "two", "", "1.0"])
+    def test_a_wrong_label(self, archive, label):
+        table = archive / "gtsrb" / "GT-final_test.csv"
+        table.write_text(table.read_text().replace(";0\n", f";{label}\n"))
+        said = complaint("gtsrb", archive)
+        assert "(line 3 of GT-final_test.csv must have a Filename and a ClassId from 0 to 42, not " in said
+        assert f"not '00001.ppm' and {label!r})" in said
+
+    def test_a_line_that_breaks_off(self, archive):
+        table = archive / "gtsrb" / "GT-final_test.csv"
+        table.write_text(table.read_text()[:-15])
+        assert "line 4 of GT-final_test.csv must have a Filename and a ClassId" in complaint("gtsrb", archive)
+
+    @pytest.mark.parametrize("content", [b"", b"Filename,ClassId\n00000.ppm,2\n", b"\xff\xfe\x00\x00", b"Filename;Width\na;1\n"])
+    def test_no_such_table(self, archive, content):
+        (archive / "gtsrb" / "GT-final_test.csv").write_bytes(content)
+        said = complaint("gtsrb", archive)
+        assert "(GT-final_test.csv must have the columns Filename and ClassId, separated by semicolons)" in said
+
+
+class TestGTSRBDownload:
+    """torchvision's real download and extraction, from a server on this machine."""
+
+    archive, seen = TestGTSRB.archive, staticmethod(TestGTSRB.seen)
+
+    @pytest.fixture
+    def www(self, archive, serve, tmp_path, monkeypatch):
+        """The three zip files on a server. torchvision has their addresses and checksums in its code: they are redirected."""
+        from torchvision.datasets import gtsrb
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        self.folder, self.address = serve()
+        base = archive / "gtsrb"
+        for name, root, part in (
+            ("GTSRB-Training_fixed", base, "GTSRB/Training"),
+            ("GTSRB_Final_Test_Images", base, "GTSRB/Final_Test"),
+            ("GTSRB_Final_Test_GT", base, "GT-final_test.csv"),
+        ):
+            shutil.make_archive(str(self.folder / name), "zip", root, part)
+        sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in self.folder.iterdir()}
+        assert len(sums) == 3
+
+        def local(url, **options):
+            name = url.rsplit("/", 1)[1]
+            download_and_extract_archive(f"{self.address}/{name}", **{**options, "md5": sums[name]})
+
+        monkeypatch.setattr(gtsrb, "download_and_extract_archive", local)
+        return self.folder
+
+    def test_into_an_empty_folder(self, archive, www, tmp_path):
+        data = cpu("gtsrb", tmp_path / "new", download=True)
+        assert torch.equal(data.train_images, cpu("gtsrb", archive).train_images)
+        assert self.seen(data.test_images) == data.test_labels.tolist()
+
+    @pytest.mark.parametrize("lost", ["GTSRB/Training/00007", "GTSRB/Final_Test/Images/00001.ppm", "GT-final_test.csv"])
+    def test_completes_half_an_unpacking(self, archive, www, lost):
+        before = contents(archive)
+        path = archive / "gtsrb" / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (archive / "gtsrb" / "notes.txt").write_text("the user's own")
+        data = cpu("gtsrb", archive, download=True)
+        assert (len(data.train_images), len(data.test_images)) == (86, 3)
+        after = contents(archive)
+        assert {path: after[path] for path in before} == before
+        assert (archive / "gtsrb" / "notes.txt").read_text() == "the user's own"
+
+    def test_a_truncated_image_is_mended_as_the_sentence_says(self, archive, www):
+        file = archive / "gtsrb/GTSRB/Training/00007/00000_00001.ppm"
+        file.write_bytes(file.read_bytes()[:20])
+        assert "delete that file and pass download=True" in complaint("gtsrb", archive)
+        file.unlink()
+        data = cpu("gtsrb", archive, download=True)
+        assert self.seen(data.train_images) == data.train_labels.tolist()
+
+    def test_half_an_archive_is_fetched_again(self, www, tmp_path):
+        name, base = "GTSRB-Training_fixed.zip", tmp_path / "new" / "gtsrb"
+        base.mkdir(parents=True)
+        (base / name).write_bytes((www / name).read_bytes()[:1000])
+        assert f"; {name} is half-downloaded or damaged): pass download=True" in complaint("gtsrb", base.parent)
+        assert len(cpu("gtsrb", base.parent, download=True).train_images) == 86
+
+    def test_a_whole_copy_needs_no_net(self, archive, www):
+        self.address = closed_port()
+        assert len(cpu("gtsrb", archive, download=True).train_images) == 86
+
+    @pytest.mark.parametrize("why", ["unreachable", "not there"])
+    def test_no_server_or_no_file(self, archive, www, why):
+        shutil.rmtree(archive / "gtsrb/GTSRB/Training/00007")
+        if why == "unreachable":
+            self.address = closed_port()
+        else:
+            (www / "GTSRB-Training_fixed.zip").unlink()
+        said = complaint("gtsrb", archive, download=True)
+        assert f"GTSRB could not be downloaded to {archive} (" in said
+        assert ("refused" if why == "unreachable" else "HTTP Error 404") in said
+
+    def test_a_download_that_breaks_can_be_tried_again(self, www, serve, tmp_path):
+        root, good = tmp_path / "new", self.address
+        self.address = serve(Breaking, www)[1]
+        said = complaint("gtsrb", root, download=True)
+        assert "GTSRB could not be downloaded" in said
+        assert not (root / "gtsrb/GTSRB").exists()
+        self.address = good
+        assert len(cpu("gtsrb", root, download=True).train_images) == 86
 
 
 class TestAugment:
