@@ -11,7 +11,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
