@@ -1,4 +1,4 @@
-"""abdlab demo | run | report | notebooks. Bad input: one sentence on standard error and exit code 2."""
+"""abdlab demo | run | sweep | report | notebooks. Bad input: one sentence on standard error and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from abdlab import batch
+from abdlab.errors import did_you_mean
 
 app = typer.Typer(
     add_completion=False,
@@ -77,6 +81,98 @@ def run(
         output = Path(folder) / path.name
     done = batch.execute(path, output, given)
     console.print(f"executed notebook: {done}", highlight=False)
+
+
+@app.command()
+@_clear_errors
+def sweep(
+    study: Annotated[Path, typer.Argument(help="A YAML file: a notebook, its parameters and axes; see notebooks/studies.")],
+    out: Annotated[Path | None, typer.Option(help="The study's folder; default: runs/sweeps/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate, and start nothing.")] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    slots: Annotated[int | None, typer.Option(help="Jobs at a time; default: one per GPU, or else one per core.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray: a cluster to join (auto, or HOST:PORT); default: start one here.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(help="Ray: GPUs per job. local: GPUs to share out, one per job.")] = None,
+    shared: Annotated[
+        bool | None, typer.Option("--shared/--shipped", help="Ray: do all nodes see the study's folder? Default: ask them.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds per job; default: the study's.")] = None,
+) -> None:
+    """Run a study: many jobs of one notebook. Call it again to go on after a failure or an interrupt."""
+    from abdlab import engines
+    from abdlab import sweep as studies
+
+    if engine not in ("local", "ray"):
+        raise ValueError(did_you_mean("engine", engine, ("local", "ray")))
+    for name, value in (("slots", slots), ("timeout", timeout)):
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} is above 0, not {value:g}")
+    planned = studies.read_study(study)
+    if timeout is not None:
+        planned = replace(planned, timeout=timeout)
+    out = out or Path("runs/sweeps") / study.stem
+    if dry_run:
+        _plan(planned, out, slots or engines.default_slots())
+        return
+    if engine == "ray":
+        place = engines.RayEngine(out, address, cpus=planned.threads, gpus=gpus or 0, slots=slots, shared=shared)
+    else:
+        place = engines.LocalEngine(slots, None if gpus is None else int(gpus))
+    try:
+        with Live(console=console, refresh_per_second=1, transient=False) as live:
+            seen: dict[str, str] = {}
+
+            def tell(frame, planned) -> None:
+                if console.is_terminal:
+                    live.update(studies.render(frame, planned.title))
+                    return
+                for row in frame.to_dict("records"):
+                    # a file or a pipe gets one line per change
+                    if row["state"] in ("done", "failed") and seen.get(row["name"]) != row["state"]:
+                        scores = "" if row["acc"] != row["acc"] or row["acc"] is None else f" ACC {_number(row['acc'], 1, 100)}"
+                        scores += "" if row["asr"] != row["asr"] or row["asr"] is None else f" ASR {_number(row['asr'], 1, 100)}"
+                        print(f"{row['state']}: {row['name']}{scores} {row['error'] or ''}".rstrip(), flush=True)
+                    seen[row["name"]] = row["state"]
+
+            frame = studies.sweep(planned, out, place, tell=tell, shipped=engine == "ray" and not place.shared)
+    except KeyboardInterrupt:
+        print(f"abdlab: stopped; the same command goes on where it was ({out})", file=sys.stderr)
+        raise typer.Exit(130) from None
+    failed = frame[frame["state"] != "done"]
+    console.print(f"{len(frame) - len(failed)} of {len(frame)} jobs done: {out}", highlight=False)
+    if len(failed):
+        grid = Table(title="failed", title_justify="left")
+        grid.add_column("job", overflow="fold")
+        grid.add_column("error", overflow="fold")
+        for row in failed.to_dict("records"):
+            grid.add_row(escape(row["name"]), escape(row["error"] or row["state"]))
+        console.print(grid)
+        console.print(f"each job's executed notebook, log.txt and traceback.txt: {out}/jobs", highlight=False)
+        raise typer.Exit(1)
+
+
+def _plan(study, out: Path, slots: int) -> None:
+    """What a sweep would do."""
+    from abdlab.sweep import estimate, status_of
+
+    grid = Table(title=study.title, title_justify="left", box=None)
+    for heading in ("job", "notebook", "state"):
+        grid.add_column(heading, overflow="fold")
+    for job in study.all_jobs:
+        grid.add_row(escape(job.name), job.notebook, status_of(out, job)["state"])
+    console.print(grid)
+    left, seconds = estimate(study, out, slots)
+    console.print(
+        f"{len(study.jobs)} jobs and {len(study.teachers)} shared teachers, {left} to run, {slots} at a time", highlight=False
+    )
+    told = (
+        f"about {max(1, round(seconds / 60))} min"
+        if seconds is not None
+        else "no estimate: no job of these notebooks is done yet"
+    )
+    console.print(f"{told}; folder: {out}", highlight=False)
 
 
 @app.command()

@@ -6,7 +6,8 @@ are clamped for display.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,24 +19,39 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 _PALETTE = sns.color_palette("colorblind").as_hex()
-#: label of a model -> its colour
+#: teacher, clean KD, or a student's defences ("" when it has none) -> colour, whatever the source
 COLORS = {
     "teacher": "#4d4d4d",
     "clean": _PALETTE[2],
-    "zskt": _PALETTE[3],
-    "zskt+sv": _PALETTE[0],
-    "zskt+sr": _PALETTE[1],
-    "zskt+sv+sr": _PALETTE[4],
+    "": _PALETTE[3],
+    "sv": _PALETTE[0],
+    "sr": _PALETTE[1],
+    "sv+sr": _PALETTE[4],
 }
-#: label of a model -> how figures and tables call it
-NAMES = {
-    "teacher": "teacher",
-    "clean": "clean KD",
-    "zskt": "ZSKT",
-    "zskt+sv": "ZSKT+SV",
-    "zskt+sr": "ZSKT+SR",
-    "zskt+sv+sr": "ZSKT+SV+SR",
-}
+
+
+def color_of(label: str) -> str:
+    """The colour of a model by its label: teacher, clean, or a source with its defences ("cmi+sv")."""
+    return COLORS.get(label if label in ("teacher", "clean") else label.partition("+")[2], "#999999")
+
+
+def name_of(label: str) -> str:
+    """How figures and tables call a model: "teacher", "clean KD", "ZSKT+SV"."""
+    return {"teacher": "teacher", "clean": "clean KD"}.get(label, label.upper())
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Each label once: teacher, clean KD, then source by source as they come, from undefended to all defences."""
+    labels = list(dict.fromkeys(labels))
+    sources, kinds = [label.partition("+")[0] for label in labels], list(COLORS)
+
+    def place(label: str) -> tuple[int, int]:
+        source, _, defences = label.partition("+")
+        if label in ("teacher", "clean"):
+            return -1, kinds.index(label)
+        return sources.index(source), kinds.index(defences) if defences in kinds else len(kinds)
+
+    return sorted(labels, key=place)
 
 
 def _axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
@@ -94,7 +110,7 @@ def prediction_figure(
     figure, axes = plt.subplots(2, len(images), figsize=(1.1 * len(images) + 0.9, 2.9), layout="constrained", squeeze=False)
     for row, (batch, said) in enumerate(((images, clean_said), (triggered, triggered_said))):
         for column, label in enumerate(said.tolist()):
-            show(axes[row, column], batch[column], f"says {classes[label]}", COLORS["zskt"] if label == target else None)
+            show(axes[row, column], batch[column], f"says {classes[label]}", COLORS[""] if label == target else None)
     axes[0, 0].set_ylabel("clean", fontsize=9)
     axes[1, 0].set_ylabel("triggered", fontsize=9)
     figure.suptitle(f"What the model says (orange: the target class, {classes[target]})", fontsize=11)
@@ -112,13 +128,11 @@ def training_curves(
     """
     ax = _axes(ax)
     measured = history.dropna(subset=["acc"])
-    for i, (label, part) in enumerate(measured.groupby("label", sort=False)):
-        color = COLORS.get(label, _PALETTE[i % len(_PALETTE)])
-        ax.plot(part["step"], 100 * part["acc"], color=color, marker="o", ms=3, label=f"{NAMES.get(label, label)}: ACC")
+    for label, part in measured.groupby("label", sort=False):
+        color = color_of(label)
+        ax.plot(part["step"], 100 * part["acc"], color=color, marker="o", ms=3, label=f"{name_of(label)}: ACC")
         if "asr" in part and part["asr"].notna().any():
-            ax.plot(
-                part["step"], 100 * part["asr"], color=color, marker="s", ms=3, ls="--", label=f"{NAMES.get(label, label)}: ASR"
-            )
+            ax.plot(part["step"], 100 * part["asr"], color=color, marker="s", ms=3, ls="--", label=f"{name_of(label)}: ASR")
     if floor is not None:
         ax.axhline(100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}")
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
@@ -202,7 +216,7 @@ def suspicion_histogram(
     everything = torch.cat([scores, *(others or {}).values()])
     bins = np.linspace(everything.min().item(), max(everything.max().item(), everything.min().item() + 1e-6), 60)
     ax.hist(scores.numpy(), bins, density=True, color="0.75", label=f"synthetic (n = {len(scores)})")
-    colors = {"clean test": COLORS["clean"], "triggered test": COLORS["zskt"]}
+    colors = {"clean test": COLORS["clean"], "triggered test": COLORS[""]}
     for i, (name, values) in enumerate((others or {}).items()):
         ax.hist(
             values.numpy(),
@@ -339,8 +353,7 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
     Args:
         results: one row per method and seed, columns label, seed, acc, asr (shares).
     """
-    order = [label for label in NAMES if label in set(results["label"])]
-    order += [label for label in dict.fromkeys(results["label"]) if label not in order]
+    order = in_order(results["label"])
     floor = results.loc[results["label"] == "clean", "asr"].mean()
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True)
     seeds = results["seed"].nunique()
@@ -353,10 +366,10 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         for y, label in enumerate(order):
             values = 100 * results.loc[results["label"] == label, column]
             spread = values.std() if len(values) > 1 else 0
-            ax.barh(y, values.mean(), xerr=spread or None, color=COLORS.get(label, "0.6"), alpha=0.85, height=0.65, capsize=3)
+            ax.barh(y, values.mean(), xerr=spread or None, color=color_of(label), alpha=0.85, height=0.65, capsize=3)
             ax.scatter(values, [y] * len(values), s=14, color="black", zorder=3)
             ax.text(104, y, f"{values.mean():.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""), va="center", fontsize=9)
-        ax.set(xlabel=text, xlim=(0, 100), yticks=range(len(order)), yticklabels=[NAMES.get(label, label) for label in order])
+        ax.set(xlabel=text, xlim=(0, 100), yticks=range(len(order)), yticklabels=[name_of(label) for label in order])
         ax.spines[["top", "right"]].set_visible(False)
     if floor == floor:
         axes[1].axvline(100 * floor, color=COLORS["clean"], ls=":", lw=1.5, label="floor (clean KD)")
@@ -389,10 +402,126 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         return f"{100 * values.mean():.1f}" + (f" ± {100 * values.std():.1f}" if len(values) > 1 else "")
 
     parts = {label: results[results["label"] == label] for label in dict.fromkeys(results["label"])}
-    order = sorted(parts, key=lambda label: list(NAMES).index(label) if label in NAMES else len(NAMES))
+    order = in_order(parts)
     return pd.DataFrame(
         [
-            {"method": NAMES.get(k, k), "ACC (%)": cell(parts[k]["acc"]), "ASR (%)": cell(parts[k]["asr"]), "n": len(parts[k])}
+            {"method": name_of(k), "ACC (%)": cell(parts[k]["acc"]), "ASR (%)": cell(parts[k]["asr"]), "n": len(parts[k])}
             for k in order
         ]
     ).set_index("method")
+
+
+def study_summary(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label; each model counts once.
+
+    Args:
+        results: what :func:`abdlab.sweep.results` returns.
+    """
+    once = results.drop_duplicates(["label", "model"])
+    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]].agg(["mean", "std", "count"])
+    columns = {}
+    for name in ("acc", "asr"):
+        columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)
+        columns[f"{name.upper()} std (%)"] = (100 * out[name, "std"]).round(1)
+    return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(level=[0, 1], sort_remaining=False)
+
+
+def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
+    """ASR (ACC below it) in percent, triggers against sources, before and after a defence; empty cells were not run.
+
+    Args:
+        results: what :func:`abdlab.sweep.results` returns.
+        defence: by default the one with the most parts among those that were run.
+    """
+    students = results[~results["source"].isin(["teacher", "clean"])].drop_duplicates(["label", "model"])
+    defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
+    defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
+    shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
+    triggers, sources = sorted(students["trigger"].dropna().unique()), list(dict.fromkeys(students["source"]))
+    size = (2.0 + 1.3 * len(sources) * len(shown) + 1.2, 1.4 + 0.7 * len(triggers))
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for ax, (title, key) in zip(axes[0], shown, strict=True):
+        part = students[students["defence"] == key]
+        asr, acc = (
+            100
+            * part.pivot_table(index="trigger", columns="source", values=v, aggfunc="mean").reindex(
+                index=triggers, columns=sources
+            )
+            for v in ("asr", "acc")
+        )
+        text = [
+            [f"{a:.0f}\nACC {c:.0f}" if a == a else "" for a, c in zip(r, q, strict=True)]
+            for r, q in zip(asr.values, acc.values, strict=True)
+        ]
+        last = ax is axes[0][-1]
+        sns.heatmap(
+            asr.astype(float), annot=np.array(text, dtype=object).reshape(asr.shape), fmt="", vmin=0, vmax=100, cmap="rocket_r", ax=ax,
+            linewidths=1, annot_kws={"fontsize": 8}, cbar=last, cbar_kws={"label": "ASR (%), mean over seeds"} if last else None,
+        )  # fmt: skip
+        ax.set(title=title, xlabel="source", ylabel="trigger" if ax is axes[0][0] else "")
+        ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
+    return figure
+
+
+def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """ACC against ASR in percent, one point per job's student (colour: defence, marker: source), and the Pareto front.
+
+    The front joins the students that no other one beats in both ACC and ASR: down and to the right is better.
+    """
+    ax = _axes(ax, 7.2, 4.6)
+    students = results[results["label"] != "teacher"].drop_duplicates(["label", "model"])
+    markers = _markers(students["source"])
+    for label, part in students.groupby("label", sort=False):
+        ax.scatter(
+            100 * part["acc"], 100 * part["asr"], color=color_of(label), marker=markers[part["source"].iloc[0]],
+            s=90 if label == "clean" else 42, alpha=0.85, edgecolor="white", linewidth=0.6, label=name_of(label),
+        )  # fmt: skip
+    front = pareto_front(students[students["label"] != "clean"])
+    if len(front) > 1:
+        ax.plot(100 * front["acc"], 100 * front["asr"], color="0.4", lw=1, ls="--", zorder=0, label="Pareto front (data-free)")
+    ax.set(xlabel="ACC: clean test images classified right (%)", ylabel="ASR: triggered test images\ncalled the target (%)")
+    ax.set(xlim=(max(-2, 100 * students["acc"].min() - 5), 101), ylim=(-3, 103))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def _markers(sources: Iterable[str]) -> dict[str, str]:
+    """A marker per source, clean KD's is a star."""
+    shapes = itertools.cycle("os^DvPX<>")
+    return {source: "*" if source == "clean" else next(shapes) for source in dict.fromkeys(sources)}
+
+
+def pareto_front(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other row beats: none has at least their ACC and at most their ASR, and is better in one; by ACC."""
+    ordered = results.sort_values(["acc", "asr"], ascending=[False, True])
+    best, keep = float("inf"), []
+    for index, asr in ordered["asr"].items():
+        if asr < best:
+            best = asr
+            keep.append(index)
+    return results.loc[keep].sort_values("acc")
+
+
+def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
+    """ACC and ASR in percent against a numeric axis of a study: lines are means, bands one standard deviation, over all else.
+
+    Raises:
+        ValueError: when the axis is no column of numbers.
+    """
+    if axis not in results or not pd.api.types.is_numeric_dtype(results[axis]):
+        raise ValueError(f"{axis} is no numeric axis of this study: its columns are {', '.join(map(str, results.columns))}")
+    students = results[~results["label"].isin(["teacher", "clean"])].drop_duplicates(["label", "model", axis])
+    markers = _markers(students["source"])
+    dashes = dict(zip(markers, itertools.cycle(["-", "--", ":", "-."])))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", sharex=True)
+    for ax, column, text in zip(axes, ("acc", "asr"), ("ACC (%)", "ASR (%)"), strict=True):
+        for label, part in students.groupby("label", sort=False):
+            source = part["source"].iloc[0]
+            looks = {"color": color_of(label), "marker": markers[source], "linestyle": dashes[source], "label": name_of(label)}
+            sns.lineplot(x=part[axis], y=100 * part[column], errorbar="sd", err_kws={"alpha": 0.12}, ax=ax, **looks)
+        ax.set(xlabel=axis, ylabel=text, ylim=(-3, 103))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=8, frameon=False)
+    axes[1].legend_.remove()
+    return figure

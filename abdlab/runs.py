@@ -334,7 +334,7 @@ def distill_all(
 
     Args:
         with_teacher: put the teacher's own metrics first, under "teacher".
-        workers: processes at most; by default one per core on a CPU, else 1.
+        workers: processes at most; by default one per thread that torch may use on a CPU, else 1.
     """
     teacher = poisoned_teacher(root, chosen, data)
     trunks: dict[str, list[str]] = {}
@@ -342,7 +342,7 @@ def distill_all(
         trunks.setdefault(label.removesuffix("+sr"), []).append(label)
     # the longest first, so that short ones fill the gaps
     groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
-    cores = os.cpu_count() or 1
+    cores = torch.get_num_threads()  # this process's share of the machine: in a sweep, other jobs have the rest
     workers = min(len(groups), workers or (cores if data.train_images.device.type == "cpu" else 1))
     if workers > 1:
         _side_by_side(root, chosen, groups, workers, max(1, cores // workers))

@@ -43,7 +43,7 @@ def test_training_curves_are_in_percent_with_a_floor():
     assert list(asr.get_ydata()) == [10, 95]
     assert floor.get_ydata()[0] == pytest.approx(3)
     assert labelled(ax)
-    assert acc.get_color() == asr.get_color() == plots.COLORS["zskt"]
+    assert acc.get_color() == asr.get_color() == plots.color_of("zskt")
 
 
 def test_given_axes_are_used_and_returned():
@@ -106,7 +106,7 @@ def test_figures_of_images_have_a_caption_per_image():
     said = torch.tensor([0, 2])
     figure = plots.prediction_figure(images(2), images(2), said, torch.tensor([1, 1]), CLASSES, target=1)
     assert [ax.get_title() for ax in figure.axes] == ["says a", "says c", "says b", "says b"]
-    assert figure.axes[2].title.get_color() == plots.COLORS["zskt"]
+    assert figure.axes[2].title.get_color() == plots.color_of("zskt")
     figure = plots.trigger_figure(images(2), images(2) + 0.1, ["a", "b"], "blend")
     assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == ["clean", "triggered", "difference\n(x 10)"]
 
@@ -117,3 +117,63 @@ def test_embedding_marks_groups_and_overlay_names_its_rows():
     figure = plots.overlay_figure({"clean": (images(2), {"teacher": torch.rand(2, 4, 4)})}, {"clean/teacher": ["a", "b"]})
     assert figure.axes[0].get_ylabel() == "teacher\nclean"
     assert figure.axes[1].get_title() == "b"
+
+
+def study_results():
+    """Two sources, two triggers, two seeds by hand: undefended ASR .8 and .9, defended .2 and .4; jobs repeat the undefended one."""
+    rows = []
+    for source in ("zskt", "cmi"):
+        for trigger in ("badnet_sq", "blend"):
+            for seed in (0, 1):
+                for defence, asr in (("none", 0.8 + 0.1 * seed), ("sv+sr", 0.2 + 0.2 * seed)):
+                    for alpha in (0.1, 0.5):
+                        label = source if defence == "none" else f"{source}+{defence}"
+                        model = f"{label} {trigger} {seed}" + (f" {alpha}" if defence != "none" else "")
+                        rows.append({"label": label, "source": source, "defence": defence, "trigger": trigger, "seed": seed})
+                        rows[-1] |= {"sv.alpha": alpha, "acc": 0.9, "asr": asr, "model": model}
+    return pd.DataFrame(rows)
+
+
+def test_a_study_counts_each_model_once():
+    summary = plots.study_summary(study_results()).loc[("blend", "zskt")]
+    assert summary.loc["none", "n"] == 2
+    assert summary.loc["sv+sr", "n"] == 4
+    assert summary.loc["none", "ASR mean (%)"] == pytest.approx(85)
+    assert summary.loc["none", "ASR std (%)"] == pytest.approx(7.1)  # sample deviation of 80 and 90
+    assert summary.loc["sv+sr", "ASR std (%)"] == pytest.approx(11.5)  # of 20, 20, 40, 40
+
+
+def test_heatmaps_before_and_after():
+    figure = plots.study_heatmaps(study_results())
+    before, after = figure.axes[:2]
+    assert [t.get_text() for t in before.texts] == ["85\nACC 90"] * 4
+    assert [t.get_text() for t in after.texts] == ["30\nACC 90"] * 4
+    assert (before.get_title(), after.get_title()) == ("undefended", "with SV+SR")
+    plt.close(figure)
+
+
+def test_pareto_front_by_hand():
+    frame = pd.DataFrame({"acc": [0.9, 0.8, 0.95, 0.9, 0.7], "asr": [0.2, 0.1, 0.5, 0.3, 0.1]})
+    # .9/.3 is beaten by .9/.2, and .7/.1 by .8/.1
+    assert plots.pareto_front(frame)["acc"].tolist() == [0.8, 0.9, 0.95]
+
+
+def test_study_figures_say_what_they_show():
+    ax = plots.tradeoff_figure(study_results())
+    assert "%" in ax.get_xlabel()
+    assert "%" in ax.get_ylabel()
+    assert {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"} <= {t.get_text() for t in ax.get_legend().get_texts()}
+    figure = plots.sensitivity_figure(study_results(), "sv.alpha")
+    assert [a.get_ylabel() for a in figure.axes] == ["ACC (%)", "ASR (%)"]
+    assert figure.axes[1].lines[1].get_ydata() == pytest.approx([30, 30])
+    with pytest.raises(ValueError, match="no numeric axis"):
+        plots.sensitivity_figure(study_results(), "trigger")
+    plt.close("all")
+
+
+def test_a_defence_has_one_colour_whatever_the_source():
+    assert plots.color_of("cmi+sv") == plots.color_of("zskt+sv") != plots.color_of("zskt")
+    assert plots.name_of("clean") == "clean KD"
+    assert plots.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [
+        "teacher", "clean", "cmi", "cmi+sv", "zskt", "zskt+sr",
+    ]  # fmt: skip

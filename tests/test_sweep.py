@@ -1,0 +1,454 @@
+"""Studies: what a YAML file stands for, and jobs that survive failing notebooks, dead kernels, dead workers and a killed sweep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+
+from abdlab import sweep as studies
+from abdlab.engines import LocalEngine, RayEngine
+
+#: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed when tried again
+CELLS = [
+    'run = "runs"  # folder\nx = 0  # a number\nmode = "ok"  # what happens\nseconds = 0.0  # to wait\nseed = 0  # of everything',
+    """import json, os, pathlib, signal, time
+folder = pathlib.Path(run) / f"seed{seed}" / "zskt"
+folder.mkdir(parents=True, exist_ok=True)
+first = not (folder / "tried").exists()
+(folder / "tried").touch()
+with (folder / "starts.txt").open("a") as file: file.write("start\\n")
+time.sleep(seconds)""",
+    """if mode == "fail": raise ValueError("x is wrong")
+if mode == "fail once" and first: raise ValueError("only the first time")
+if mode == "kernel dies" or (mode == "kernel dies once" and first): os.kill(os.getpid(), signal.SIGKILL)
+if mode == "worker dies once" and first: os.kill(os.getppid(), signal.SIGKILL); time.sleep(30)""",
+    """(folder / "metrics.json").write_text(json.dumps({"label": "zskt", "seed": seed, "acc": x / 10, "asr": x / 100, "pid": os.getpid()}))""",
+]
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in CELLS])
+    book.cells[0].metadata["tags"] = ["parameters"]
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = tmp_path / "trivial.ipynb"
+    nbformat.write(book, path)
+    return path
+
+
+def starts(out):
+    """How many times each job's notebook began."""
+    return {p.parent.parent.parent.name: len(p.read_text().splitlines()) for p in out.glob("jobs/*/seed*/zskt/starts.txt")}
+
+
+def study_file(tmp_path, **content):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"notebook": "trivial.ipynb", **content}, sort_keys=False))
+    return path
+
+
+def command(*words):
+    return [sys.executable, "-c", "from abdlab.cli import main; main()", "sweep", *map(str, words)]
+
+
+# --- what a study stands for ---------------------------------------------------------------------------------------------
+
+
+def test_axes_multiply_and_exclusions_leave_out(notebook, tmp_path):
+    path = study_file(
+        tmp_path,
+        parameters={"seconds": 0},
+        grid={"x": [1, 2, 3]},
+        zip={"mode": ["ok", "fail"], "seconds": [0.5, 1.5]},
+        seeds=[0, 1],
+        exclude=[{"x": 3, "mode": "fail"}, {"x": [1, 2], "seed": 1}],
+    )
+    study = studies.read_study(path)
+    # 3 x 2 x 2 = 12; (3, fail) leaves out 2, (1 or 2, seed 1) leaves out 2 x 2
+    assert len(study.jobs) == 6
+    assert study.teachers == ()
+    assert {(j.axes["x"], j.axes["mode"], j.axes["seed"]) for j in study.jobs} == {
+        *((x, mode, 0) for x in (1, 2) for mode in ("ok", "fail")),
+        (3, "ok", 0),
+        (3, "ok", 1),
+    }
+    assert all(j.parameters["seconds"] == {"ok": 0.5, "fail": 1.5}[j.parameters["mode"]] for j in study.jobs)
+    assert study.title == "study"
+
+
+def test_a_list_axis_sets_several_names_and_equal_jobs_are_one(notebook):
+    study = studies.make_study(notebook, list=[{"x": 1}, {"x": 2, "mode": "ok"}, {"x": 1}])
+    assert [j.parameters for j in study.jobs] == [{"x": 1}, {"x": 2, "mode": "ok"}]
+
+
+def test_folders_are_addressed_by_content(notebook):
+    key = {name: studies.make_study(notebook, **given).jobs[0].key for name, given in {
+        "a": {"grid": {"x": [1]}},
+        "again": {"parameters": {"x": 1}},
+        "b": {"grid": {"x": [2]}},
+    }.items()}  # fmt: skip
+    assert key["a"] == key["again"] != key["b"]
+    notebook.write_text(notebook.read_text().replace("x is wrong", "x is bad"))
+    assert studies.make_study(notebook, grid={"x": [1]}).jobs[0].key != key["a"]
+
+
+def test_dotted_names_are_settings_and_teachers_are_shared():
+    study = studies.make_study(
+        "02_distillation",
+        parameters={"overrides": {"zskt.pseudo_batches": 5}},
+        grid={"attack.trigger": ["badnet_sq", "blend"], "sv_alpha": [0.1, 0.5]},
+        seeds=[0, 1],
+    )
+    assert len(study.jobs) == 8
+    assert len(study.teachers) == 4  # two triggers, two seeds: neither alpha nor the length makes another teacher
+    assert all(job.parameters["overrides"]["zskt.pseudo_batches"] == 5 for job in study.jobs)
+    assert {len(job.needs) for job in study.jobs} == {1}
+    assert {t.notebook for t in study.teachers} == {"01_poisoning"}
+    both = studies.make_study("05_abd_ablation", parameters={"seeds": [0, 1]})
+    assert len(both.jobs[0].needs) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"grids": {"x": [1]}}, "unknown key of study.yaml 'grids': did you mean 'grid'"),
+        ({"grid": {"mod": ["ok"]}}, "unknown parameter of trivial 'mod': did you mean 'mode'"),
+        ({"grid": {"x": ["many"]}}, "parameter x takes a whole number, not 'many'"),
+        ({"grid": {"x": []}}, "the axis grid.x is empty"),
+        ({"grid": {"x": 3}}, "the axis grid.x is a list of values, not 3"),
+        ({"grid": [1]}, "grid holds names and values"),
+        ({"zip": {"x": [1, 2], "seed": [1]}}, "need as many values each: x has 2, seed has 1"),
+        ({"grid": {"seed": [1]}, "seeds": [1]}, "seed is set by two axes"),
+        ({"seeds": []}, "the axis seeds is empty"),
+        ({"grid": {"x": [1]}, "exclude": [{"x": 1}]}, "every combination is excluded"),
+        ({"grid": {"x": [1]}, "exclude": [{"y": 1}]}, "unknown name in exclude 'y'"),
+        ({"grid": {"sv.alpha": [1]}}, "sv.alpha is a setting, but trivial has no parameter overrides"),
+        ({"parameters": {"run": "here"}}, "run is set by the sweep"),
+        ({"timeout": 0}, "timeout is seconds above 0"),
+        ({"retries": -1}, "retries is a whole number of at least 0"),
+        ({"notebook": "02_distillation", "grid": {"sv.alpa": [1]}}, "unknown setting 'sv.alpa': did you mean 'sv.alpha'"),
+        ({"notebook": "02_distillation", "grid": {"preset": ["quick/digit"]}}, "unknown preset 'quick/digit'"),
+        ({"notebook": "02_distilation"}, "did you mean '02_distillation'"),
+    ],
+)
+def test_a_wrong_study_is_one_sentence_before_anything_starts(notebook, tmp_path, content, sentence):
+    with pytest.raises(ValueError, match=r".+") as caught:
+        studies.read_study(study_file(tmp_path, **content))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_study(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no study"):
+        studies.read_study(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("grid: [1, 2")
+    with pytest.raises(ValueError, match="is not YAML"):
+        studies.read_study(tmp_path / "bad.yaml")
+    (tmp_path / "text.yaml").write_text("hello")
+    with pytest.raises(ValueError, match="must hold keys and values"):
+        studies.read_study(tmp_path / "text.yaml")
+    (tmp_path / "none.yaml").write_text("title: nothing")
+    with pytest.raises(ValueError, match="does not say which notebook"):
+        studies.read_study(tmp_path / "none.yaml")
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_failures_are_told_apart_and_tried_again_where_that_helps(notebook, tmp_path):
+    out = tmp_path / "out"
+    modes = ["ok", "fail", "kernel dies once", "kernel dies", "worker dies once"]
+    study = studies.make_study(notebook, grid={"mode": modes}, parameters={"x": 7}, retries=1)
+    frame = studies.sweep(study, out, LocalEngine(2)).set_index("mode")
+    assert frame["state"].to_dict() == {
+        "ok": "done",
+        "fail": "failed",
+        "kernel dies once": "done",
+        "kernel dies": "failed",
+        "worker dies once": "done",
+    }
+    assert (frame.loc["ok", "acc"], frame.loc["ok", "asr"]) == (0.7, 0.07)
+    assert frame.loc["fail", "error"] == "cell 4: ValueError: x is wrong"
+    assert frame.loc["kernel dies", "error"].startswith("given up after 2 tries; the last one: RuntimeError: the kernel died")
+    assert frame["attempts"].to_dict() == {**dict.fromkeys(modes, 2), "ok": 1, "fail": 1}
+    (folder,) = (p.parent for p in out.glob("jobs/*/traceback.txt"))
+    assert "ValueError" in (folder / "traceback.txt").read_text()
+    assert "x is wrong" in (folder / "trivial.ipynb").read_text()  # the executed notebook is kept
+    # a second call leaves the done ones alone and tries the failed ones anew
+    before = starts(out)
+    again = studies.sweep(study, out, LocalEngine(1)).set_index("mode")
+    assert again["state"].to_dict() == frame["state"].to_dict()
+    more = {name: starts(out)[name] - count for name, count in before.items()}
+    assert sum(more.values()) == 1 + 2  # fail once, kernel dies twice
+    found = studies.results(out)
+    assert sorted(found["mode"]) == ["kernel dies once", "ok", "worker dies once"]
+    assert set(found["source"]) == {"zskt"}
+    assert set(found["defence"]) == {"none"}
+
+
+@pytest.mark.slow
+def test_a_job_that_takes_too_long_is_stopped_with_its_kernel(notebook, tmp_path):
+    study = studies.make_study(notebook, parameters={"seconds": 60.0}, timeout=4)
+    began = time.time()
+    frame = studies.sweep(study, tmp_path / "out", LocalEngine(1))
+    assert time.time() - began < 40
+    assert frame["error"].tolist() == ["longer than the study's timeout of 4 seconds"]
+    assert not kernels_under(tmp_path / "out")
+
+
+def kernels_under(out):
+    """Kernels that still run a job of this study: their connection files are anonymous, their open log is not."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if "ipykernel_launcher" in " ".join(process.info["cmdline"] or []):
+                found += [f.path for f in process.open_files() if f.path.startswith(str(out))]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow):
+    path, out = study_file(tmp_path, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3, 4]}), tmp_path / "out"
+    process = subprocess.Popen(
+        command(path, "--out", out, "--slots", 1), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(states(out, "done")) >= 1 and len(states(out, "running")) == 1)
+    os.kill(process.pid, blow)
+    _, told = process.communicate(timeout=60)
+    if blow == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on where it was" in told
+        assert "Traceback" not in told
+    wait_for(lambda: not kernels_under(out))
+    done, before = states(out, "done"), starts(out)
+    assert 1 <= len(done) < 4
+    wait_for(lambda: "stopped" in set(studies.status(out)["state"]))
+    finished = subprocess.run(command(path, "--out", out, "--slots", 2), capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "4 of 4 jobs done" in finished.stdout
+    assert all(starts(out)[name] == before[name] for name in done)
+    assert sorted(studies.results(out)["acc"]) == [0.1, 0.2, 0.3, 0.4]
+
+
+def states(out, wanted):
+    """Names of the jobs whose status.json says so."""
+    found = {}
+    for path in out.glob("jobs/*/status.json"):
+        found[path.parent.name] = json.loads(path.read_text())["state"]
+    return {name for name, state in found.items() if state == wanted}
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_place_that_is_no_folder_are_clear(notebook, tmp_path):
+    study = studies.make_study(notebook)
+    folder = tmp_path / "out" / study.jobs[0].folder
+    folder.mkdir(parents=True)
+    (folder / "log.txt").symlink_to("/dev/full")
+    result = studies.run_job({
+        "folder": str(folder), "key": "k", "notebook": "trivial", "text": notebook.read_text(), "parameters": {"mode": "ok"},
+        "takes_run": True, "threads": 1, "timeout": None, "attempt": 1, "cwd": str(tmp_path),
+    })  # fmt: skip
+    assert result["state"] in ("failed", "done")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to .*choose another folder"):
+        studies.write_study(study, tmp_path / "file" / "out")
+
+
+TINY = {
+    "teacher.epochs": 1,
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 4,
+    "student.width": 4,
+    "zskt.pseudo_batches": 4,
+    "zskt.student_steps": 1,
+    "zskt.width": 4,
+    "zskt.batch_size": 16,
+    "clean.epochs": 1,
+    "sv.verify": False,
+    "sr.inner_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Two methods of one poisoned teacher, through the real notebooks, and their numbers on the local engine."""
+    return studies.make_study(
+        "05_abd_ablation", parameters={"overrides": TINY, "device": "cpu"}, grid={"methods": [["zskt"], ["zskt+sv"]]}, seeds=[3]
+    )
+
+
+@pytest.fixture(scope="module")
+def by_local(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("local")
+    frame = studies.sweep(tiny, out, LocalEngine(2))
+    assert set(frame["state"]) == {"done"}, frame["error"].tolist()
+    return out
+
+
+def numbers(out):
+    found = studies.results(out)
+    return sorted((r["label"], r["seed"], r["acc"], r["asr"]) for r in found.to_dict("records"))
+
+
+@pytest.mark.slow
+def test_a_shared_teacher_is_trained_once(tiny, by_local):
+    frame = studies.status(by_local)
+    assert frame["kind"].tolist() == ["teacher", "job", "job"]
+    (trained,) = by_local.glob("teachers/*/seed3/teacher/teacher.safetensors")
+    taken = [*by_local.glob("jobs/*/seed3/teacher/teacher.safetensors")]
+    assert len(taken) == 2
+    assert all(path.read_bytes() == trained.read_bytes() for path in taken)
+    assert len([*by_local.glob("jobs/*/seed3/teacher/history.jsonl")]) == 2
+    assert [label for label, *_ in numbers(by_local)] == ["teacher", "teacher", "zskt", "zskt+sv"]
+    assert set(studies.results(by_local)["trigger"]) == {"badnet_sq"}
+
+
+@pytest.mark.slow
+def test_the_report_reads_without_the_code(by_local, tmp_path):
+    done = studies.report(by_local, tmp_path / "report.html")
+    folder = by_local / "report"
+    assert done == folder / "06_sweep_report.ipynb"
+    assert {p.stem for p in (folder / "figures").glob("*.png")} == {"heatmaps", "tradeoff"}  # no numeric axis, no line
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["done"], metrics["jobs"], metrics["failed"]) == (3, 3, [])
+    mine = {(c["source"], c["defence"]): c for c in metrics["cells"]}
+    assert set(mine) == {("teacher", "none"), ("zskt", "none"), ("zskt", "sv")}
+    assert all(c["n"] == 1 for c in mine.values())  # two jobs share the teacher: it counts once
+    (acc,) = {acc for label, _, acc, _ in numbers(by_local) if label == "zskt"}
+    assert mine["zskt", "none"]["ACC mean (%)"] == pytest.approx(100 * acc, abs=0.05)
+    assert "zskt" in (folder / "summary.csv").read_text()
+    assert "tabular" in (folder / "summary.tex").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "study_heatmaps(" not in page  # code is hidden
+    assert page.count("data:image/png;base64") >= 2
+    assert 'src="http' not in page
+
+
+def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
+    with pytest.raises(ValueError, match="holds no study"):
+        studies.report(tmp_path)
+    studies.write_study(studies.make_study(notebook), tmp_path / "out")
+    with pytest.raises(ValueError, match="is done yet"):
+        studies.report(tmp_path / "out")
+
+
+def ray_command(*words):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["ray", *words], capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "PATH": path}
+    )
+
+
+@pytest.fixture
+def cluster():
+    """Two nodes on this machine: a head, and a second one that may be killed; yields (address, the second one's raylet)."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    ray_command("stop", "--force")
+    plain = ("--num-cpus=1", "--disable-usage-stats")
+    ray_command("start", "--head", "--port=6399", "--include-dashboard=false", *plain)
+    first = raylets()
+    ray_command("start", "--address=127.0.0.1:6399", *plain)
+    (second,) = raylets() - first
+    yield "127.0.0.1:6399", second
+    ray_command("stop", "--force")
+
+
+def raylets():
+    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_ray_gives_the_same_numbers_as_local(tiny, by_local, cluster, tmp_path, shared):
+    engine = RayEngine(tmp_path / "out", cluster[0], shared=None if shared else False)
+    assert engine.slots == 2
+    assert engine.shared == shared  # both nodes see this machine's folder
+    frame = studies.sweep(tiny, tmp_path / "out", engine, shipped=not engine.shared)
+    assert set(frame["state"]) == {"done"}, frame["error"].tolist()
+    assert numbers(tmp_path / "out") == numbers(by_local)
+    assert not [*(tmp_path / "out").glob(".ray-*")]
+
+
+@pytest.mark.slow
+def test_a_ray_node_that_dies_loses_no_job(notebook, cluster, tmp_path):
+    out = tmp_path / "out"
+    study = studies.make_study(notebook, parameters={"seconds": 6.0}, grid={"x": [1, 2, 3]})
+    engine, killed = RayEngine(out, cluster[0]), []
+
+    def tell(frame, study):
+        if not killed and (frame["state"] == "running").sum() == 2:
+            os.kill(cluster[1], signal.SIGKILL)
+            killed.append(time.time())
+
+    frame = studies.sweep(study, out, engine, tell=tell)
+    assert killed
+    assert frame["state"].tolist() == ["done"] * 3, frame["error"].tolist()
+    assert sorted(frame["attempts"]) == [1, 1, 2]
+    assert sorted(frame["acc"]) == [0.1, 0.2, 0.3]
+
+
+def test_ray_errors_are_one_sentence(tmp_path):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
+        RayEngine(tmp_path, "127.0.0.1:1")
+
+
+def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path):
+    path, out = study_file(tmp_path, grid={"x": [1, 2]}), tmp_path / "out"
+    done = subprocess.run(
+        command(path, "--out", out, "--dry-run", "--slots", 2), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "2 jobs and 0 shared teachers, 2 to run, 2 at a time" in done.stdout
+    assert "no estimate" in done.stdout
+    assert not out.exists()
+    # two jobs done in 30 and 50 s: two to run in two slots take 40
+    study = studies.read_study(path)
+    for number, seconds in enumerate((30, 50)):
+        other = tmp_path / "past" / "jobs" / str(number)
+        other.mkdir(parents=True)
+        (other / "status.json").write_text(json.dumps({"state": "done", "notebook": "trivial", "seconds": seconds}))
+    assert studies.estimate(study, out, 2) == (2, 40)
+
+
+def test_bad_arguments_are_one_sentence_and_exit_code_2(notebook, tmp_path):
+    path = study_file(tmp_path, grid={"x": [1]})
+    for words, sentence in (
+        ((path, "--engine", "rya"), "unknown engine 'rya': did you mean 'ray'"),
+        ((path, "--slots", 0), "--slots is above 0"),
+        ((tmp_path / "none.yaml",), "there is no study"),
+    ):
+        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "notebooks" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_studies_that_are_shipped_can_be_read(path):
+    study = studies.read_study(path)
+    assert study.title != path.stem
+    if path.stem == "quick":
+        assert len(study.jobs) >= 12
+        assert len([name for name in study.axes if name not in ("seed", "seeds")]) >= 2
+        assert len(study.axes.get("seed") or study.axes["seeds"]) == 2
