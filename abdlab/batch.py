@@ -14,9 +14,13 @@ from typing import Any, TextIO
 import papermill
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from abdlab.errors import did_you_mean
 from abdlab.runs import HEADLESS
+
+#: kernels are spoken to through files that only their user can open, where the system has such sockets, not over TCP
+_LOCAL_SOCKETS = Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
@@ -164,6 +168,7 @@ def run_kernel(
             stdout_file=log,
             stderr_file=log,
             cwd=str(folder or os.getcwd()),
+            config=_LOCAL_SOCKETS,
         )
 
 
