@@ -158,6 +158,56 @@ def test_shuffled_layers_are_found_by_type(wrn):
             shuffled_layers(vgg(), last)
 
 
+# the last convolutions of each family, in the order in which they run, and how often the teacher's first layer runs for k = 3
+FAMILIES = [
+    ("wrn-16-1", 5, [f"stage3.{n}" for n in ("0.conv1", "0.conv2", "0.shortcut", "1.conv1", "1.conv2")], 1),
+    ("wrn-40-1", 4, [f"stage3.{n}" for n in ("4.conv1", "4.conv2", "5.conv1", "5.conv2")], 3),
+    ("resnet-18", 5, [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")], 1),
+    ("resnet-18", 3, [f"layer4.{n}" for n in ("0.downsample.0", "1.conv1", "1.conv2")], 3),
+    (
+        "resnet-34",
+        7,
+        [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2", "2.conv1", "2.conv2")],
+        1,
+    ),
+    # its shortcuts have no weights: every block's other path goes round the shuffle
+    ("resnet-20", 5, [f"layer3.{n}" for n in ("0.conv2", "1.conv1", "1.conv2", "2.conv1", "2.conv2")], 3),
+    ("resnet-20", 19, None, 1),
+    ("vgg-11", 5, [f"features.{n}" for n in (11, 15, 18, 22, 25)], 1),
+    ("vgg-16", 5, [f"features.{n}" for n in (27, 30, 34, 37, 40)], 1),
+    # expansion and projection of a block; the depthwise convolution between them (conv.1.0) has nothing to shuffle
+    ("mobilenet-v2", 3, [f"features.{n}" for n in ("17.conv.0.0", "17.conv.2", "18.0")], 1),
+    ("mobilenet-v2", 5, [f"features.{n}" for n in ("16.conv.0.0", "16.conv.2", "17.conv.0.0", "17.conv.2", "18.0")], 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "layers", "expected"), FAMILIES, ids=lambda v: str(v) if isinstance(v, (str, int)) else ""
+)
+def test_every_family_is_shuffled_where_it_ends(double, wrn, name, last, layers, expected):
+    teacher = wrn(name, channels=3, classes=4).requires_grad_(False)
+    found = shuffled_layers(teacher, last)
+    if layers is None:
+        layers = [n for n, m in teacher.named_modules() if isinstance(m, nn.Conv2d)]
+    assert found == layers
+    vaccine = ShuffledTeacher(teacher, found, 3, rng())
+    images = torch.rand(3, 3, 16, 16, generator=rng(1))
+    copies = literal.shuffled_teachers(teacher, vaccine.permutations)
+    torch.testing.assert_close(vaccine(images), literal.shuffled_teacher(copies, images))
+    assert passes(teacher, vaccine, images) == expected
+
+
+def test_depthwise_convolutions_do_not_count(wrn):
+    teacher = wrn("mobilenet-v2", channels=3)
+    convolutions = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.Conv2d)}
+    depthwise = {n for n, m in convolutions.items() if m.groups > 1}
+    assert len(convolutions) == 52
+    assert len(depthwise) == 17
+    assert shuffled_layers(teacher, 35) == [n for n in convolutions if n not in depthwise]
+    with pytest.raises(ValueError, match="MobileNetV2 has 35 that can be shuffled"):
+        shuffled_layers(teacher, 36)
+
+
 def test_unknown_layers_and_no_copies_are_errors(teacher, student):
     with pytest.raises(ValueError, match=r"did you mean 'stage3.0.conv1'"):
         ShufflingVaccine(layers=["stage3.0.conv_1"]).start(teacher, student, CPU, 0, 10)
