@@ -26,13 +26,16 @@ from abdlab.runs import (
     table,
     vaccine_of,
 )
-from abdlab.sources import ZSKT, CleanKD
+from abdlab.sources import DAFL, DFAD, DFQ, ZSKT, CleanKD
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DAFL",
+    "DFAD",
+    "DFQ",
     "PRESETS",
     "TRIGGERS",
     "ZSKT",

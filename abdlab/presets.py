@@ -43,6 +43,9 @@ SECTIONS: dict[str, list[str]] = {
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
     "student": _MODEL,
     "zskt": _free(SOURCES["zskt"]),
+    "dafl": _free(SOURCES["dafl"]),
+    "dfad": _free(SOURCES["dfad"]),
+    "dfq": _free(SOURCES["dfq"]),
     "clean": _free(SOURCES["clean"], *_AUGMENT),
     "sv": _free(DEFENSES["sv"]),
     "sr": _free(DEFENSES["sr"]),
@@ -169,7 +172,7 @@ def settings(
         section, _, key = name.partition(".")
         if name == "attack.trigger" and value != values["attack"].get("trigger") and "attack.params" not in overrides:
             values["attack"].pop("params", None)
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
     for section in SECTIONS:
         check_keys(f"setting of {section}", values.setdefault(section, {}), SECTIONS[section])
     return Settings(preset, values, seed, str(device))

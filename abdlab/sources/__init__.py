@@ -1,10 +1,13 @@
 """Where a student's inputs come from. A new source is one file and one line here."""
 
 from abdlab.sources.clean import CleanKD
+from abdlab.sources.dafl import DAFL
+from abdlab.sources.dfad import DFAD
+from abdlab.sources.dfq import DFQ
 from abdlab.sources.source import Batch, Source
 from abdlab.sources.zskt import ZSKT
 
 #: name -> class, as presets and parameter cells name them
-SOURCES = {"clean": CleanKD, "zskt": ZSKT}
+SOURCES = {"clean": CleanKD, "zskt": ZSKT, "dafl": DAFL, "dfad": DFAD, "dfq": DFQ}
 
-__all__ = ["SOURCES", "ZSKT", "Batch", "CleanKD", "Source"]
+__all__ = ["DAFL", "DFAD", "DFQ", "SOURCES", "ZSKT", "Batch", "CleanKD", "Source"]

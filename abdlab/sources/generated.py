@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from abdlab.checkpoint import load_optimizer
 from abdlab.features import frozen
 from abdlab.models import normalization, place, seeded
 from abdlab.sources.generator import Generator
 from abdlab.sources.source import Source, clip_gradients
+
+
+def decay(optimizer: Optimizer, milestones: Sequence[float], steps: int) -> LRScheduler:
+    """The learning rate x0.1 at each milestone, a share in (0, 1] of ``steps``."""
+    if not all(0 < share <= 1 for share in milestones):
+        raise ValueError(f"milestones are shares of the run in (0, 1], not {tuple(milestones)}")
+    return MultiStepLR(optimizer, [max(1, round(share * steps)) for share in milestones], gamma=0.1)
 
 
 class Generated(Source):
