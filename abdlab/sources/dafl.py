@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam
 
 from abdlab.evaluate import kl
 from abdlab.features import module_at, record
-from abdlab.sources.generated import Generated, decay
+from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
 
@@ -95,7 +95,8 @@ class DAFL(Generated):
             mean=mean,
             std=std,
         )
-        self.student_lr, self.momentum, self.weight_decay, self.milestones = student_lr, momentum, weight_decay, milestones
+        self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
+        self.milestones = shares_of_run(milestones)
         self.one_hot, self.activation, self.balance, self.layer = one_hot, activation, balance, layer
 
     def start(self, teacher, student, device, seed):

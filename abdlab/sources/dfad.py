@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 from abdlab.features import frozen
-from abdlab.sources.generated import Generated, decay
+from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.source import Batch
 
 
@@ -75,7 +75,7 @@ class DFAD(Generated):
         )
         if generator_every < 1:
             raise ValueError(f"generator_every counts student steps and is at least 1, not {generator_every}")
-        self.generator_every, self.milestones = generator_every, milestones
+        self.generator_every, self.milestones = generator_every, shares_of_run(milestones)
         self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
 
     def start(self, teacher, student, device, seed):
@@ -84,7 +84,7 @@ class DFAD(Generated):
 
     def optimize_generator(self):
         adam = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
-        return adam, decay(adam, self.milestones, len(self) // self.generator_every)
+        return adam, decay(adam, self.milestones, self.horizon // self.generator_every)
 
     def optimizer(self, student):
         sgd = SGD(student.parameters(), lr=self.student_lr, momentum=self.momentum, weight_decay=self.weight_decay)
