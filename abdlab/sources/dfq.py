@@ -122,7 +122,7 @@ class DFQ(Generated):
         losses = {"entropy": self.entropy * instance_entropy(logits), "balance": self.balance * class_balance(logits)}
         if self.batch_norm:
             losses["batch_norm"] = self.batch_norm * batch_norm_loss(self.teacher, inputs)
-        if self.adversarial and self.made >= round(self.warmup * len(self)):
+        if self.adversarial and self.made >= round(self.warmup * self.horizon):
             with frozen(self.student):
                 losses["adversarial"] = self.adversarial * disagreement(logits, self.student(images))
         losses = self.learn(images, logits, losses, defenses)

@@ -58,6 +58,8 @@ class Source:
     student_steps: int = 1
     #: the student's gradient is clipped to this norm; None leaves it
     clip: float | None = None
+    #: pseudo-batches that a run takes of it, where that is not its own length: it is a member of a mix
+    drawn: int | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +67,11 @@ class Source:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    @property
+    def horizon(self) -> int:
+        """How many pseudo-batches this run takes of it: what the schedules of the source's own networks must last for."""
+        return len(self) if self.drawn is None else self.drawn
 
     def start(self, teacher: nn.Module, student: nn.Module, device: torch.device, seed: int) -> None:
         """Bind to one run and make what it needs (generator, optimisers), drawing from ``seed`` alone."""
