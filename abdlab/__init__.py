@@ -26,13 +26,14 @@ from abdlab.runs import (
     table,
     vaccine_of,
 )
-from abdlab.sources import DAFL, DFAD, DFQ, ZSKT, CleanKD
+from abdlab.sources import CMI, DAFL, DFAD, DFQ, ZSKT, CleanKD, DeepInversion
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CMI",
     "DAFL",
     "DFAD",
     "DFQ",
@@ -42,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "CleanKD",
     "Dataset",
+    "DeepInversion",
     "Diverged",
     "Exam",
     "Poisoned",
