@@ -6,10 +6,22 @@ from abdlab.sources.dafl import DAFL
 from abdlab.sources.deepinversion import DeepInversion
 from abdlab.sources.dfad import DFAD
 from abdlab.sources.dfq import DFQ
+from abdlab.sources.mixed import Mixed
+from abdlab.sources.ood import OOD
 from abdlab.sources.source import Batch, Source
 from abdlab.sources.zskt import ZSKT
 
 #: name -> class, as presets and parameter cells name them
-SOURCES = {"clean": CleanKD, "zskt": ZSKT, "cmi": CMI, "deepinversion": DeepInversion, "dafl": DAFL, "dfad": DFAD, "dfq": DFQ}
+SOURCES = {
+    "clean": CleanKD,
+    "zskt": ZSKT,
+    "cmi": CMI,
+    "deepinversion": DeepInversion,
+    "dafl": DAFL,
+    "dfad": DFAD,
+    "dfq": DFQ,
+    "ood": OOD,
+    "mixed": Mixed,
+}
 
-__all__ = ["CMI", "DAFL", "DFAD", "DFQ", "SOURCES", "ZSKT", "Batch", "CleanKD", "DeepInversion", "Source"]
+__all__ = ["CMI", "DAFL", "DFAD", "DFQ", "OOD", "SOURCES", "ZSKT", "Batch", "CleanKD", "DeepInversion", "Mixed", "Source"]
