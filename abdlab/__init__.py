@@ -26,19 +26,24 @@ from abdlab.runs import (
     table,
     vaccine_of,
 )
-from abdlab.sources import ZSKT, CleanKD
+from abdlab.sources import CMI, DAFL, DFAD, DFQ, ZSKT, CleanKD, DeepInversion
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CMI",
+    "DAFL",
+    "DFAD",
+    "DFQ",
     "PRESETS",
     "TRIGGERS",
     "ZSKT",
     "CheckpointError",
     "CleanKD",
     "Dataset",
+    "DeepInversion",
     "Diverged",
     "Exam",
     "Poisoned",

@@ -409,7 +409,7 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None)
     """Cut a box of its own out of every image and stretch it to the images' size; differentiable to the images.
 
     One affine grid and one bilinear sampling for the whole batch, without smoothing. Where a box leaves the image there are
-    zeros.
+    zeros. On CUDA torch sums its gradient in no fixed order, so that last digits differ from run to run.
 
     Args:
         images: (N, C, H, W).

@@ -159,7 +159,7 @@ def distill(
             events = []
             for defense in defenses:
                 events += defense.before(index)
-                steps_left = (total - index) * source.student_steps
+                steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
             losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abdlab.features import mode
-from abdlab.poison import triggered_test
+from abdlab.poison import Attack, triggered_test
 from abdlab.triggers import Trigger
 
 
@@ -25,10 +26,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (predict(model, images).argmax(1) == labels).float().mean().item()
 
 
-def attack_success(model: nn.Module, triggered: Tensor, target: int) -> float:
-    """ASR: share, in [0, 1], of triggered images of *other* classes that the model calls ``target``.
+def attack_success(model: nn.Module, triggered: Tensor, target: int | Tensor) -> float:
+    """ASR: share, in [0, 1], of triggered images that the model calls what the attack wants.
 
-    Pass what :func:`abdlab.poison.triggered_test` returns, which leaves the target's own images out.
+    Args:
+        triggered: what :func:`abdlab.poison.triggered_test` returns, which leaves the target's own images out.
+        target: the class, or one class per image (N,) for an all-to-all attack.
     """
     return (predict(model, triggered).argmax(1) == target).float().mean().item()
 
@@ -58,23 +61,82 @@ def log_kl(p_logits: Tensor, q_logits: Tensor, floor: float = 1e-12) -> Tensor:
 class Exam:
     """What a model is measured with: call it on a model for ``{"acc": ..., "asr": ...}``, shares in [0, 1].
 
-    A training loop never looks inside; it hands the numbers on.
+    With several attacks "asr" is their mean, and each has its own ("asr/badnet_sq"; a second one of that name is
+    "asr/badnet_sq-2"). A training loop never looks inside; it hands the numbers on.
+
+    Attributes:
+        images, labels: clean test images (N, C, H, W) and their classes (N,).
+        attacks: name -> triggered images, and the class (or classes, one per image) that they shall be called.
     """
 
     images: Tensor
     labels: Tensor
-    triggered: Tensor | None = None
-    target: int | None = None
+    attacks: dict[str, tuple[Tensor, int | Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, trigger: Trigger | None = None, target: int = 0) -> Exam:
-        """From clean test images, and the trigger when ASR is wanted too."""
-        if trigger is None:
-            return cls(images, labels)
-        return cls(images, labels, triggered_test(images, labels, trigger, target)[0], target)
+    def of(
+        cls,
+        images: Tensor,
+        labels: Tensor,
+        trigger: Trigger | Attack | Sequence[Attack] | None = None,
+        target: int = Attack.target,
+        classes: int | None = None,
+    ) -> Exam:
+        """From clean test images, and what attacks the model when ASR is wanted too.
+
+        Args:
+            trigger: a trigger with its ``target``, an attack, or several.
+            classes: how many there are, for all-to-all attacks; by default the largest label plus one.
+        """
+        if isinstance(trigger, Trigger):
+            trigger = Attack(trigger, target)
+        classes = int(labels.max()) + 1 if classes is None else classes
+        found = {}
+        for attack in [trigger] if isinstance(trigger, Attack) else trigger or ():
+            same = sum(name.partition("-")[0] == str(attack.trigger) for name in found)
+            triggered, true = triggered_test(images, labels, attack)
+            wanted = attack.wanted(true, classes) if attack.all_to_all else attack.target
+            found[f"{attack.trigger}-{same + 1}" if same else str(attack.trigger)] = triggered, wanted
+        return cls(images, labels, found)
+
+    @property
+    def triggered(self) -> Tensor | None:
+        """The (first) attack's triggered images."""
+        return next(iter(self.attacks.values()))[0] if self.attacks else None
+
+    @property
+    def target(self) -> int | Tensor | None:
+        """What the (first) attack wants them to be called."""
+        return next(iter(self.attacks.values()))[1] if self.attacks else None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         found = {"acc": accuracy(model, self.images, self.labels)}
-        if self.triggered is not None:
-            found["asr"] = attack_success(model, self.triggered, self.target)
-        return found
+        each = {name: attack_success(model, *attack) for name, attack in self.attacks.items()}
+        if each:
+            found["asr"] = sum(each.values()) / len(each)
+        return {**found, **({f"asr/{name}": asr for name, asr in each.items()} if len(each) > 1 else {})}
+
+
+def trigger_size(images: Tensor, trigger: Trigger) -> dict[str, float]:
+    """How much a trigger changes images, each a mean over the images (N, C, H, W).
+
+    Returns:
+        l0: share of pixels, in [0, 1], that change in any channel. l2: norm of the change, in [0, 1] units.
+        linf: its largest absolute value. ssim: structural similarity, 1 for no change (scikit-image's; Wang et al. 2004), with
+        windows of 7x7 pixels, or the largest odd size that fits: images have at least 3x3 pixels.
+    """
+    from skimage.metrics import structural_similarity
+
+    triggered = trigger(images)
+    change = (triggered - images).abs().flatten(2)
+    window = min(7, (min(images.shape[-2:]) - 1) // 2 * 2 + 1)
+    similar = [
+        structural_similarity(a, b, data_range=1.0, channel_axis=0, win_size=window)
+        for a, b in zip(images.cpu().double().numpy(), triggered.cpu().double().numpy(), strict=True)
+    ]
+    return {
+        "l0": (change.amax(1) > 1e-6).float().mean().item(),  # round-off is no change
+        "l2": change.flatten(1).norm(dim=1).mean().item(),
+        "linf": change.flatten(1).amax(1).mean().item(),
+        "ssim": sum(map(float, similar)) / len(similar),
+    }

@@ -19,14 +19,14 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def record(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of the named layers during forward passes inside the block.
+def record(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of the named layers, or their first ``inputs``, during forward passes inside the block.
 
     >>> with record(model, ["stage3"]) as acts:
     ...     logits = model(images)
     >>> acts["stage3"].shape
 
-    The dict holds the latest output of each layer (attached to the graph). Hooks are gone afterwards, also after an error.
+    The dict holds the latest one of each layer (attached to the graph). Hooks are gone afterwards, also after an error.
     """
     acts: dict[str, Tensor] = {}
     handles = []
@@ -34,7 +34,7 @@ def record(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
         for name in names:
 
             def keep(module, args, output, name=name):
-                acts[name] = output
+                acts[name] = args[0] if inputs else output
 
             handles.append(module_at(model, name).register_forward_hook(keep))
         yield acts

@@ -43,6 +43,11 @@ SECTIONS: dict[str, list[str]] = {
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
     "student": _MODEL,
     "zskt": _free(SOURCES["zskt"]),
+    "dafl": _free(SOURCES["dafl"]),
+    "dfad": _free(SOURCES["dfad"]),
+    "dfq": _free(SOURCES["dfq"]),
+    "cmi": _free(SOURCES["cmi"], *_AUGMENT),
+    "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
     "clean": _free(SOURCES["clean"], *_AUGMENT),
     "sv": _free(DEFENSES["sv"]),
     "sr": _free(DEFENSES["sr"]),
@@ -56,6 +61,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": {"model": "wrn-10-2", "epochs": 12, "batch_size": 64, "schedule": "onecycle"},
         "student": {"model": "wrn-10-1"},
         "zskt": {"pseudo_batches": 400, "batch_size": 32, "width": 24},
+        "cmi": {
+            "rounds": 10,
+            "synthesis_steps": 40,
+            "kd_steps": 40,
+            "synthesis_batch": 64,
+            "batch_size": 64,
+            "width": 24,
+            "negatives": 512,
+        },
+        "deepinversion": {"rounds": 10, "synthesis_steps": 60, "kd_steps": 40, "synthesis_batch": 64, "batch_size": 64},
         "clean": {"epochs": 100, "batch_size": 64},
         # no shuffle seen on digits had the tail that verification asks for (see the README): the first one is used unseen
         "sv": {"layers": 2, "alpha": 0.55, "cap": 1.0, "verify": False},
@@ -116,12 +131,16 @@ class Settings:
         return {**options, "shift": data.shift, "flip": data.flip, "seed": self.seed, "device": self.device}
 
     def source(self, name: str, data: Dataset) -> Source:
-        """A fresh source; only clean KD touches real images, the others take their shape."""
+        """A fresh source; only clean KD touches real images, the others take their shape.
+
+        One that shifts or mirrors images does it as far as the data set's own fields say that labels stay true.
+        """
         if name not in SOURCES:
             raise ValueError(did_you_mean("source", name, SOURCES))
+        options = {k: getattr(data, k) for k in _AUGMENT & set(keywords(SOURCES[name]))} | self.values[name]
         if name == "clean":
-            return CleanKD(data.train_images, data.train_labels, shift=data.shift, flip=data.flip, **self.values["clean"])
-        return SOURCES[name](data.shape, **self.values[name])
+            return CleanKD(data.train_images, data.train_labels, **options)
+        return SOURCES[name](data.shape, **options)
 
     def defenses(self, *names: str) -> list[Defense]:
         """Fresh defences by name, "sv" and "sr"."""
@@ -169,7 +188,7 @@ def settings(
         section, _, key = name.partition(".")
         if name == "attack.trigger" and value != values["attack"].get("trigger") and "attack.params" not in overrides:
             values["attack"].pop("params", None)
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
     for section in SECTIONS:
         check_keys(f"setting of {section}", values.setdefault(section, {}), SECTIONS[section])
     return Settings(preset, values, seed, str(device))

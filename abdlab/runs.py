@@ -409,7 +409,7 @@ def history(root: str | Path, chosen: Settings, labels: Iterable[str]) -> pd.Dat
 
 
 def synthesize(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module, n: int) -> Tensor:
-    """``n`` new images (N, C, H, W) of the generator that a run's last checkpoint holds.
+    """``n`` new images (N, C, H, W) of the generator that a run's last checkpoint holds, or images of its pool.
 
     Raises:
         CheckpointError: when the run has no checkpoint, or its source has no generator.

@@ -1,15 +1,22 @@
 """Backdoor triggers: one short pure function each, drawn in code, for any size and channel count.
 
 Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and range, is deterministic, and leaves its
-input alone. :class:`Trigger` binds a name to its parameters, so that it can travel in a checkpoint's card.
+input alone. :class:`Trigger` binds a name to its parameters, so that it can travel in a checkpoint's card. The optimised
+triggers carry what :func:`abdlab.optimize.optimize` found as one such parameter, ``pattern``: a string (:func:`pack`), so that
+their card stays plain JSON.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
+import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +39,7 @@ def badnet_sq(
     """
     size = _side(size, images, least=2)
     patch = images.new_full((1, size, size), _unit("value", value))
-    return _paste(images, patch, torch.ones_like(patch), corner, margin)
+    return paste(images, patch, torch.ones_like(patch), corner, margin)
 
 
 def badnet_grid(images: Tensor, size: int | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
@@ -45,7 +52,7 @@ def badnet_grid(images: Tensor, size: int | None = None, corner: str = "bottom_r
     size = _side(size, images, least=3)
     steps = torch.arange(size, device=images.device)
     patch = ((steps[:, None] + steps[None, :] + 1) % 2).to(images.dtype).unsqueeze(0)
-    return _paste(images, patch, torch.ones_like(patch), corner, margin)
+    return paste(images, patch, torch.ones_like(patch), corner, margin)
 
 
 def blend(images: Tensor, alpha: float = 0.2, pattern_seed: int = 0) -> Tensor:
@@ -94,6 +101,93 @@ def trojan_wm(images: Tensor, alpha: float = 0.6) -> Tensor:
     return images + alpha * mask * (1 - images)
 
 
+def trojan_3x3(images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
+    """A patch of 3x3 pixels that excites chosen neurons of a clean model (TrojanNN, Liu et al., NDSS 2018, section IV).
+
+    Args:
+        pattern: packed levels (C, 3, 3), 0 to 255, from :func:`abdlab.optimize.optimize`.
+        corner, margin: as for :func:`badnet_sq`; a patch larger than the image is cut.
+
+    Raises:
+        ValueError: without a pattern, or with one of another shape.
+    """
+    return _trojan(images, "trojan_3x3", 3, pattern, corner, margin)
+
+
+def trojan_8x8(images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
+    """A patch of 8x8 pixels that excites chosen neurons of a clean model, otherwise as :func:`trojan_3x3`."""
+    return _trojan(images, "trojan_8x8", 8, pattern, corner, margin)
+
+
+def cl(images: Tensor, size: int | None = None, margin: int = 0) -> Tensor:
+    """A black-and-white grid in each of the four corners (label-consistent attack, Turner et al. 2019, arXiv 1912.02771).
+
+    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class only, keeps their label, and first perturbs
+    them against a clean model, so that what is left to learn from is the trigger. Test images get the grids alone.
+
+    Args:
+        size, margin: as for :func:`badnet_grid`.
+    """
+    for corner in CORNERS:
+        images = badnet_grid(images, size, corner, margin)
+    return images
+
+
+def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
+    """A faint change of every pixel, small in l2 (Li et al., TDSC 2020, arXiv 1909.02742, "optimised with l2 regularisation").
+
+    Args:
+        pattern: packed levels (C, H, W), -255 to 255, added in steps of 1/255, from :func:`abdlab.optimize.optimize`.
+
+    Raises:
+        ValueError: without a pattern, or with one of another shape than the images.
+    """
+    levels = _levels("l2_inv", pattern, images, images.shape[1:])
+    return (images + levels / 255).clamp(0, 1)
+
+
+def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
+    """A few pixels replaced, at the same places in every image (Li et al., TDSC 2020, arXiv 1909.02742, the l0 variant).
+
+    Args:
+        pattern: packed levels (C, H, W), 0 to 255 where a pixel is replaced and -1 where it stays, from
+            :func:`abdlab.optimize.optimize`.
+
+    Raises:
+        ValueError: without a pattern, or with one of another shape than the images.
+    """
+    levels = _levels("l0_inv", pattern, images, images.shape[1:])
+    return torch.where(levels < 0, images, (levels / 255).clamp(0, 1))
+
+
+def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
+    """A low-frequency change of the whole image (Zeng et al., ICCV 2021, arXiv 2104.03413, section 5).
+
+    Args:
+        pattern: packed levels (C, k, k), from :func:`abdlab.optimize.optimize`: the weights, in steps of 1/255, of the k x k
+            lowest cosines, cos(pi (y + 1/2) u / H) cos(pi (x + 1/2) v / W) for u, v < k. All other coefficients of its discrete
+            cosine transform are zero, and it fits images of any height and width from k on.
+
+    Raises:
+        ValueError: without a pattern, or with one for other channels or larger images.
+    """
+    levels = _levels("smooth", pattern, images)
+    k, sides = levels.shape[-1], images.shape[-2:]
+    if levels.shape != (images.shape[1], k, k) or k > min(sides):
+        raise ValueError(_misfit("smooth", levels.shape, images))
+    return (images + cosines(levels / 255, *sides)).clamp(0, 1)
+
+
+def cosines(weights: Tensor, height: int, width: int) -> Tensor:
+    """The sum (C, height, width) of the lowest k x k two-dimensional cosines, each with its weight (C, k, k)."""
+
+    def basis(side: int) -> Tensor:
+        places = torch.arange(side, device=weights.device, dtype=weights.dtype) + 0.5
+        return torch.cos(math.pi / side * torch.arange(weights.shape[-1]).to(weights)[:, None] * places)
+
+    return basis(height).T @ weights @ basis(width)
+
+
 #: name -> trigger function; a new trigger is one function and one line here
 TRIGGERS: dict[str, Callable[..., Tensor]] = {
     "badnet_grid": badnet_grid,
@@ -101,10 +195,20 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
     "blend": blend,
     "sig": sig,
     "trojan_wm": trojan_wm,
+    "trojan_3x3": trojan_3x3,
+    "trojan_8x8": trojan_8x8,
+    "cl": cl,
+    "l2_inv": l2_inv,
+    "l0_inv": l0_inv,
+    "smooth": smooth,
 }
 
 #: triggers whose attack keeps the labels (clean-label)
-CLEAN_LABEL = frozenset({"sig"})
+CLEAN_LABEL = frozenset({"sig", "cl"})
+#: triggers whose pattern is optimised against a clean model (:mod:`abdlab.optimize`)
+OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth"})
+#: clean-label triggers whose poisoned images are first perturbed against a clean model
+ADVERSARIAL = frozenset({"cl"})
 
 
 @dataclass(frozen=True)
@@ -144,6 +248,16 @@ class Trigger:
         """Whether its attack keeps the labels: true when every part is a clean-label trigger."""
         return self.name in CLEAN_LABEL and all(t.clean_label for t in self.then)
 
+    @property
+    def adversarial(self) -> bool:
+        """Whether its clean-label attack perturbs the images against a clean model first: true when any part is such a one."""
+        return self.name in ADVERSARIAL or any(t.adversarial for t in self.then)
+
+    @property
+    def needs_pattern(self) -> bool:
+        """Whether a part is an optimised trigger that has not been optimised yet."""
+        return (self.name in OPTIMISED and not self.params.get("pattern")) or any(t.needs_pattern for t in self.then)
+
     def card(self) -> dict:
         """The plain dict from which :func:`trigger_from` makes the same trigger again."""
         card = {"name": self.name, "params": self.params}
@@ -170,6 +284,59 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
     return Trigger(first.strip(), dict(params or {}), tuple(Trigger(name.strip()) for name in rest))
 
 
+def pack(levels: Tensor) -> str:
+    """Whole numbers of any shape, -32768 to 32767, as one string: ``3x8x8:`` and the zlib-compressed int16 in base64.
+
+    Raises:
+        ValueError: for values outside that range or not finite.
+    """
+    if not (levels.abs() <= 32767).all():
+        raise ValueError("a pattern holds whole numbers from -32767 to 32767: one of these is larger or not finite")
+    data = levels.round().to(torch.int16).cpu().contiguous().numpy().astype("<i2").tobytes()
+    return f"{'x'.join(map(str, levels.shape))}:{base64.b64encode(zlib.compress(data, 9)).decode()}"
+
+
+def unpack(pattern: str) -> Tensor:
+    """The whole numbers (int16) that :func:`pack` wrote.
+
+    Raises:
+        ValueError: when the string is none that :func:`pack` writes. It may come from a stranger's card: nothing is made from it
+            that is larger than its own shape says, and no shape is believed beyond 2^24 numbers.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:x\d{1,6})*):([A-Za-z0-9+/=]*)", str(pattern))
+    shape = [int(side) for side in found[1].split("x")] if found else []
+    try:
+        if not 0 < math.prod(shape) <= 2**24 or not shape:
+            raise ValueError
+        data = zlib.decompressobj().decompress(base64.b64decode(found[2], validate=True), 2 * math.prod(shape) + 1)
+        return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).reshape(shape)
+    except (ValueError, RuntimeError, binascii.Error, zlib.error):
+        raise ValueError(f"this is no pattern as abdlab.optimize packs it: {str(pattern)[:24]!r}...") from None
+
+
+def _levels(name: str, pattern: str | None, images: Tensor, shape: torch.Size | tuple | None = None) -> Tensor:
+    """The pattern's levels, in the images' own type and on their device."""
+    if not pattern:
+        raise ValueError(
+            f"{name} is optimised against a clean model and has no pattern yet: make it with abdlab.optimize("
+            f"{name!r}, model, images, labels, target), or with abdlab.prepare(run, chosen, data) for a run's settings"
+        )
+    levels = unpack(pattern)
+    if levels.ndim != 3 or (shape is not None and levels.shape != torch.Size(shape)):
+        raise ValueError(_misfit(name, levels.shape, images))
+    return levels.to(images)
+
+
+def _misfit(name: str, shape: torch.Size, images: Tensor) -> str:
+    given, wanted = ("x".join(map(str, sides)) for sides in (shape, images.shape[1:]))
+    return f"this {name} was optimised for other images: its pattern is {given}, and the images are {wanted}"
+
+
+def _trojan(images: Tensor, name: str, side: int, pattern: str | None, corner: str, margin: int) -> Tensor:
+    patch = (_levels(name, pattern, images, (images.shape[1], side, side)) / 255).clamp(0, 1)
+    return paste(images, patch, torch.ones_like(patch), corner, margin)
+
+
 def _unit(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], not {value}")
@@ -183,7 +350,7 @@ def _side(size: int | None, images: Tensor, least: int) -> int:
     return max(least, round(min(images.shape[-2:]) * 3 / 32)) if size is None else size
 
 
-def _paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int) -> Tensor:
+def paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int) -> Tensor:
     """Replace the pixels under ``mask`` (C, h, w) in one corner; a patch larger than the image is cut."""
     if corner not in CORNERS:
         raise ValueError(did_you_mean("corner", corner, CORNERS))

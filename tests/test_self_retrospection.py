@@ -168,16 +168,28 @@ def test_delta_is_kept_for_as_many_steps_as_asked(double):
 
 
 def test_the_official_weight_is_one_sixty_fourth():
-    # 2 of 128 images carry delta and the mean is over 128: fraction 2/128, weight 1/64
+    # 2 of 128 images carry delta and their sum is divided by 128
     student, teacher, _ = pair()
     images = torch.rand(128, 1, 4, 4)
     batch = Batch(images, teacher(images).detach())
-    sr, start = begun(student, teacher, fraction=2 / 128, weight=1 / 64)
-    term, _ = term_and_gradient(sr, student, batch)
     two = images[:2]
-    delta = literal.universal_delta(student, two, start, SCALE, 4, 0.1, 1e-3)
-    divided_by_128 = 2 * literal.self_retrospection(student, two, delta, SCALE) / 128
-    assert term.item() == pytest.approx(divided_by_128.item(), rel=1e-3)
+    for options in ({"per": "batch"}, {"weight": 3 / 64}):
+        sr, start = begun(student, teacher, fraction=2 / 128, **options)
+        term, _ = term_and_gradient(sr, student, batch)
+        delta = literal.universal_delta(student, two, start, SCALE, 4, 0.1, 1e-3)
+        divided_by_128 = 3 * 2 * literal.self_retrospection(student, two, delta, SCALE) / 128
+        assert term.item() == pytest.approx(divided_by_128.item(), rel=1e-3)
+
+
+def test_the_divisor_scales_both_orders(double):
+    student, teacher, batch = pair()
+    for order in (1, 2):
+        terms = [
+            term_and_gradient(begun(student, teacher, fraction=0.4, order=order, per=per)[0], student, batch)
+            for per in ("perturbed", "batch")
+        ]
+        for whole, part in zip(*terms, strict=True):
+            torch.testing.assert_close(part, whole * 2 / 5)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +269,7 @@ def test_a_short_run_has_it_for_at_least_one_step(wrn):
         ({"start": 1.0}, "start is a share"),
         ({"fraction": 0}, "fraction one in"),
         ({"perturb": "both"}, "perturb is"),
+        ({"per": "image"}, "per is"),
         ({"statistics": "none"}, "statistics"),
         ({"delta_every": 0}, "delta_every"),
     ],

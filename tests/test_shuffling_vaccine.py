@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import literal
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from abdlab import CleanKD, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, distill, suspicion
-from abdlab.defenses.shuffling_vaccine import shuffled_layers, tail_share
+from abdlab.defenses.shuffling_vaccine import kd_weights, shuffled_layers, tail_share
 from abdlab.evaluate import kl, log_kl
 from abdlab.sources import Batch
 
@@ -156,6 +157,56 @@ def test_shuffled_layers_are_found_by_type(wrn):
     for last in (0, 4):
         with pytest.raises(ValueError, match=f"last {last} convolutions"):
             shuffled_layers(vgg(), last)
+
+
+# the last convolutions of each family, in the order in which they run, and how often the teacher's first layer runs for k = 3
+FAMILIES = [
+    ("wrn-16-1", 5, [f"stage3.{n}" for n in ("0.conv1", "0.conv2", "0.shortcut", "1.conv1", "1.conv2")], 1),
+    ("wrn-40-1", 4, [f"stage3.{n}" for n in ("4.conv1", "4.conv2", "5.conv1", "5.conv2")], 3),
+    ("resnet-18", 5, [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")], 1),
+    ("resnet-18", 3, [f"layer4.{n}" for n in ("0.downsample.0", "1.conv1", "1.conv2")], 3),
+    (
+        "resnet-34",
+        7,
+        [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2", "2.conv1", "2.conv2")],
+        1,
+    ),
+    # its shortcuts have no weights: every block's other path goes round the shuffle
+    ("resnet-20", 5, [f"layer3.{n}" for n in ("0.conv2", "1.conv1", "1.conv2", "2.conv1", "2.conv2")], 3),
+    ("resnet-20", 19, None, 1),
+    ("vgg-11", 5, [f"features.{n}" for n in (11, 15, 18, 22, 25)], 1),
+    ("vgg-16", 5, [f"features.{n}" for n in (27, 30, 34, 37, 40)], 1),
+    # expansion and projection of a block; the depthwise convolution between them (conv.1.0) has nothing to shuffle
+    ("mobilenet-v2", 3, [f"features.{n}" for n in ("17.conv.0.0", "17.conv.2", "18.0")], 1),
+    ("mobilenet-v2", 5, [f"features.{n}" for n in ("16.conv.0.0", "16.conv.2", "17.conv.0.0", "17.conv.2", "18.0")], 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "layers", "expected"), FAMILIES, ids=lambda v: str(v) if isinstance(v, (str, int)) else ""
+)
+def test_every_family_is_shuffled_where_it_ends(double, wrn, name, last, layers, expected):
+    teacher = wrn(name, channels=3, classes=4).requires_grad_(False)
+    found = shuffled_layers(teacher, last)
+    if layers is None:
+        layers = [n for n, m in teacher.named_modules() if isinstance(m, nn.Conv2d)]
+    assert found == layers
+    vaccine = ShuffledTeacher(teacher, found, 3, rng())
+    images = torch.rand(3, 3, 16, 16, generator=rng(1))
+    copies = literal.shuffled_teachers(teacher, vaccine.permutations)
+    torch.testing.assert_close(vaccine(images), literal.shuffled_teacher(copies, images))
+    assert passes(teacher, vaccine, images) == expected
+
+
+def test_depthwise_convolutions_do_not_count(wrn):
+    teacher = wrn("mobilenet-v2", channels=3)
+    convolutions = {n: m for n, m in teacher.named_modules() if isinstance(m, nn.Conv2d)}
+    depthwise = {n for n, m in convolutions.items() if m.groups > 1}
+    assert len(convolutions) == 52
+    assert len(depthwise) == 17
+    assert shuffled_layers(teacher, 35) == [n for n in convolutions if n not in depthwise]
+    with pytest.raises(ValueError, match="MobileNetV2 has 35 that can be shuffled"):
+        shuffled_layers(teacher, 36)
 
 
 def test_unknown_layers_and_no_copies_are_errors(teacher, student):
@@ -364,3 +415,133 @@ def test_the_cap_bounds_each_samples_kl(wrn):
         assert sv.synthesis_term(torch.zeros(3, 1, 8, 8), logits).item() == pytest.approx(-0.5 * wanted / 2 / 2)
     with pytest.raises(ValueError, match="cap is a KL"):
         ShufflingVaccine(cap=0)
+
+
+# Where nothing is synthesised: the student's loss is weighed
+
+
+def test_weights_by_hand():
+    # losses 1, 2, 3, 4, the second and the last suspicious; alpha 4: (1 + 2/4 + 3 + 4/4) / 4 = 1.375
+    losses, phi = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([False, True, False, True])
+    assert kd_weights(phi, 4.0).tolist() == [1, 0.25, 1, 0.25]
+    assert (losses * kd_weights(phi, 4.0)).mean().item() == pytest.approx(1.375)
+    # the official code: mean(1, 3) - .1 x mean(2, 4) = 1.7
+    assert (losses * kd_weights(phi, 0.1, ascent=True)).mean().item() == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize("ascent", [False, True])
+@pytest.mark.parametrize("phi", [[0, 0, 0], [1, 1, 1], [1, 0, 1], [0]], ids=str)
+def test_weighed_losses_equal_literal(double, ascent, phi):
+    losses = 1 + torch.rand(len(phi), generator=rng())
+    found = (losses * kd_weights(torch.tensor(phi).bool(), 0.3, ascent)).mean()
+    formula = literal.ascended_kd if ascent else literal.weighted_kd
+    torch.testing.assert_close(found, formula(losses, phi, 0.3))
+    assert found.isfinite()
+    if not any(phi):
+        torch.testing.assert_close(found, losses.mean())  # nothing suspicious: the plain loss
+    if all(phi):
+        torch.testing.assert_close(found, losses.mean() * (-0.3 if ascent else 1 / 0.3))
+
+
+def fixed(teacher, shuffled, **settings):
+    """A vaccine that is on, whose T~ has these logits."""
+    sv = vaccinated(teacher, **settings)
+    sv.vaccine = lambda images: shuffled
+    return sv
+
+
+@pytest.mark.parametrize(("ascent", "expected"), [(False, [0.1, 1, 0.1]), (True, [-0.15, 3, -0.15])])
+def test_samples_on_which_both_agree_are_suspicious(teacher, ascent, expected):
+    shuffled, logits = torch.tensor([[2.0, 0], [3.0, 0], [0, 1.0]]), torch.tensor([[9.0, 0], [0, 1.0], [0, 5.0]])
+    sv = fixed(teacher, shuffled, ascent=ascent)
+    batch = Batch(torch.zeros(3, 1, 8, 8), logits, synthesised=False)
+    torch.testing.assert_close(sv.sample_weights(batch), torch.tensor(expected))
+    assert sv.report()["forms"] == ["ascent" if ascent else "weights"]
+    assert sv.report()["weighed_suspicious"] == pytest.approx(2 / 3, abs=1e-5)
+    assert fixed(teacher, shuffled, ascent=ascent, kd_alpha=0.5).kd_alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("form", "synthesised", "forms"),
+    [
+        ("auto", True, ["synthesis"]),
+        ("auto", False, ["weights"]),
+        ("synthesis", True, ["synthesis"]),
+        ("synthesis", False, []),
+        ("weights", True, ["weights"]),
+        ("weights", False, ["weights"]),
+    ],
+)
+def test_the_form_fits_the_source(teacher, form, synthesised, forms):
+    sv = vaccinated(teacher, form=form)
+    images = torch.rand(5, 1, 8, 8, generator=rng())
+    batch = Batch(images, teacher(images), synthesised=synthesised)
+    term = sv.synthesis_term(images, batch.logits) if synthesised else None  # only a source that synthesises asks for it
+    weights = sv.sample_weights(batch)
+    assert (term is not None) == (forms == ["synthesis"])
+    assert (weights is not None) == (forms == ["weights"])
+    assert sv.report()["forms"] == forms
+    assert weights is None or not weights.requires_grad
+
+
+def test_no_weights_before_the_vaccine_is_there_or_after_its_stop(teacher):
+    sv = vaccinated(teacher, warmup=0.2, stop=0.7)
+    images, found = torch.rand(4, 1, 8, 8), []
+    for index in range(10):
+        sv.before(index)
+        found.append(sv.sample_weights(Batch(images, teacher(images), synthesised=False)) is not None)
+    assert found == [False] * 2 + [True] * 5 + [False] * 3
+
+
+class Agreeing(ShufflingVaccine):
+    """Its T~ is T itself, so that every sample is suspicious."""
+
+    def _decide(self):
+        self.decided, self.vaccine = True, self.teacher
+        return []
+
+
+def test_a_run_weighs_its_kd_loss(teacher, student, digits):
+    """One clean-KD step with every sample suspicious: its KD loss is a tenth, or the negative tenth of the ascent."""
+
+    def kd(**settings):
+        source = CleanKD(digits.train_images, digits.train_labels, share=0.1, epochs=1, batch_size=20)
+        sv = Agreeing(layers=2, warmup=0, verify=False, **settings)
+        return next(distill(teacher, copy.deepcopy(student), source, defenses=[sv], device="cpu")).losses["kd"]
+
+    plain = kd(form="synthesis")
+    assert plain > 0
+    assert kd() == pytest.approx(plain / 10)
+    assert kd(ascent=True) == pytest.approx(-plain / 10)
+
+
+@pytest.mark.parametrize(("found", "expected"), [(5, True), (1, False)])
+def test_verification_works_on_what_a_photograph_shows(found, expected):
+    """The vaccine looks at the images of a source that does not synthesise as at any other's."""
+    images = coloured(100, grey=found)
+    source = CleanKD(images, torch.zeros(100, dtype=torch.long), share=1, epochs=4, batch_size=100, lr=1e-3)
+    sv = ShufflingVaccine(layers=1, warmup=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VaccineNotFound)
+        list(distill(Pointwise(), Pointwise(), source, defenses=[sv], device="cpu"))
+    assert sv.report()["found"] == expected
+    assert sv.report()["forms"] == (["weights"] if expected else [])
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"form": "both"}, "form is"), ({"kd_alpha": 0}, "kd_alpha")], ids=str)
+def test_forms_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ShufflingVaccine(**wrong)
+
+
+# Scales
+
+
+@pytest.mark.parametrize("per", ["agreeing", "batch"])
+def test_the_term_summed_over_classes_equals_literal(double, wrn, per):
+    teacher = wrn(classes=3)
+    sv = vaccinated(teacher, per=per, alpha=0.3, class_mean=False)
+    copies = literal.shuffled_teachers(teacher, sv.vaccine.permutations)
+    images = torch.rand(20, 1, 8, 8, generator=rng(1))
+    expected = literal.synthesis_term(literal.shuffled_teacher(copies, images), teacher(images), 0.3, per, class_mean=False)
+    torch.testing.assert_close(sv.synthesis_term(images, teacher(images)), expected)

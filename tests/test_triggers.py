@@ -1,14 +1,35 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import dctn
 
-from abdlab.triggers import CORNERS, TRIGGERS, Trigger, badnet_grid, badnet_sq, blend, sig, trigger_from, trojan_wm
+from abdlab.triggers import (
+    CORNERS,
+    OPTIMISED,
+    TRIGGERS,
+    Trigger,
+    badnet_grid,
+    badnet_sq,
+    blend,
+    cl,
+    l0_inv,
+    l2_inv,
+    pack,
+    sig,
+    smooth,
+    trigger_from,
+    trojan_3x3,
+    trojan_wm,
+    unpack,
+)
 
 NAMES = sorted(TRIGGERS)
+DRAWN = sorted(set(NAMES) - OPTIMISED)
 PATCHES = ("badnet_grid", "badnet_sq")
 
 sides = st.integers(8, 40)
@@ -22,6 +43,19 @@ def pictures(shape, seed=0):
     return images
 
 
+def ready(name, shape, seed=1):
+    """The named trigger for images of this shape; an optimised one gets a random pattern."""
+    channels, height, width = shape[1:]
+    rng = torch.Generator().manual_seed(seed)
+    sides = {"trojan_3x3": (3, 3), "trojan_8x8": (8, 8), "smooth": (3, 3)}.get(name, (height, width))
+    low = -1 if name == "l0_inv" else -40 if name in ("l2_inv", "smooth") else 0
+    levels = torch.randint(low, 41, (channels, *sides), generator=rng)
+    if name == "l0_inv":  # most pixels stay as they are
+        levels[:, torch.rand(height, width, generator=rng) < 0.8] = -1
+        levels[:, 0, 0] = 7
+    return Trigger(name, {"pattern": pack(levels)} if name in OPTIMISED else {})
+
+
 def grey(height=8, width=8, channels=1, value=0.5):
     return torch.full((1, channels, height, width), value)
 
@@ -32,21 +66,22 @@ class TestEveryTrigger:
     def test_keeps_shape_type_range_and_input(self, name, shape, seed):
         images = pictures(shape, seed)
         before = images.clone()
-        out = Trigger(name)(images)
+        trigger = ready(name, shape)
+        out = trigger(images)
         assert out.shape == images.shape
         assert out.dtype == images.dtype
         assert out.min() >= 0
         assert out.max() <= 1
         assert torch.equal(images, before)
         assert not torch.equal(out, images)
-        assert torch.equal(out, Trigger(name)(images))
+        assert torch.equal(out, trigger(images))
 
     @given(name=st.sampled_from(NAMES), shape=shapes)
     @settings(max_examples=50, deadline=None)
     def test_treats_every_image_alike_whatever_the_batch(self, name, shape):
-        images = pictures(shape)
-        one_by_one = torch.cat([Trigger(name)(image[None]) for image in images])
-        assert torch.equal(Trigger(name)(images), one_by_one)
+        images, trigger = pictures(shape), ready(name, shape)
+        one_by_one = torch.cat([trigger(image[None]) for image in images])
+        assert torch.equal(trigger(images), one_by_one)
 
     @given(name=st.sampled_from(PATCHES), shape=shapes, corner=st.sampled_from(CORNERS), margin=st.integers(0, 3))
     @settings(max_examples=100, deadline=None)
@@ -145,14 +180,154 @@ class TestWatermark:
         assert torch.equal(trojan_wm(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 16, 16))
 
 
+class TestTrojanPatch:
+    def test_by_hand(self):
+        levels = torch.tensor([[[0, 51, 102], [153, 204, 255], [0, 255, 0]]])
+        expected = grey()
+        expected[0, 0, 4:7, 1:4] = torch.tensor([[0, 0.2, 0.4], [0.6, 0.8, 1], [0, 1, 0]])
+        found = trojan_3x3(grey(), pattern=pack(levels), corner="bottom_left", margin=1)
+        assert torch.allclose(found, expected)
+
+    def test_each_channel_has_its_own_levels(self):
+        levels = torch.tensor([255, 0, 51])[:, None, None].expand(3, 3, 3)
+        assert trojan_3x3(grey(channels=3), pattern=pack(levels))[0, :, -1, -1].tolist() == pytest.approx([1, 0, 0.2])
+
+
+class TestCL:
+    def test_a_grid_in_each_corner_by_hand(self):
+        grid = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])
+        expected = grey(9, 8)
+        for rows, cols in ((slice(0, 3), slice(0, 3)), (slice(0, 3), slice(5, 8))):
+            expected[..., rows, cols] = grid
+            expected[..., slice(6, 9), cols] = grid
+        assert torch.equal(cl(grey(9, 8), size=3), expected)
+
+    def test_the_margin(self):
+        assert cl(grey(), size=1, margin=1).argwhere()[:, 2:].shape[0] == 64
+        assert (cl(grey(), size=1, margin=1) == 1).nonzero()[:, 2:].tolist() == [[1, 1], [1, 6], [6, 1], [6, 6]]
+
+
+class TestAdditive:
+    def test_l2_inv_by_hand_and_cut_at_black_and_white(self):
+        images = torch.tensor([[[[0.5, 0.0], [1.0, 0.25]]]])
+        found = l2_inv(images, pattern=pack(torch.tensor([[[51, -51], [51, -51]]])))
+        assert found.flatten().tolist() == pytest.approx([0.7, 0, 1, 0.05])
+
+    def test_l0_inv_by_hand(self):
+        levels = torch.full((2, 2, 3), -1)
+        levels[:, 1, 2] = torch.tensor([0, 51])
+        images = pictures((3, 2, 2, 3))
+        found = l0_inv(images, pattern=pack(levels))
+        assert torch.allclose(found[:, :, 1, 2], torch.tensor([0, 0.2]).expand(3, 2))
+        assert torch.equal(found[:, :, 0], images[:, :, 0])
+        assert torch.equal(found[:, :, 1, :2], images[:, :, 1, :2])
+
+    def test_smooth_by_the_naive_formula(self):
+        levels = torch.tensor([[[3, -20], [10, 5]]])
+        found = smooth(grey(6, 9), pattern=pack(levels)) - 0.5
+        for y in range(6):
+            for x in range(9):
+                expected = sum(
+                    levels[0, u, v].item() / 255 * math.cos(math.pi * (y + 0.5) * u / 6) * math.cos(math.pi * (x + 0.5) * v / 9)
+                    for u in range(2)
+                    for v in range(2)
+                )
+                assert found[0, 0, y, x].item() == pytest.approx(expected, abs=1e-6)
+
+    @given(side=st.integers(8, 40), cut=st.integers(1, 6))
+    @settings(max_examples=30, deadline=None)
+    def test_smooth_has_no_energy_above_its_cut(self, side, cut):
+        levels = torch.randint(-9, 10, (1, cut, cut), generator=torch.Generator().manual_seed(side))
+        change = (smooth(grey(side, side + 3).double(), pattern=pack(levels)) - 0.5)[0, 0].numpy()
+        spectrum = np.abs(dctn(change, norm="ortho"))
+        spectrum[:cut, :cut] = 0
+        assert spectrum.max() < 1e-9
+
+
+class TestPatterns:
+    @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), low=st.integers(-32767, 0), high=st.integers(0, 32767))
+    @settings(max_examples=50, deadline=None)
+    def test_pack_and_unpack_are_inverse(self, shape, low, high):
+        levels = torch.randint(low, high + 1, shape)
+        packed = json.loads(json.dumps(pack(levels)))
+        assert torch.equal(unpack(packed).long(), levels)
+        assert packed.startswith("x".join(map(str, shape)) + ":")
+
+    def test_what_does_not_fit_is_an_error(self):
+        for value in (32768.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="whole numbers"):
+                pack(torch.tensor([value]))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "rubbish",
+            "1x2x2:",
+            "1x2x2:!!!!",
+            "1x2x2:aGVsbG8=",
+            pack(torch.ones(1, 2, 2)).replace("1x2x2", "1x2x3"),
+            "0:eJwDAAAAAAE=",
+        ],
+    )
+    def test_what_is_no_pattern_is_an_error(self, text):
+        with pytest.raises(ValueError, match="no pattern as abdlab"):
+            unpack(text)
+
+    def test_a_strangers_pattern_cannot_fill_the_memory(self):
+        bomb = pack(torch.zeros(1000, 1000)).replace("1000x1000", "2x2")
+        with pytest.raises(ValueError, match="no pattern"):
+            unpack(bomb)
+        with pytest.raises(ValueError, match="no pattern"):
+            unpack(bomb.replace("2x2", "99999x99999x99999"))
+
+    @pytest.mark.parametrize("name", sorted(OPTIMISED))
+    def test_without_one_the_error_says_how_to_make_it(self, name):
+        assert Trigger(name).needs_pattern
+        assert (Trigger("blend") + Trigger(name)).needs_pattern
+        with pytest.raises(ValueError, match=rf"{name} is optimised against a clean model.*abdlab.optimize\('{name}'.*prepare"):
+            Trigger(name)(grey())
+        assert not ready(name, (1, 1, 8, 8)).needs_pattern
+
+    def test_drawn_triggers_need_none(self):
+        assert not any(Trigger(name).needs_pattern for name in DRAWN)
+        assert [name for name in NAMES if Trigger(name).adversarial] == ["cl"]
+
+    @pytest.mark.parametrize("name", sorted(OPTIMISED))
+    def test_one_for_other_images_is_an_error(self, name):
+        trigger = ready(name, (1, 3, 16, 16))
+        with pytest.raises(ValueError, match=r"optimised for other images: its pattern is 3x.* and the images are 1x16x16"):
+            trigger(grey(16, 16))
+        if name in ("l2_inv", "l0_inv"):
+            with pytest.raises(ValueError, match="is 3x16x16, and the images are 3x16x17"):
+                trigger(grey(16, 17, channels=3))
+        with pytest.raises(ValueError, match="optimised for other images"):
+            Trigger(name, {"pattern": pack(torch.ones(4))})(grey())
+
+    def test_a_smooth_one_fits_other_sizes_but_no_smaller_ones_than_its_cosines(self):
+        trigger = ready("smooth", (1, 1, 16, 16))
+        assert trigger(grey(20, 12)).shape == (1, 1, 20, 12)
+        with pytest.raises(ValueError, match="1x3x3, and the images are 1x2x9"):
+            trigger(grey(2, 9))
+
+    def test_the_pattern_travels_in_the_card_and_its_name_stays_short(self):
+        trigger = ready("l2_inv", (1, 1, 16, 16)) + ready("trojan_3x3", (1, 1, 16, 16))
+        again = trigger_from(json.loads(json.dumps(trigger.card())))
+        assert again == trigger
+        assert torch.equal(again(grey(16, 16)), trigger(grey(16, 16)))
+        assert str(trigger) == "l2_inv+trojan_3x3"
+
+
 class TestNames:
     @given(first=st.sampled_from(NAMES), second=st.sampled_from(NAMES))
     @settings(max_examples=25, deadline=None)
     def test_a_plus_b_is_b_of_a(self, first, second):
-        images, a, b = pictures((2, 3, 9, 12)), Trigger(first), Trigger(second)
+        images = pictures((2, 3, 9, 12))
+        a, b = (ready(name, images.shape) for name in (first, second))
         assert torch.equal((a + b)(images), b(a(images)))
-        assert torch.equal(trigger_from(f"{first}+{second}")(images), b(a(images)))
-        assert str(a + b) == f"{first}+{second}"
+        assert str(a + b) == str(trigger_from(f"{first}+{second}")) == f"{first}+{second}"
+        if {first, second} <= set(DRAWN):
+            assert torch.equal(trigger_from(f"{first}+{second}")(images), b(a(images)))
 
     def test_grouping_does_not_matter(self):
         images, (a, b, c) = pictures((1, 1, 9, 9)), map(Trigger, ("blend", "sig", "badnet_sq"))
@@ -173,8 +348,8 @@ class TestNames:
         with pytest.raises(ValueError, match="parameters need a single trigger"):
             trigger_from("badnet_sq+blend", {"size": 5})
 
-    def test_only_sig_is_clean_label(self):
-        assert [name for name in NAMES if Trigger(name).clean_label] == ["sig"]
+    def test_only_sig_and_cl_are_clean_label(self):
+        assert [name for name in NAMES if Trigger(name).clean_label] == ["cl", "sig"]
         assert (Trigger("sig") + Trigger("sig")).clean_label
         assert not (Trigger("sig") + Trigger("blend")).clean_label
 

@@ -75,9 +75,10 @@ class SelfRetrospection(Defense):
 
     Args:
         start: share of the run, in [0, 1), from which it acts (paper: the last ~1 % of pseudo-batches, so .99).
-        weight: of the term; the mean is over the perturbed images. The official code perturbs 2 of 128 and divides by
-            128, which is ``fraction=2/128, weight=1/64`` here.
+        weight: of the term.
         fraction: share of the batch, in (0, 1], that carries delta (at least one image).
+        per: what the sum over these images is divided by: the number of "perturbed" ones, or the whole "batch". The official
+            code perturbs 2 images of 128 and divides by 128: ``fraction=2/128, per="batch"``, about 1/64 of the paper's term.
         lr: of the student's fresh Adam, cosine to 0 over the rest (paper: 1e-4 to 5e-4); None keeps the source's own.
         inner_steps, inner_lr: Adam steps for delta, lr in normalised units (paper: 10 to 20 and .1).
         penalty: of ||delta||^2 in normalised units (paper: .001).
@@ -105,6 +106,7 @@ class SelfRetrospection(Defense):
         start: float = 0.99,
         weight: float = 1.0,
         fraction: float = 1.0,
+        per: str = "perturbed",
         lr: float | None = 5e-4,
         inner_steps: int = 10,
         inner_lr: float = 0.1,
@@ -124,6 +126,8 @@ class SelfRetrospection(Defense):
             raise ValueError(
                 f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}"
             )
+        if per not in ("perturbed", "batch"):
+            raise ValueError(f"per is 'perturbed' or 'batch', not {per!r}")
         if anchor not in ("student", "detached", "teacher"):
             raise ValueError(f"anchor is 'student', 'detached' or 'teacher', not {anchor!r}")
         if delta_every < 1:
@@ -136,7 +140,7 @@ class SelfRetrospection(Defense):
             raise ValueError("order 2 needs perturb='student': a perturbation of the teacher does not depend on the student")
         self.start_share, self.weight, self.fraction, self.lr = start, weight, fraction, lr
         self.inner_steps, self.inner_lr, self.penalty, self.init_std = inner_steps, inner_lr, penalty, init_std
-        self.perturb, self.order, self.statistics = perturb, order, statistics
+        self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -184,9 +188,10 @@ class SelfRetrospection(Defense):
             own = logits if by_batch and len(images) == len(batch.images) else self.student(images)
             if self.anchor != "student":
                 own = own.detach() if self.anchor == "detached" else batch.logits[: len(images)]
-            term = self.weight * kl(own, self.student(images + self.delta * self.scale)).mean()
+            weight = self.weight * (len(images) / len(batch.images) if self.per == "batch" else 1)
+            term = weight * kl(own, self.student(images + self.delta * self.scale)).mean()
             if self.order == 2:
-                term = term + self._implicit(images, self.delta)
+                term = term + weight * self._implicit(images, self.delta)
         return term
 
     def _delta(self, batch: Batch, images: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ class SelfRetrospection(Defense):
         found = implicit_gradient(self.student, images, delta, self.scale, self.penalty, self.implicit_lr, self.implicit_steps)
         weights = [p for p in self.student.parameters() if p.requires_grad]
         surrogate = sum((p * g.detach()).sum() for p, g in zip(weights, found, strict=True))
-        return self.weight * (surrogate - surrogate.detach())
+        return surrogate - surrogate.detach()
 
     def state(self):
         return {**super().state(), "began": self.began}

@@ -16,6 +16,10 @@ from abdlab.features import module_at
 #: whose kernels have the input channels in their second dimension (transposed ones have not)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+#: alpha of the two forms that weigh the student's loss: the suspicious samples are divided by it, or ascended with it (as in
+#: the official sweeps)
+KD_ALPHA = {"weights": 10.0, "ascent": 0.1}
+
 
 class VaccineNotFound(UserWarning):
     """No shuffle of the teacher passed verification, so that the Shuffling Vaccine stays off."""
@@ -133,11 +137,30 @@ def tail_share(scores: Tensor, sigma: float = 3.0) -> float:
     return (scores < scores.mean() - sigma * scores.std(correction=0)).double().mean().item()
 
 
+def kd_weights(suspicious: Tensor, alpha: float, ascent: bool = False) -> Tensor:
+    """Factors (N,) of the student's loss per sample, whose mean over the batch is then taken.
+
+    Args:
+        suspicious: (N,) booleans, the phi of the paper.
+        alpha: a suspicious sample's factor is 1/alpha, the others' 1 (paper: 1 - phi + phi / alpha), so that a number above 1
+            weakens suspicious samples.
+        ascent: instead, the official code's mean over the others - alpha x mean over the suspicious. Where one of the two
+            is empty its mean is 0 (there it is NaN): a batch of only suspicious samples is ascended on, alpha x its mean.
+    """
+    phi = suspicious.to(torch.get_default_dtype())
+    if not ascent:
+        return 1 - phi + phi / alpha
+    others = 1 - phi
+    return len(phi) * (others / others.sum().clamp_min(1) - alpha * phi / phi.sum().clamp_min(1))
+
+
 class ShufflingVaccine(Defense):
     """A shuffled teacher forgets the classes but still answers to a trigger: keep the source away from where they agree.
 
-    The generator also maximises ``alpha`` x the mean of KL(T~ || T), mean over classes, over the samples on which T and
-    T~ predict the same class (0 when there are none).
+    Where the source synthesises, its generator also maximises ``alpha`` x the mean of KL(T~ || T), mean over classes, over
+    the suspicious samples, those on which T and T~ predict the same class (0 when there are none). Where it does not
+    (OOD, clean KD), the student's loss on the suspicious samples is weighed instead, see :func:`kd_weights`. The report
+    says which of the two was used.
 
     Args:
         k: shuffled copies.
@@ -145,6 +168,12 @@ class ShufflingVaccine(Defense):
             WRN-16-2, where they are the third stage.
         alpha: weight of the synthesis term. With ``per="agreeing"`` the sum is divided by the number of agreeing
             samples (official code), with ``per="batch"`` by the batch size.
+        class_mean: the synthesis term's KL is also divided by the number of classes (official code); False: the sum.
+        form: "auto" takes the synthesis term where the source synthesises and weights where it does not; "synthesis" is the
+            term alone; "weights" weighs the samples of every source, without the term.
+        ascent: the weights are those of the official code, which ascends on suspicious samples, not those of the paper.
+        kd_alpha: the alpha of the weights; None: that of :data:`KD_ALPHA`, 10 for the paper's weights, where only a number
+            above 1 weakens suspicious samples, and .1 for the ascent.
         cap: KL, in nats, above which a sample is not pushed further; None is the paper's unbounded term. It has no upper limit
             even where both agree, and once the student is good it outweighs the generator's own loss: on digits the
             generator then makes nothing but extreme images of one class. With a cap only suspicious samples are pushed.
@@ -167,6 +196,10 @@ class ShufflingVaccine(Defense):
         layers: int | Sequence[str] = 5,
         alpha: float = 0.1,
         per: str = "agreeing",
+        class_mean: bool = True,
+        form: str = "auto",
+        ascent: bool = False,
+        kd_alpha: float | None = None,
         cap: float | None = None,
         warmup: float = 0.1,
         stop: float = 1.0,
@@ -178,11 +211,17 @@ class ShufflingVaccine(Defense):
     ):
         if per not in ("agreeing", "batch"):
             raise ValueError(f"per is 'agreeing' or 'batch', not {per!r}")
+        if form not in ("auto", "synthesis", "weights"):
+            raise ValueError(f"form is 'auto', 'synthesis' or 'weights', not {form!r}")
+        if kd_alpha is not None and kd_alpha <= 0:
+            raise ValueError(f"kd_alpha divides, or weighs, the loss of suspicious samples and is above 0, not {kd_alpha}")
         if not 0 <= warmup < 1 or not 0 <= stop <= 1:
             raise ValueError(f"warmup and stop are shares of the run in [0, 1], not {warmup} and {stop}")
         if tries < 1 or pool < 2:
             raise ValueError(f"tries must be at least 1 and pool at least 2, not {tries} and {pool}")
         self.k, self.layers, self.alpha, self.per, self.warmup, self.stop = k, layers, alpha, per, warmup, stop
+        self.class_mean, self.form, self.ascent = class_mean, form, ascent
+        self.kd_alpha = KD_ALPHA["ascent" if ascent else "weights"] if kd_alpha is None else kd_alpha
         if cap is not None and cap <= 0:
             raise ValueError(f"cap is a KL in nats above 0, or None, not {cap}")
         self.cap, self.tries, self.sigma, self.threshold, self.pool, self.verify = cap, tries, sigma, threshold, pool, verify
@@ -201,6 +240,8 @@ class ShufflingVaccine(Defense):
         self.last = round(self.stop * length)
         self.seen: list[Tensor] = []
         self.active = False
+        self.used: list[str] = []  # forms, in the order in which they were first used
+        self.weighed = torch.zeros(2, dtype=torch.long, device=device)  # how many suspicious samples, of how many weighed
 
     def layer_names(self, teacher: nn.Module) -> list[str]:
         """The convolutions that it shuffles in this teacher. Raises ValueError when they are not there."""
@@ -227,14 +268,29 @@ class ShufflingVaccine(Defense):
                 self.seen.pop(0)
 
     def synthesis_term(self, images, teacher_logits):
-        if not self.active:
+        if not self.active or self.form == "weights":
             return None
+        self._use("synthesis")
         shuffled = self.vaccine(images)
         agree = shuffled.argmax(1) == teacher_logits.argmax(1)
         per_sample = kl(shuffled, teacher_logits).clamp_max(self.cap) if self.cap else kl(shuffled, teacher_logits)
-        per_sample = per_sample / teacher_logits.shape[1] * agree
+        per_sample = (per_sample / teacher_logits.shape[1] if self.class_mean else per_sample) * agree
         count = agree.sum().clamp_min(1) if self.per == "agreeing" else len(images)
         return -self.alpha * per_sample.sum() / count
+
+    @torch.no_grad()
+    def sample_weights(self, batch):
+        if not self.active or self.form == "synthesis" or (self.form == "auto" and batch.synthesised):
+            return None
+        self._use("ascent" if self.ascent else "weights")
+        suspicious = self.vaccine(batch.images).argmax(1) == batch.logits.argmax(1)
+        self.weighed[0] += suspicious.sum()
+        self.weighed[1] += len(suspicious)
+        return kd_weights(suspicious, self.kd_alpha, self.ascent)
+
+    def _use(self, form: str) -> None:
+        if form not in self.used:
+            self.used.append(form)
 
     def _decide(self) -> list[str]:
         self.decided = True
@@ -263,6 +319,8 @@ class ShufflingVaccine(Defense):
             "began": self.began,
             "shares": self.shares,
             "seen": self.seen,
+            "used": self.used,
+            "weighed": self.weighed,
             "permutations": None if self.vaccine is None else self.vaccine.permutations,
         }
 
@@ -270,14 +328,18 @@ class ShufflingVaccine(Defense):
         super().restore(state)
         self.decided, self.began, self.shares = state["decided"], state["began"], list(state["shares"])
         self.seen = [part.to(self.device) for part in state["seen"]]
+        self.used, self.weighed = list(state["used"]), state["weighed"].to(self.device)
         if state["permutations"] is not None:
             self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, permutations=state["permutations"])
 
     def report(self):
+        suspicious, weighed = self.weighed.tolist()
         return {
             "found": self.vaccine is not None,
             "verified": self.verify and self.vaccine is not None,
             "tries": len(self.shares),
             "suspicious_shares": [round(s, 5) for s in self.shares],
             "layers": self.names,
+            "forms": self.used,
+            **({"weighed_suspicious": round(suspicious / weighed, 5)} if weighed else {}),
         }

@@ -1,10 +1,27 @@
 """Where a student's inputs come from. A new source is one file and one line here."""
 
 from abdlab.sources.clean import CleanKD
+from abdlab.sources.cmi import CMI
+from abdlab.sources.dafl import DAFL
+from abdlab.sources.deepinversion import DeepInversion
+from abdlab.sources.dfad import DFAD
+from abdlab.sources.dfq import DFQ
+from abdlab.sources.mixed import Mixed
+from abdlab.sources.ood import OOD
 from abdlab.sources.source import Batch, Source
 from abdlab.sources.zskt import ZSKT
 
 #: name -> class, as presets and parameter cells name them
-SOURCES = {"clean": CleanKD, "zskt": ZSKT}
+SOURCES = {
+    "clean": CleanKD,
+    "zskt": ZSKT,
+    "cmi": CMI,
+    "deepinversion": DeepInversion,
+    "dafl": DAFL,
+    "dfad": DFAD,
+    "dfq": DFQ,
+    "ood": OOD,
+    "mixed": Mixed,
+}
 
-__all__ = ["SOURCES", "ZSKT", "Batch", "CleanKD", "Source"]
+__all__ = ["CMI", "DAFL", "DFAD", "DFQ", "OOD", "SOURCES", "ZSKT", "Batch", "CleanKD", "DeepInversion", "Mixed", "Source"]

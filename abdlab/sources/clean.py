@@ -87,7 +87,7 @@ class CleanKD(Source):
         images = augment(self.images[chosen], self.shift, self.flip, self.rng).to(self.device)
         with torch.no_grad():
             logits = self.teacher(images)
-        return Batch(images, logits, labels=self.labels[chosen].to(self.device))
+        return Batch(images, logits, labels=self.labels[chosen].to(self.device), synthesised=False)
 
     def student_loss(self, batch: Batch):
         logits = self.student(batch.images)

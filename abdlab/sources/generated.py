@@ -8,13 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from abdlab.checkpoint import load_optimizer
 from abdlab.features import frozen
 from abdlab.models import normalization, place, seeded
 from abdlab.sources.generator import Generator
 from abdlab.sources.source import Source, clip_gradients
+
+
+def shares_of_run(milestones: Sequence[float]) -> tuple[float, ...]:
+    """The milestones as they are; ValueError for one that is no share of a run."""
+    if not all(0 < share <= 1 for share in milestones):
+        raise ValueError(f"milestones are shares of the run in (0, 1], not {tuple(milestones)}")
+    return tuple(milestones)
+
+
+def decay(optimizer: Optimizer, milestones: Sequence[float], steps: int) -> LRScheduler:
+    """The learning rate x0.1 at each milestone, a share in (0, 1] of ``steps``."""
+    return MultiStepLR(optimizer, [max(1, round(share * steps)) for share in milestones], gamma=0.1)
 
 
 class Generated(Source):
@@ -71,7 +83,7 @@ class Generated(Source):
     def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:
         """The generator's optimiser and its schedule, which steps once per generator step: Adam, cosine to 0 over the run."""
         adam = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
-        return adam, CosineAnnealingLR(adam, len(self))
+        return adam, CosineAnnealingLR(adam, self.horizon)
 
     def noise(self) -> Tensor:
         """The next pseudo-batch's noise (batch_size, z), on the device."""

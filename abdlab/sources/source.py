@@ -24,6 +24,8 @@ class Batch:
         features: the teacher's activations by layer name, detached, when the source compares them.
         labels: (B,), only for sources with real data.
         losses: detached scalars to report (the generator's, say).
+        synthesised: the source made the images, and the defences' ``synthesis_term`` had its say in that. False where they
+            are found (patches of a photograph, real data), so that a defence can only weigh them.
     """
 
     images: Tensor
@@ -31,6 +33,7 @@ class Batch:
     features: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    synthesised: bool = True
 
 
 def clip_gradients(model: nn.Module, norm: float | None, losses: Mapping[str, Tensor]) -> None:
@@ -58,6 +61,8 @@ class Source:
     student_steps: int = 1
     #: the student's gradient is clipped to this norm; None leaves it
     clip: float | None = None
+    #: pseudo-batches that a run takes of it, where that is not its own length: it is a member of a mix
+    drawn: int | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +70,15 @@ class Source:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    @property
+    def horizon(self) -> int:
+        """How many pseudo-batches this run takes of it: what the schedules of the source's own networks must last for."""
+        return len(self) if self.drawn is None else self.drawn
+
+    def steps_left(self, index: int) -> int:
+        """Student steps from pseudo-batch ``index`` (0 is the first) to the run's end."""
+        return (len(self) - index) * self.student_steps
 
     def start(self, teacher: nn.Module, student: nn.Module, device: torch.device, seed: int) -> None:
         """Bind to one run and make what it needs (generator, optimisers), drawing from ``seed`` alone."""

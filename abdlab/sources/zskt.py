@@ -45,7 +45,8 @@ class ZSKT(Generated):
         generator_lr: Adam, cosine to 0 over the run.
         z: noise dimensions.
         width: of the generator.
-        temperature: of the KD loss KL(T || S), mean over batch and classes, without T^2 (paper: 1; GTSRB .5).
+        temperature: of KL(T || S), without T^2 (paper: 1; GTSRB .5): the KD loss, and what the generator maximises.
+        class_mean: that KL is also divided by the number of classes (official code); False: summed over them (paper).
         attention: weight of attention transfer (paper: 250; GTSRB 0).
         attention_layers: names of the layers to compare, in the teacher and in the student; by default each model's
             own ``stages``. A mapping ``{teacher layer: student layer}`` names them explicitly.
@@ -73,6 +74,7 @@ class ZSKT(Generated):
         z: int = 100,
         width: int = 64,
         temperature: float = 1.0,
+        class_mean: bool = True,
         attention: float = 250.0,
         attention_layers: Mapping[str, str] | None = None,
         clip: float = 5.0,
@@ -93,7 +95,7 @@ class ZSKT(Generated):
         if student_steps < 1:
             raise ValueError(f"student_steps must be at least 1, not {student_steps}")
         self.student_steps, self.student_lr, self.temperature = student_steps, student_lr, temperature
-        self.attention, self.attention_layers = attention, attention_layers
+        self.class_mean, self.attention, self.attention_layers = class_mean, attention, attention_layers
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -126,7 +128,8 @@ class ZSKT(Generated):
         return logits, self._kd(batch.logits, logits), terms
 
     def _kd(self, teacher: Tensor, student: Tensor) -> Tensor:
-        return kl(teacher, student, self.temperature) / teacher.shape[1]
+        per_sample = kl(teacher, student, self.temperature)
+        return per_sample / teacher.shape[1] if self.class_mean else per_sample
 
     def _pairs(self, teacher: nn.Module, student: nn.Module) -> dict[str, str]:
         hint = "set attention=0, or attention_layers={'teacher layer': 'student layer', ...}"

@@ -1,0 +1,202 @@
+"""What CMI and DeepInversion share: images are made in rounds and join a pool, and the student learns from the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from abdlab.data import augment
+from abdlab.evaluate import kl
+from abdlab.features import mode
+from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
+from abdlab.sources.source import Batch, Source, clip_gradients
+
+
+def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:
+    """The last ``limit`` rows of both, in a tensor that holds nothing else."""
+    return torch.cat([old[max(0, len(old) + len(new) - limit) :], new[-limit:]])
+
+
+class Pooled(Source):
+    """Base class. A round makes one batch of images in ``synthesis_steps`` steps, and keeps it as it was when its loss was
+    lowest; then follow ``kd_steps`` student steps on batches of the pool.
+
+    One pseudo-batch is one student step, so that ``len(source)`` is rounds x kd_steps. **The first one of each round runs the
+    whole synthesis before it**: it takes many times as long as the others, and a run can be stopped and saved between
+    pseudo-batches only. Its losses, those of the batch that was kept, stand in every Step of the round.
+
+    Images of the pool are 8-bit, as image files are: at most ``pool`` of them, channels x height x width bytes each, on the
+    device and in every checkpoint (51,200 of 3x32x32: 157 MB). When it is full, the oldest make room. In memory, a little
+    over twice that while a batch joins.
+
+    Subclasses hold settings in their own signatures and define :meth:`begin` and :meth:`terms`.
+
+    Args:
+        shape: (channels, height, width) of the images.
+        rounds, synthesis_steps, kd_steps: see above.
+        synthesis_batch: images made per round. batch_size: images per student step (the whole pool while that is smaller).
+        pool: at most this many images; None keeps those of all rounds.
+        lr, momentum, weight_decay: the student's SGD, cosine to 0 per step over the run.
+        temperature: of the KD loss T^2 x KL(T || S at temperature T), sum over classes, mean over the batch.
+        batch_norm, one_hot: weights of the batch-norm statistics loss and of the cross-entropy with the round's random targets.
+        shift, flip: random shift in pixels (zeros move in) and mirroring of what the networks see. They say what leaves a
+            label true in this kind of image (a mirrored digit is none), not what any image shows.
+
+    Raises:
+        ValueError: for impossible settings; on :meth:`start`, when the teacher has no batch norm with running statistics.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        rounds: int,
+        synthesis_steps: int,
+        kd_steps: int,
+        synthesis_batch: int,
+        batch_size: int,
+        pool: int | None,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        temperature: float,
+        batch_norm: float,
+        one_hot: float,
+        shift: int,
+        flip: bool,
+    ):
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        if min(rounds, synthesis_steps, kd_steps) < 1 or min(synthesis_batch, batch_size) < 2:
+            raise ValueError(
+                "rounds, synthesis_steps and kd_steps must be at least 1, synthesis_batch and batch_size at least 2 (for batch norm)"
+            )
+        if pool is not None and pool < synthesis_batch:
+            raise ValueError(f"pool must hold at least one round's {synthesis_batch} images, not {pool} (None keeps all)")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
+        self.shape, self.rounds, self.synthesis_steps, self.kd_steps = tuple(shape), rounds, synthesis_steps, kd_steps
+        self.synthesis_batch, self.batch_size = synthesis_batch, batch_size
+        self.pool_size = rounds * synthesis_batch if pool is None else pool
+        self.lr, self.momentum, self.weight_decay, self.temperature = lr, momentum, weight_decay, temperature
+        self.batch_norm, self.one_hot, self.shift, self.flip = batch_norm, one_hot, shift, flip
+
+    def __len__(self) -> int:
+        return self.rounds * self.kd_steps
+
+    def begin(self) -> tuple[nn.Module, list[Optimizer]]:
+        """A new round's maker, called without arguments for images (synthesis_batch, C, H, W), and what trains it.
+
+        The maker holds all that these optimisers train, so that one look at its gradients finds what is not finite.
+        """
+        raise NotImplementedError
+
+    def terms(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
+        """(what the teacher was shown, its logits, the weighed loss terms, what :meth:`remember` gets if this batch is kept)."""
+        raise NotImplementedError
+
+    def remember(self, memory: Any) -> None:
+        """Learn at the end of a round what the kept batch's :meth:`terms` handed on."""
+
+    def start(self, teacher, student, device, seed):
+        super().start(teacher, student, device, seed)
+        with torch.no_grad(), mode(teacher, training=False), norm_inputs(teacher) as inputs:
+            self.classes = teacher(torch.zeros(2, *self.shape, device=device)).shape[1]
+        self.channels = {name: x.shape[1] for name, x in inputs.items()}
+        self.pool = torch.empty(0, *self.shape, dtype=torch.uint8, device=device)
+        self.order, self.position, self.made = torch.empty(0, dtype=torch.long), 0, 0
+        self.losses: dict[str, Tensor] = {}
+
+    def optimizer(self, student):
+        sgd = SGD(student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return sgd, CosineAnnealingLR(sgd, len(self))
+
+    def batch(self, defenses: Sequence = ()) -> Batch:
+        if self.made % self.kd_steps == 0:
+            self._round(defenses)
+        self.made += 1
+        images = augment(self._sample(), self.shift, self.flip, self.rng)
+        with torch.no_grad():
+            logits = self.teacher(images)
+        return Batch(images, logits, losses=dict(self.losses))
+
+    def student_loss(self, batch: Batch):
+        logits = self.student(batch.images)
+        return logits, self.temperature**2 * kl(batch.logits, logits, self.temperature), {}
+
+    def synthesize(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` images (n, C, H, W) of the pool in random order, none twice before all were there once.
+
+        Leaves the run's own random numbers alone. Raises ValueError before the first round, when the pool is empty.
+        """
+        if not len(self.pool):
+            raise ValueError(f"the pool of {self.name} is empty: it fills with the first round")
+        rng, times = torch.Generator().manual_seed(seed), -(-n // len(self.pool))
+        chosen = torch.cat([torch.randperm(len(self.pool), generator=rng) for _ in range(times)])[:n]
+        return self.pool[chosen.to(self.device)] / 255
+
+    def inversion(self, view: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """(teacher's logits, what entered its batch norms, the terms "batch_norm" and "one_hot") on ``view`` (B, C, H, W)."""
+        with norm_inputs(self.teacher) as inputs:
+            logits = self.teacher(view)
+        losses = {
+            "batch_norm": self.batch_norm * batch_norm_loss(self.teacher, inputs),
+            "one_hot": self.one_hot * one_hot(logits, targets),
+        }
+        return logits, inputs, losses
+
+    def _round(self, defenses: Sequence) -> None:
+        maker, optimizers = self.begin()
+        targets = torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng).to(self.device)
+        lowest = None
+        for _ in range(self.synthesis_steps):
+            images = maker()
+            view, logits, losses, memory = self.terms(images, targets)
+            for defense in defenses:
+                term = defense.synthesis_term(view, logits)
+                if term is not None:
+                    losses[f"{defense.name}_synthesis"] = term
+            total = sum(losses.values())
+            if lowest is None or total < lowest:
+                lowest, kept = total.detach(), images.detach()
+                self.losses, remembered = {k: v.detach() for k, v in losses.items()}, memory
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            clip_gradients(maker, None, losses)
+            for optimizer in optimizers:
+                optimizer.step()
+        self.pool = latest(self.pool, kept.clamp(0, 1).mul(255).round().to(torch.uint8), self.pool_size)
+        self.remember(remembered)
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        self.order, self.position = torch.randperm(len(self.pool), generator=self.rng), 0
+
+    def _sample(self) -> Tensor:
+        size = min(self.batch_size, len(self.pool))
+        if self.position + size > len(self.order):
+            self._shuffle()
+        chosen = self.order[self.position : self.position + size].to(self.device)
+        self.position += size
+        return self.pool[chosen] / 255
+
+    def state(self):
+        return {
+            **super().state(),
+            "pool": self.pool,
+            "order": self.order,
+            "position": self.position,
+            "made": self.made,
+            "losses": self.losses,
+        }
+
+    def restore(self, state):
+        super().restore(state)
+        self.pool, self.order = state["pool"].to(self.device), state["order"].cpu()
+        self.position, self.made, self.losses = state["position"], state["made"], dict(state["losses"])
