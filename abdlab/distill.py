@@ -158,7 +158,7 @@ def distill(
         while index < total:
             events = []
             for defense in defenses:
-                events += defense.before(index)
+                events += [*defense.follow(index), *defense.before(index)]
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]

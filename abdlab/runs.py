@@ -21,7 +21,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import ShuffledTeacher
+from abdlab.defenses import Defense, ShuffledTeacher
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
+from abdlab.evaluate import Exam
 from abdlab.presets import Settings
 from abdlab.sources import Source
 from abdlab.train import train
@@ -85,6 +86,10 @@ class Run:
     def metrics(self) -> dict:
         """What metrics.json holds; empty when there is none."""
         return self._read("metrics.json")
+
+    def save_config(self, config: dict) -> Path:
+        """Write config.json, whole: only for what became of a run's settings while it went on."""
+        return self._write("config.json", config)
 
     def save_metrics(self, metrics: dict) -> Path:
         """Write metrics.json, whole."""
@@ -205,7 +210,9 @@ def _scores(acc: float, asr: float | None) -> str:
     return f"ACC {acc:.1%}" + ("" if asr is None else f" ASR {asr:.1%}")
 
 
-def poisoned_teacher(root: str | Path, chosen: Settings, data: Dataset) -> nn.Module:
+def poisoned_teacher(
+    root: str | Path, chosen: Settings, data: Dataset, *, tell: Callable[[str, Step], None] | None = None
+) -> nn.Module:
     """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher has it already.
 
     Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json.
@@ -218,7 +225,10 @@ def poisoned_teacher(root: str | Path, chosen: Settings, data: Dataset) -> nn.Mo
     if not path.exists():
         model, poisoned = chosen.teacher(data), chosen.poison(data)
         last = run.watch(
-            train(model, poisoned.images, poisoned.labels, exam=chosen.exam(data), **chosen.training(data)), "teacher", every=1
+            train(model, poisoned.images, poisoned.labels, exam=chosen.exam(data), **chosen.training(data)),
+            "teacher",
+            every=1,
+            tell=tell,
         )
         attack = {"trigger": chosen.trigger.card(), "target": chosen.target, "rate": poisoned.rate}
         metrics = {"label": "teacher", "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
@@ -242,6 +252,114 @@ def check_teacher(acc: float, asr: float) -> None:
             WeakTeacher,
             stacklevel=3,
         )
+
+
+@dataclass
+class Distillation:
+    """One student on its way: what trains it, and where its results go. :func:`distillation` makes it.
+
+    Attributes:
+        run: the folder. label: the method.
+        student, source, defenses: bound to each other once the stream has begun.
+        exam: what measures the student.
+        stream: of Step; pulling it trains, closing it leaves a checkpoint that resumes.
+        resume_from: the checkpoint that it branches from, if any.
+    """
+
+    run: Run
+    label: str
+    chosen: Settings
+    student: nn.Module
+    source: Source
+    defenses: list[Defense]
+    exam: Exam
+    stream: Iterator[Step]
+    resume_from: Path | None
+
+    @property
+    def done(self) -> bool:
+        """Whether the folder holds the finished student already."""
+        return self.run.file("student.safetensors").exists() and bool(self.run.metrics)
+
+    def finish(self, last: Step) -> dict:
+        """Save the student and the metrics that the run ended with; returns the metrics."""
+        metrics = self._metrics(last)
+        save_model(self.run.file("student.safetensors"), self.student, metrics)
+        self.run.save_metrics(metrics)
+        return metrics
+
+    def stopped(self, last: Step) -> dict:
+        """Save the metrics of a run that was stopped after ``last``; its checkpoint has the student. Returns the metrics."""
+        metrics = {**self._metrics(last), "stopped_at": last.index, "length": last.total}
+        self.run.save_metrics(metrics)
+        return metrics
+
+    def keep_plans(self) -> None:
+        """Record what was tuned while the run went on in its config, so that it resumes to the same numbers, and can be repeated."""
+        config = self.run.config
+        for defense in self.defenses:
+            config[defense.name] |= {k: [list(step) for step in v] for k, v in defense.plans.items() if len(v) > 1}
+        self.run.save_config(config)
+
+    def _metrics(self, last: Step) -> dict:
+        metrics = {"label": self.label, "seed": self.chosen.seed, "acc": last.acc, "asr": last.asr}
+        return metrics | {
+            "seconds": round(last.seconds, 1),
+            "threads": torch.get_num_threads(),
+            "branched_from": self.resume_from and str(self.resume_from),
+            "defenses": {d.name: d.report() for d in self.defenses},
+        }
+
+
+def distillation(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    teacher: nn.Module,
+    label: str,
+    *,
+    exams: int = 10,
+    samples: int | None = None,
+    resume_from: str | Path | None = None,
+    folder: str | None = None,
+    keep_all: bool = False,
+) -> Distillation:
+    """All that :func:`distilled` runs, as a stream that the caller pulls: a step at a time, and no further than wanted.
+
+    Args:
+        root, chosen, data, teacher, label, exams, resume_from: as for :func:`distilled`. None of the following changes a number.
+        samples: how many times sample images are kept; by default as many times as exams.
+        folder: name of the run's folder beside those of the methods, for one that is not shared with them: it then goes
+            from the start, or from ``resume_from``, never from another method's checkpoint.
+        keep_all: keep the checkpoint of every exam, to branch from.
+    """
+    source, *names = label.split("+")
+    student, src, active = chosen.student(data), chosen.source(source, data), chosen.defenses(*names)
+    run = Run(
+        Path(root) / f"seed{chosen.seed}" / (folder or label),
+        chosen.config("data", "attack", "teacher", "student", source, *names),
+    )
+    exam, every = chosen.exam(data), max(1, len(src) // max(1, exams))
+    fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))
+    if resume_from is None and folder is None:
+        resume_from = _shared_trunk(run, label, fork)
+    stream = distill(
+        teacher,
+        student,
+        src,
+        defenses=active,
+        exam=exam,
+        exam_every=every,
+        images_every=every if samples is None else max(1, len(src) // max(1, samples)),
+        checkpoint=run.file("checkpoint.safetensors"),
+        checkpoint_every=every,
+        keep=(fork, *range(every, len(src), every)) if keep_all else (fork,),
+        resume_from=resume_from,
+        seed=chosen.seed,
+        device=chosen.device,
+        card={"label": label},
+    )
+    return Distillation(run, label, chosen, student, src, active, exam, stream, resume_from)
 
 
 def distilled(
@@ -270,42 +388,10 @@ def distilled(
     Returns:
         the student in eval mode, and its metrics: acc, asr, seconds, and each defence's report.
     """
-    source, *names = label.split("+")
-    student, src, active = chosen.student(data), chosen.source(source, data), chosen.defenses(*names)
-    run = Run(Path(root) / f"seed{chosen.seed}" / label, chosen.config("data", "attack", "teacher", "student", source, *names))
-    path, checkpoint = run.file("student.safetensors"), run.file("checkpoint.safetensors")
-    if path.exists() and run.metrics:
-        return load_model(path, device=data.train_images.device), run.metrics
-    every = max(1, len(src) // max(1, exams))
-    fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))
-    if resume_from is None:
-        resume_from = _shared_trunk(run, label, fork)
-    stream = distill(
-        teacher,
-        student,
-        src,
-        defenses=active,
-        exam=chosen.exam(data),
-        exam_every=every,
-        images_every=every,
-        checkpoint=checkpoint,
-        checkpoint_every=every,
-        keep=(fork,),
-        resume_from=resume_from,
-        seed=chosen.seed,
-        device=chosen.device,
-        card={"label": label},
-    )
-    last = run.watch(stream, label, tell=tell)
-    metrics = {"label": label, "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
-    metrics |= {
-        "threads": torch.get_num_threads(),
-        "branched_from": resume_from and str(resume_from),
-        "defenses": {d.name: d.report() for d in active},
-    }
-    save_model(path, student, metrics)
-    run.save_metrics(metrics)
-    return student, metrics
+    going = distillation(root, chosen, data, teacher, label, exams=exams, resume_from=resume_from)
+    if going.done:
+        return load_model(going.run.file("student.safetensors"), device=data.train_images.device), going.run.metrics
+    return going.student, going.finish(going.run.watch(going.stream, label, tell=tell))
 
 
 def _shared_trunk(run: Run, label: str, fork: int) -> Path | None:

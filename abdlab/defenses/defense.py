@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from abdlab.errors import check_keys
 from abdlab.sources.source import Batch
+
+#: a number, or [[0, number], [pseudo-batch, number], ...]: the value from each of these pseudo-batches (0 is the first) on
+Plan = float | Sequence[Sequence[float]]
 
 
 class Defense:
     """Base class. A defence sees the teacher, the student and the source's images; never clean or triggered data."""
+
+    #: attributes that may change between pseudo-batches; each takes a :data:`Plan`
+    tunable: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -21,6 +31,59 @@ class Defense:
         """Bind to one run of ``length`` pseudo-batches, drawing from ``seed`` alone."""
         self.teacher, self.student, self.device, self.length = teacher, student, device, length
         self.rng = torch.Generator().manual_seed(seed)
+
+    def plan(self, name: str, value: Plan) -> float:
+        """Keep a tunable attribute's plan, to be followed; returns the value that it begins with.
+
+        Raises:
+            ValueError: for a plan that does not begin at 0 and go up.
+        """
+        steps = [(0, value)] if not isinstance(value, Sequence) else [tuple(step) for step in value]
+        starts = [step[0] if len(step) == 2 else None for step in steps]
+        if not starts or None in starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(
+                f"{name} is a number, or a plan [[0, number], [pseudo-batch, number], ...] that goes up, not {value!r}"
+            )
+        self._plans = {**self.plans, name: steps}
+        return steps[0][1]
+
+    @property
+    def plans(self) -> dict[str, list[tuple[int, float]]]:
+        """What the tunable attributes were and will be: name -> (from that pseudo-batch on, value), in that order."""
+        return getattr(self, "_plans", {})
+
+    @property
+    def _waiting(self) -> deque:
+        """Changes that were asked for; a deque, so that one thread can ask while another one trains."""
+        return self.__dict__.setdefault("_tuned", deque())
+
+    def tune(self, **values: float) -> None:
+        """Change tunable attributes from the next pseudo-batch on; its Step reports that as an event. Any thread may call it.
+
+        Raises:
+            ValueError: for an attribute that is not tunable, with a "did you mean".
+        """
+        check_keys(f"tunable setting of {self.name}", values, self.tunable)
+        self._waiting.extend(values.items())
+
+    def follow(self, index: int) -> list[str]:
+        """Give the tunable attributes their values for pseudo-batch ``index``; returns what changes there, as sentences."""
+        asked, events = {}, []
+        while self._waiting:
+            name, value = self._waiting.popleft()
+            asked[name] = value
+        for name, value in asked.items():
+            if value != getattr(self, name):  # what was asked last holds for the rest of the run
+                past = [step for step in self.plans.get(name, [(0, getattr(self, name))]) if step[0] < index]
+                self._plans = {**self.plans, name: [*past, (index, value)]}
+        for name, steps in self.plans.items():
+            # a plan of one step is never looked at again, so that the attribute stays a plain one
+            since, value = [step for step in steps if step[0] <= index][-1] if len(steps) > 1 or name in asked else (0, None)
+            if value is not None and value != getattr(self, name):
+                if since == index:
+                    events.append(f"{self.name}: {name} {getattr(self, name):g} -> {value:g} from pseudo-batch {index} on")
+                setattr(self, name, value)
+        return events
 
     def before(self, index: int) -> list[str]:
         """Called before pseudo-batch ``index``; returns events to report, as sentences."""

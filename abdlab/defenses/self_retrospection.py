@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.defenses.defense import Defense
+from abdlab.defenses.defense import Defense, Plan
 from abdlab.evaluate import kl
 from abdlab.features import frozen, mode
 from abdlab.models import normalization
@@ -75,7 +75,7 @@ class SelfRetrospection(Defense):
 
     Args:
         start: share of the run, in [0, 1), from which it acts (paper: the last ~1 % of pseudo-batches, so .99).
-        weight: of the term.
+        weight: of the term. It and ``inner_steps`` can be plans (:data:`~abdlab.defenses.defense.Plan`).
         fraction: share of the batch, in (0, 1], that carries delta (at least one image).
         per: what the sum over these images is divided by: the number of "perturbed" ones, or the whole "batch". The official
             code perturbs 2 images of 128 and divides by 128: ``fraction=2/128, per="batch"``, about 1/64 of the paper's term.
@@ -100,15 +100,17 @@ class SelfRetrospection(Defense):
             student there, so that the implicit gradient is zero.
     """
 
+    tunable = ("weight", "inner_steps")
+
     def __init__(
         self,
         *,
         start: float = 0.99,
-        weight: float = 1.0,
+        weight: Plan = 1.0,
         fraction: float = 1.0,
         per: str = "perturbed",
         lr: float | None = 5e-4,
-        inner_steps: int = 10,
+        inner_steps: Plan = 10,
         inner_lr: float = 0.1,
         penalty: float = 1e-3,
         init_std: float = 0.1,
@@ -138,8 +140,9 @@ class SelfRetrospection(Defense):
             raise ValueError(f"order 2 is the paper's gradient and needs anchor='student', not {anchor!r}")
         if order == 2 and perturb == "teacher":
             raise ValueError("order 2 needs perturb='student': a perturbation of the teacher does not depend on the student")
-        self.start_share, self.weight, self.fraction, self.lr = start, weight, fraction, lr
-        self.inner_steps, self.inner_lr, self.penalty, self.init_std = inner_steps, inner_lr, penalty, init_std
+        self.start_share, self.fraction, self.lr = start, fraction, lr
+        self.weight, self.inner_steps = self.plan("weight", weight), self.plan("inner_steps", inner_steps)
+        self.inner_lr, self.penalty, self.init_std = inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from abdlab.defenses.defense import Defense
+from abdlab.defenses.defense import Defense, Plan
 from abdlab.evaluate import kl, log_kl
 from abdlab.features import module_at
 
@@ -166,7 +166,7 @@ class ShufflingVaccine(Defense):
         k: shuffled copies.
         layers: the last so many convolutions are shuffled, or the names of the layers themselves. The default suits
             WRN-16-2, where they are the third stage.
-        alpha: weight of the synthesis term. With ``per="agreeing"`` the sum is divided by the number of agreeing
+        alpha: weight of the synthesis term, or a plan of weights (:data:`~abdlab.defenses.defense.Plan`). With ``per="agreeing"`` the sum is divided by the number of agreeing
             samples (official code), with ``per="batch"`` by the batch size.
         class_mean: the synthesis term's KL is also divided by the number of classes (official code); False: the sum.
         form: "auto" takes the synthesis term where the source synthesises and weights where it does not; "synthesis" is the
@@ -189,12 +189,14 @@ class ShufflingVaccine(Defense):
         VaccineNotFound: when no shuffle verifies. The vaccine is then off, and :meth:`report` has ``found: False``.
     """
 
+    tunable = ("alpha",)
+
     def __init__(
         self,
         *,
         k: int = 3,
         layers: int | Sequence[str] = 5,
-        alpha: float = 0.1,
+        alpha: Plan = 0.1,
         per: str = "agreeing",
         class_mean: bool = True,
         form: str = "auto",
@@ -219,7 +221,8 @@ class ShufflingVaccine(Defense):
             raise ValueError(f"warmup and stop are shares of the run in [0, 1], not {warmup} and {stop}")
         if tries < 1 or pool < 2:
             raise ValueError(f"tries must be at least 1 and pool at least 2, not {tries} and {pool}")
-        self.k, self.layers, self.alpha, self.per, self.warmup, self.stop = k, layers, alpha, per, warmup, stop
+        self.k, self.layers, self.per, self.warmup, self.stop = k, layers, per, warmup, stop
+        self.alpha = self.plan("alpha", alpha)
         self.class_mean, self.form, self.ascent = class_mean, form, ascent
         self.kd_alpha = KD_ALPHA["ascent" if ascent else "weights"] if kd_alpha is None else kd_alpha
         if cap is not None and cap <= 0:
