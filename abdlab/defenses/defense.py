@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ class Defense:
         """
         steps = [(0, value)] if not isinstance(value, Sequence) else [tuple(step) for step in value]
         starts = [step[0] if len(step) == 2 else None for step in steps]
-        if not starts or None in starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if not starts or None in starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
             raise ValueError(
                 f"{name} is a number, or a plan [[0, number], [pseudo-batch, number], ...] that goes up, not {value!r}"
             )
