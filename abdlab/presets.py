@@ -21,7 +21,7 @@ from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.evaluate import Exam
 from abdlab.models import build
 from abdlab.poison import Attack, Poisoned, poison
-from abdlab.sources import SOURCES, CleanKD, Source
+from abdlab.sources import SOURCES, CleanKD, Mixed, Source
 from abdlab.train import train
 from abdlab.triggers import Trigger, trigger_from
 
@@ -49,9 +49,49 @@ SECTIONS: dict[str, list[str]] = {
     "cmi": _free(SOURCES["cmi"], *_AUGMENT),
     "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
     "ood": _free(SOURCES["ood"], *_AUGMENT),
+    "mixed": ["members", *_free(SOURCES["mixed"], "weights")],  # members: source -> weight, see MEMBERS
     "clean": _free(SOURCES["clean"], *_AUGMENT),
     "sv": _free(DEFENSES["sv"]),
     "sr": _free(DEFENSES["sr"]),
+}
+
+#: members of a mixed source and their weights where settings name none; each member's own section describes it
+MEMBERS: dict[str, float] = {"zskt": 0.5, "ood": 0.5}
+
+#: The one switch between the formulas as the paper prints them and the scales of its official code: what each sets, by
+#: section. It overrides a preset and is overridden by single settings. Weights (alpha, weight, attention) stay as they are.
+SCALES: dict[str, dict[str, dict[str, Any]]] = {
+    "printed": {
+        "zskt": {"class_mean": False},  # KL is the sum over classes, the mean over the batch
+        "ood": {"class_mean": False},
+        "sv": {
+            "class_mean": False,
+            "per": "batch",  # an expectation over the batch: samples on which T and T~ disagree count as 0
+            "ascent": False,  # OOD: 1 - phi + phi / alpha
+        },
+        "sr": {
+            "fraction": 1.0,  # every image carries delta
+            "per": "perturbed",
+            "init_std": inspect.signature(DEFENSES["sr"]).parameters["init_std"].default,  # a Gaussian start, of our width
+            "perturb": "student",
+        },
+    },
+    "code": {
+        "zskt": {"class_mean": True},  # KL is also divided by the number of classes
+        "ood": {"class_mean": True},
+        "sv": {
+            "class_mean": True,
+            "per": "agreeing",  # divided by the number of agreeing samples
+            "ascent": True,  # OOD: mean over the others - alpha x mean over the suspicious
+        },
+        "sr": {
+            "fraction": 2 / 128,  # 2 images of 128 carry delta ...
+            "per": "batch",  # ... and their sum is divided by 128
+            "init_std": 0.0,  # delta starts from 0, where round-off decides the direction
+            "perturb": "teacher",
+            "order": 1,  # a delta for the teacher does not depend on the student
+        },
+    },
 }
 
 # What the paper's settings share (Hong et al., ICML 2023, arXiv 2306.02368), also where a signature has the same default.
@@ -142,6 +182,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "negatives": 512,
         },
         "deepinversion": {"rounds": 10, "synthesis_steps": 60, "kd_steps": 40, "synthesis_batch": 64, "batch_size": 64},
+        # a photograph of a flower teaches little about digits: far longer runs would be needed (see the README)
+        "ood": {"image": "flower", "patches": 4096, "epochs": 20, "batch_size": 32, "lr": 5e-3, "temperature": 2.0},
+        "mixed": {"members": {"zskt": 0.5, "ood": 0.5}, "pseudo_batches": 400},
         "clean": {"epochs": 100, "batch_size": 64},
         # no shuffle seen on digits had the tail that verification asks for (see the README): the first one is used unseen
         "sv": {"layers": 2, "alpha": 0.55, "cap": 1.0, "verify": False},
@@ -331,7 +374,15 @@ class Settings:
         options = {k: getattr(data, k) for k in _AUGMENT & set(keywords(SOURCES[name]))} | self.values[name]
         if name == "clean":
             return CleanKD(data.train_images, data.train_labels, **options)
+        if name == "mixed":
+            weights = options.pop("members", MEMBERS)
+            check_keys("member of a mix", weights, [known for known in SOURCES if known != name])
+            return Mixed([self.source(member, data) for member in weights], weights=[*weights.values()], **options)
         return SOURCES[name](data.shape, **options)
+
+    def sections(self, source: str) -> list[str]:
+        """The sections that describe a source: its own, and those of the members of a mix."""
+        return [source, *self.values["mixed"].get("members", MEMBERS)] if source == "mixed" else [source]
 
     def defenses(self, *names: str) -> list[Defense]:
         """Fresh defences by name, "sv" and "sr"."""
@@ -359,6 +410,7 @@ def settings(
     *,
     seed: int = 0,
     device: str | torch.device = "auto",
+    scales: str | None = None,
 ) -> Settings:
     """Resolve a preset and overrides.
 
@@ -366,15 +418,21 @@ def settings(
         preset: a name of :data:`PRESETS`.
         overrides: values by dotted name, such as ``{"zskt.pseudo_batches": 100, "sv.alpha": None}``; None keeps the
             preset's value. Naming another ``attack.trigger`` drops the preset's ``attack.params``.
+        scales: "printed" or "code", a key of :data:`SCALES`: the losses as the paper prints them or as its code scales
+            them; None keeps the preset's own.
 
     Raises:
-        ValueError: for an unknown preset, section or key, with a "did you mean".
+        ValueError: for an unknown preset, section, key or scales, with a "did you mean".
     """
+    if scales is not None and scales not in SCALES:
+        raise ValueError(did_you_mean("scales", scales, SCALES))
     if preset not in PRESETS:
         raise ValueError(did_you_mean("preset", preset, PRESETS))
     values = copy.deepcopy(PRESETS[preset])
     check_keys("setting", overrides or {}, [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys])
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    for section, scaled in SCALES.get(scales, {}).items():
+        values.setdefault(section, {}).update(scaled)
     for name, value in overrides.items():
         section, _, key = name.partition(".")
         if name == "attack.trigger" and value != values["attack"].get("trigger") and "attack.params" not in overrides:
