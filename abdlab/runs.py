@@ -272,7 +272,10 @@ def distilled(
     """
     source, *names = label.split("+")
     student, src, active = chosen.student(data), chosen.source(source, data), chosen.defenses(*names)
-    run = Run(Path(root) / f"seed{chosen.seed}" / label, chosen.config("data", "attack", "teacher", "student", source, *names))
+    run = Run(
+        Path(root) / f"seed{chosen.seed}" / label,
+        chosen.config("data", "attack", "teacher", "student", *chosen.sections(source), *names),
+    )
     path, checkpoint = run.file("student.safetensors"), run.file("checkpoint.safetensors")
     if path.exists() and run.metrics:
         return load_model(path, device=data.train_images.device), run.metrics
