@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import tempfile
 import typing
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -18,9 +19,6 @@ from traitlets.config import Config
 
 from abdlab.errors import did_you_mean
 from abdlab.runs import HEADLESS
-
-#: kernels are spoken to through files that only their user can open, where the system has such sockets, not over TCP
-_LOCAL_SOCKETS = Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
@@ -158,7 +156,10 @@ def run_kernel(
 ) -> None:
     """papermill with our environment and nothing checked: a kernel in ``folder`` (by default the working directory)."""
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    with _environment(extra if threads is None else {**extra, "OMP_NUM_THREADS": str(threads)}):
+    extra |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    with _environment(extra), tempfile.TemporaryDirectory(prefix="abdlab-") as sockets:
+        # not TCP, which every user of the machine can reach, but files of this user; each kernel needs names of its own
+        private = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {}
         papermill.execute_notebook(
             notebook if isinstance(notebook, NotebookNode) else str(notebook),
             str(output),
@@ -168,7 +169,7 @@ def run_kernel(
             stdout_file=log,
             stderr_file=log,
             cwd=str(folder or os.getcwd()),
-            config=_LOCAL_SOCKETS,
+            config=Config(private),
         )
 
 

@@ -1,4 +1,4 @@
-"""abdlab demo | run | sweep | report | notebooks. Bad input: one sentence on standard error and exit code 2."""
+"""abdlab demo | run | sweep | report | presets | notebooks. Bad input: one sentence on standard error and exit code 2."""
 
 from __future__ import annotations
 
@@ -177,23 +177,116 @@ def _plan(study, out: Path, slots: int) -> None:
 
 @app.command()
 @_clear_errors
-def report(folder: Annotated[Path, typer.Argument(help="A folder with runs in it.")]) -> None:
-    """Print ACC and ASR of every run below a folder."""
-    from abdlab.runs import table
-
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder with runs in it, or a study's.")],
+    against: Annotated[
+        str | None, typer.Option(help="Numbers to set beside ours, averaged over seeds: paper, those of the ABD paper.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="A study's figures and tables as one HTML file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="The printed table as CSV.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="The printed table as LaTeX.")] = None,
+) -> None:
+    """Print ACC and ASR of every run below a folder; of a study's folder, mean and standard deviation of every cell."""
+    if against not in (None, "paper"):
+        raise ValueError(did_you_mean("reference", against, ["paper"]))
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
+    study = (folder / "study.json").is_file()
+    if html and not study:
+        raise ValueError(f"--html is the report of a study, and {folder} holds none (no study.json): see abdlab sweep")
+    if against == "paper":
+        _beside_the_paper(folder)
+    else:
+        table = _study_cells(folder) if study else _runs(folder)
+        exports = {csv: lambda: table.to_csv(index=False), latex: lambda: table.to_latex(index=False, na_rep="")}
+        for path, text in exports.items():
+            if path:
+                _export(path, text())
+    if html:
+        from abdlab.sweep import report as study_report
+
+        study_report(folder, html)
+        console.print(f"report: {html}", highlight=False)
+
+
+def _export(path: Path, text: str) -> None:
+    from abdlab.checkpoint import write_atomically
+
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _study_cells(folder: Path):
+    """Print a study's cells and its failures; the cells as a table."""
+    from abdlab import sweep as studies
+    from abdlab.plots import study_summary
+
+    state, results = studies.status(folder), studies.results(folder)
+    if results.empty:
+        raise ValueError(f"no job of the study in {folder} is done yet: there is nothing to report")
+    cells = study_summary(results).reset_index()
+    counts = ", ".join(f"{n} {name}" for name, n in state["state"].value_counts().items())
+    grid = Table(title=f"{studies.open_study(folder).title}: {counts}", title_justify="left", box=None)
+    for heading in cells.columns:
+        grid.add_column(heading, justify="left" if cells[heading].dtype == object else "right", overflow="fold")
+    for row in cells.to_dict("records"):
+        grid.add_row(*("" if value != value or value is None else str(value) for value in row.values()))
+    console.print(grid, markup=False)
+    for row in state[state["state"] == "failed"].to_dict("records"):
+        console.print(f"failed: {row['name']}: {row['error']}", markup=False, highlight=False)
+    return cells
+
+
+def _runs(folder: Path):
+    """Print every run below a folder; them as a table."""
+    from abdlab.runs import table
+
     found = table(folder)
     if found.empty:
         raise ValueError(f"{folder} holds no finished run (no metrics.json): run a notebook first, for example abdlab demo")
     grid = Table(title=str(folder), title_justify="left", box=None)
     for heading in ("run", "method", "seed", "ACC (%)", "ASR (%)", "seconds"):
         grid.add_column(heading, justify="left" if heading in ("run", "method") else "right", overflow="fold")
-    for row in found.to_dict("records"):
-        if row.get("acc") == row.get("acc") and row.get("acc") is not None:
-            cells = [row["run"], row.get("label", ""), _number(row.get("seed"), 0), _number(row["acc"], 1, 100)]
-            grid.add_row(*cells, _number(row.get("asr"), 1, 100), _number(row.get("seconds"), 0))
+    shown = found[found["acc"].notna()] if "acc" in found else found.iloc[:0]
+    for row in shown.to_dict("records"):
+        cells = [row["run"], row.get("label", ""), _number(row.get("seed"), 0), _number(row["acc"], 1, 100)]
+        grid.add_row(*cells, _number(row.get("asr"), 1, 100), _number(row.get("seconds"), 0))
     console.print(grid, markup=False)
+    return shown
+
+
+@app.command()
+@_clear_errors
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print every value of this one; without it, list all.")] = None,
+) -> None:
+    """List the named settings, or print all values of one."""
+    from abdlab.presets import ABOUT, PRESETS, SECTIONS, defaults, settings
+
+    if name is None:
+        for each in PRESETS:
+            console.print(f"{each}: {ABOUT[each].title}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"    {ABOUT[each].mark}", markup=False, highlight=False, soft_wrap=True)
+        return
+    chosen = settings(name).values
+    console.print(f"{name}: {ABOUT[name].title}; {ABOUT[name].mark}\n", markup=False, highlight=False, soft_wrap=True)
+    grid = Table(box=None, pad_edge=False)
+    for heading in ("setting", "value", ""):
+        grid.add_column(heading, overflow="fold")
+    named = [section for section in SECTIONS if section in PRESETS[name]]
+    for section in named:
+        given = defaults(section)
+        for key in SECTIONS[section]:
+            if key in chosen[section]:
+                grid.add_row(f"{section}.{key}", repr(chosen[section][key]), "")
+            else:
+                grid.add_row(f"{section}.{key}", repr(given.get(key)), "default")
+    console.print(grid, markup=False)
+    rest = [section for section in SECTIONS if section not in named]
+    if rest:
+        console.print(f"\nall default: {', '.join(rest)}", markup=False, highlight=False)
 
 
 @app.command()
@@ -224,6 +317,58 @@ def demo(
     for note in metrics["notes"]:
         console.print(note, markup=False, highlight=False)
     console.print(f"\n{time.perf_counter() - began:.0f} s. Executed notebooks, figures and metrics.json: {out}", highlight=False)
+
+
+def _beside_the_paper(folder: Path) -> None:
+    """One table per data set, trigger and teacher; what differs from the paper's settings stands under it, numbered."""
+    from abdlab.paper import SOURCE, TOLERANCE, compare
+
+    found = compare(folder)
+    if found.empty:
+        raise ValueError(f"{folder} holds no finished run (no metrics.json beside a config.json): run a notebook first")
+    double = found.duplicated(["data", "teacher", "student", "trigger", "method", "runs"], keep=False)
+    for (data, trigger, teacher), rows in found.assign(double=double).groupby(["data", "trigger", "teacher"], sort=False):
+        students = sorted(set(rows["student"]) - {"-"})
+        title = f"{data}, {trigger}, teacher {teacher}" + (f", student {students[0]}" if len(students) == 1 else "")
+        grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, collapse_padding=True)
+        for heading in ("method", "seeds", "ACC (%)", "paper", "", "ASR (%)", "paper", "", "settings"):
+            left = heading in ("method", "", "settings")
+            grid.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "settings")
+        notes: dict[str, int] = {}
+        for row in rows.to_dict("records"):
+            method = f"{row['method']} ({row['student']})" if len(students) > 1 and row["student"] != "-" else row["method"]
+            if row["double"]:  # the paper has two numbers for this cell
+                method += f" ({row['part']})"
+            cells = [method, str(row["n"])]
+            for kind in TOLERANCE:
+                spread = _number(row[f"{kind}_std"], 1)
+                ours = _number(row[kind], 1) + (f" ± {spread}" if spread else "")
+                cells += [ours, _number(row[f"paper_{kind}"], 1), row[f"{kind}_is"]]
+            grid.add_row(*cells, _mark(row, notes))
+        console.print(grid, markup=False)
+        for note, number in notes.items():
+            console.print(f"({number}) {note}", markup=False, highlight=False)
+        console.print()
+    acc, asr = TOLERANCE["acc"], TOLERANCE["asr"]
+    console.print(
+        f"Ours: mean ± sample standard deviation over seeds. The paper: {SOURCE}; it prints no spread and disagrees with itself by "
+        f"up to 10 points of ASR. within: ours differs by at most 2 of our standard deviations, or {acc:g} points of ACC, "
+        f"{asr:g} of ASR. settings: the same as in the paper's preset (abdlab presets), or not. A shortened or changed run is no reproduction.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _mark(row: dict, notes: dict[str, int]) -> str:
+    """How a run's settings relate to the paper's; what differs gets a number in ``notes``."""
+    if row["part"] != row["part"]:
+        return "no such cell in the paper"
+    if not isinstance(row["shortened"], str):
+        return "no preset to compare with"
+    note = "; ".join(f"{word}: {row[word]}" for word in ("shortened", "changed") if row[word])
+    if not note:
+        return "the same"
+    return f"{'shortened' if row['shortened'] else 'changed'} ({notes.setdefault(note, len(notes) + 1)})"
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

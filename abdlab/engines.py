@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -83,6 +84,8 @@ class RayEngine:
             import ray
         except ImportError:
             raise ValueError("Ray is not installed: pip install 'abdlab[ray]', or use the local engine") from None
+        if address and address != "auto":
+            _check_port(address)
         self._ray, options = ray, {"log_to_driver": False, "include_dashboard": False}
         if address:
             options.pop("include_dashboard")
@@ -118,6 +121,16 @@ class RayEngine:
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote(str(self._mark)) for n in nodes
         ]
         return all(self._ray.get(there))
+
+
+def _check_port(address: str) -> None:
+    """Raise ValueError when nothing listens at HOST:PORT: Ray itself waits for 40 seconds there, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        told = f"{address} is no HOST:PORT" if isinstance(error, ValueError) else error
+        raise ValueError(f"no Ray cluster answers at {address}: {told}") from None
 
 
 def _sees(path: str) -> bool:

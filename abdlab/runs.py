@@ -337,7 +337,7 @@ def distillation(
     student, src, active = chosen.student(data), chosen.source(source, data), chosen.defenses(*names)
     run = Run(
         Path(root) / f"seed{chosen.seed}" / (folder or label),
-        chosen.config("data", "attack", "teacher", "student", source, *names),
+        chosen.config("data", "attack", "teacher", "student", *chosen.sections(source), *names),
     )
     exam, every = chosen.exam(data), max(1, len(src) // max(1, exams))
     fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))

@@ -7,12 +7,28 @@ import sys
 import pytest
 
 from abdlab import batch, cli
+from abdlab.presets import ABOUT, PRESETS, SECTIONS, settings
+from abdlab.runs import Run
 
 
 def abdlab(*arguments):
     return subprocess.run(
         [sys.executable, "-c", "from abdlab.cli import main; main()", *arguments], capture_output=True, text=True
     )
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The same in this process, which saves the seconds of an import: (exit code, standard output, standard error)."""
+
+    def call(*arguments, columns=160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "argv", ["abdlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code, *capsys.readouterr()
+
+    return call
 
 
 def test_notebooks_lists_names_parameters_and_defaults():
@@ -57,6 +73,82 @@ def test_report_prints_acc_and_asr_of_every_run(tmp_path):
     done = abdlab("report", str(tmp_path))
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("seed0/zskt", "95.2", "98.7", "12"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["report", "--against", "papr", "."], "unknown reference 'papr': did you mean 'paper'?"),
+        (["report", "--against", "paper", "no/such/folder"], "there is no folder no/such/folder"),
+        (["report", "--against", "paper", "."], "holds no finished run (no metrics.json beside a config.json)"),
+        (["presets", "paper/cifar/zskt"], "unknown preset 'paper/cifar/zskt': did you mean 'paper/cifar10/zskt'?"),
+    ],
+)
+def test_bad_names_are_one_sentence_and_exit_code_2(arguments, sentence, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = here(*arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_presets_lists_names_titles_and_marks(here):
+    code, out, _ = here("presets", columns=60)  # lines are not broken
+    assert code == 0
+    lines = out.splitlines()
+    for name, about in ABOUT.items():
+        where = lines.index(f"{name}: {about.title}")
+        assert lines[where + 1] == f"    {about.mark}"
+    assert any("not yet verified" in line for line in lines)
+    assert any("verified on seeds 1, 2, 3" in line for line in lines)
+
+
+def test_presets_prints_every_value_of_one_and_marks_defaults(here):
+    code, out, _ = here("presets", "paper/gtsrb/zskt")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["zskt.pseudo_batches", "10000"] in rows
+    assert ["zskt.temperature", "0.5"] in rows
+    assert ["attack.target", "1"] in rows
+    assert ["data.root", "'data'", "default"] in rows
+    assert ["attack.params", "None", "default"] in rows
+    named = {row[0] for row in rows if row and "." in row[0]}
+    sections = PRESETS["paper/gtsrb/zskt"]
+    assert {f"{section}.{key}" for section in sections for key in SECTIONS[section]} <= named
+    assert "all default: " in out  # the other sources are named, not spelled out
+
+
+def _write(root, label, seed, acc, asr, **overrides):
+    chosen = settings("paper/cifar10/zskt", overrides, seed=seed)
+    run = Run(root / f"seed{seed}" / label, chosen.config("data", "attack", "teacher", "student", *label.split("+")))
+    run.save_metrics({"label": label, "seed": seed, "acc": acc, "asr": asr})
+
+
+def test_report_against_the_paper(here, tmp_path):
+    for seed, asr in enumerate((0.1, 0.3, 0.5)):
+        _write(tmp_path / "whole", "zskt+sv", seed, 0.79, asr)
+    _write(tmp_path / "short", "zskt", 0, 0.72, 0.88, **{"zskt.pseudo_batches": 4000})
+    _write(tmp_path / "odd", "zskt", 0, 0.72, 0.88, **{"attack.trigger": "smooth"})
+    code, out, _ = here("report", "--against", "paper", tmp_path)
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "cifar10, badnet_grid, teacher wrn-16-2, student wrn-16-1" in lines
+    assert "zskt+sv 3 79.0 ± 0.0 67.2 above 30.0 ± 20.0 0.3 within the same" in lines
+    # the paper has two numbers for this cell
+    assert "zskt (main) 1 72.0 71.9 within 88.0 96.9 within shortened (1)" in lines
+    assert "zskt (ablation) 1 72.0 70.7 within 88.0 87.8 within shortened (1)" in lines
+    assert "(1) shortened: zskt.pseudo_batches 4,000 of 80,000" in lines
+    assert "zskt 1 72.0 88.0 no such cell in the paper" in lines
+    for word in ("2306.02368", "5 points of ACC, 10 of ASR", "2 of our standard deviations", "no reproduction"):
+        assert word in " ".join(lines)
+
+
+def test_a_shortened_run_is_marked_on_a_narrow_terminal_too(here, tmp_path):
+    _write(tmp_path, "zskt+sv", 0, 0.72, 0.88, **{"zskt.pseudo_batches": 4000})
+    code, out, _ = here("report", tmp_path, "--against", "paper", columns=80)
+    assert code == 0
+    assert "shortened (1)" in out
+    assert "4,000 of 80,000" in out
 
 
 def test_parameters_are_typed_by_the_notebooks_own_defaults():

@@ -1,10 +1,14 @@
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from abdlab.data import Dataset, load
-from abdlab.defenses import DEFENSES
+from abdlab.defenses import DEFENSES, ShufflingVaccine
 from abdlab.distill import distill
-from abdlab.presets import PRESETS, SECTIONS, settings
+from abdlab.presets import ABOUT, PRESETS, SECTIONS, defaults, settings
 from abdlab.sources import SOURCES
 from abdlab.train import train
 from abdlab.triggers import Trigger
@@ -58,6 +62,127 @@ class TestEveryPreset:
     def test_names_only_known_settings(self, preset):
         for section, values in PRESETS[preset].items():
             assert set(values) <= set(SECTIONS[section])
+
+
+PAPER = [name for name in PRESETS if name.startswith("paper/")]
+
+
+class TestPaper:
+    """What the paper's presets are, spelled out: equal to a default of a signature or not, the preset itself says it."""
+
+    ZSKT = "paper/cifar10/zskt"
+
+    @pytest.mark.parametrize("preset", PAPER)
+    def test_what_all_share(self, preset):
+        said = PRESETS[preset]
+        teacher = {"batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
+        assert {**teacher, "model": "wrn-40-2" if preset.endswith("wrn-40-2") else "wrn-16-2"} == said["teacher"]
+        assert said["student"] == {"model": "wrn-16-1"}
+        assert said["attack"]["rate"] == 0.1
+        assert said["attack"]["target"] == (1 if "gtsrb" in preset else 0)
+        assert said["data"]["name"] == preset.split("/")[1]
+        clean = said["clean"]
+        assert (clean["share"], clean["temperature"], clean["alpha"]) == (0.2, 6, 0.95)
+        sv = said["sv"]
+        assert (sv["k"], sv["layers"], sv["alpha"], sv["per"], sv["cap"]) == (3, 5, 0.1, "agreeing", None)
+        assert (sv["tries"], sv["sigma"], sv["threshold"], sv["verify"]) == (8, 3, 0.02, True)
+        sr = said["sr"]
+        assert (sr["start"], sr["weight"], sr["fraction"], sr["lr"]) == (0.99, 1, 1, 5e-4)
+        assert (sr["inner_steps"], sr["inner_lr"], sr["penalty"]) == (10, 0.1, 0.001)
+        assert sr["init_std"] > 0  # a Gaussian, not the official code's stationary point
+        assert (sr["perturb"], sr["anchor"], sr["delta_every"]) == ("student", "student", 1)
+        assert (sr["order"], sr["implicit_steps"], sr["implicit_lr"]) == (2, 5, 0.1)
+
+    @pytest.mark.parametrize("preset", [ZSKT, "paper/cifar10/zskt-wrn-40-2", "paper/gtsrb/zskt"])
+    def test_zskt(self, preset):
+        signs = preset == "paper/gtsrb/zskt"
+        assert PRESETS[preset]["zskt"] == {
+            "pseudo_batches": 10_000 if signs else 80_000,
+            "batch_size": 128,
+            "student_steps": 10,
+            "student_lr": 2e-3,
+            "generator_lr": 1e-3,
+            "z": 100,
+            "width": 64,
+            "temperature": 0.5 if signs else 1,
+            "class_mean": True,
+            "attention": 0 if signs else 250,
+            "clip": 5,
+        }
+
+    def test_cmi(self):
+        said = PRESETS["paper/cifar10/cmi"]["cmi"]
+        assert (said["rounds"], said["synthesis_steps"], said["kd_steps"]) == (200, 200, 400)
+        assert (said["batch_size"], said["synthesis_batch"]) == (128, 256)
+        assert (said["lr"], said["momentum"], said["weight_decay"], said["temperature"]) == (0.1, 0.9, 1e-4, 20)
+        assert (said["generator_lr"], said["z"]) == (1e-3, 256)
+        weights = {"adversarial": 0.5, "batch_norm": 1, "one_hot": 1, "contrastive": 0.8, "contrast": 0.1}
+        assert {key: said[key] for key in weights} == weights
+        assert said["crop"] == [0.25, 1]
+
+    def test_ood(self):
+        said = PRESETS["paper/cifar10/ood"]["ood"]
+        assert (said["epochs"], said["batch_size"], said["lr"], said["temperature"]) == (300, 512, 1e-3, 8)
+        assert [share * said["epochs"] for share in said["drops"]] == [150, 300]
+        assert (said["gamma"], said["class_mean"]) == (0.5, True)
+        assert (said["cutmix_beta"], said["cutmix_share"]) == (0.25, 1)
+        sv = PRESETS["paper/cifar10/ood"]["sv"]
+        assert (sv["form"], sv["ascent"]) == ("weights", False)  # the printed form; the official code's divides by 0
+
+    @pytest.mark.parametrize("preset", PAPER)
+    def test_the_vaccine_ends_where_self_retrospection_begins(self, preset):
+        chosen = settings(preset, device="cpu")
+        assert chosen.values["sv"]["stop"] == chosen.values["sr"]["start"]
+
+    def test_presets_share_no_state(self):
+        settings(self.ZSKT, {"zskt.width": 8, "sv.k": 1})
+        assert PRESETS["paper/gtsrb/zskt"]["zskt"]["width"] == PRESETS[self.ZSKT]["zskt"]["width"] == 64
+        assert settings(self.ZSKT).values["sv"]["k"] == 3
+
+
+class TestAbout:
+    def test_every_preset_has_a_title_and_a_mark(self):
+        assert list(ABOUT) == list(PRESETS)
+        for about in ABOUT.values():
+            assert about.title
+            assert "\n" not in about.title + about.verified
+            assert about.mark.startswith("verified on ") or about.mark == "not yet verified"
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_figures_are_those_of_the_readme(self, preset):
+        readme = (Path(__file__).parent.parent / "README.md").read_text()
+        for figure in re.findall(r"\d+\.\d", ABOUT[preset].verified):
+            assert figure in readme
+        if preset != QUICK:
+            assert ABOUT[preset].mark == "not yet verified"  # until somebody has run it; then say on what, with figures
+
+
+class TestDefaults:
+    def test_are_those_of_the_signatures(self):
+        assert defaults("teacher")["epochs"] == inspect.signature(train).parameters["epochs"].default
+        assert defaults("sv")["alpha"] == ShufflingVaccine().alpha
+        assert defaults("attack") | {"rate": 0.1, "target": 0} == defaults("attack")
+        assert defaults("data")["download"] is False
+
+    def test_settings_without_one_are_left_out(self):
+        assert "name" not in defaults("data")
+        assert "params" not in defaults("attack")
+        assert "model" not in defaults("teacher")
+        assert defaults("no such section") == {}
+
+    @pytest.mark.parametrize("section", SECTIONS)
+    def test_fill_every_section(self, section):
+        assert set(defaults(section)) <= set(SECTIONS[section])
+        # what has no default is named by a preset, or is empty when it is not
+        assert set(SECTIONS[section]) - set(defaults(section)) <= {
+            "name",
+            "model",
+            "trigger",
+            "params",
+            "optimize",
+            "more",
+            "members",
+        }
 
 
 class TestOverrides:
