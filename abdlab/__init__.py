@@ -9,19 +9,23 @@ from abdlab.data import Dataset, augment, load, pick_device
 from abdlab.defenses import SelfRetrospection, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, suspicion
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError, Diverged
-from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict
+from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
 from abdlab.features import record
 from abdlab.models import build
-from abdlab.poison import Poisoned, poison, triggered_test
+from abdlab.optimize import PGD, optimize
+from abdlab.poison import Attack, Poisoned, poison, poison_many, triggered_test
 from abdlab.presets import PRESETS, Settings, settings
 from abdlab.runs import (
     Run,
     WeakTeacher,
+    clean_teacher,
     distill_all,
     distilled,
     history,
     poisoned_teacher,
+    prepare,
     progress,
+    ready_triggers,
     synthesize,
     table,
     vaccine_of,
@@ -37,9 +41,11 @@ __all__ = [
     "DAFL",
     "DFAD",
     "DFQ",
+    "PGD",
     "PRESETS",
     "TRIGGERS",
     "ZSKT",
+    "Attack",
     "CheckpointError",
     "CleanKD",
     "Dataset",
@@ -61,18 +67,23 @@ __all__ = [
     "attack_success",
     "augment",
     "build",
+    "clean_teacher",
     "distill",
     "distill_all",
     "distilled",
     "history",
     "load",
     "load_model",
+    "optimize",
     "pick_device",
     "poison",
+    "poison_many",
     "poisoned_teacher",
     "predict",
+    "prepare",
     "progress",
     "read_card",
+    "ready_triggers",
     "record",
     "save_model",
     "settings",
@@ -81,6 +92,7 @@ __all__ = [
     "table",
     "train",
     "trigger_from",
+    "trigger_size",
     "triggered_test",
     "vaccine_of",
 ]
