@@ -14,7 +14,7 @@ from abdlab.features import record
 from abdlab.models import build
 from abdlab.optimize import PGD, optimize
 from abdlab.poison import Attack, Poisoned, poison, poison_many, triggered_test
-from abdlab.presets import PRESETS, Settings, settings
+from abdlab.presets import PRESETS, SCALES, Settings, settings
 from abdlab.runs import (
     Run,
     WeakTeacher,
@@ -30,7 +30,7 @@ from abdlab.runs import (
     table,
     vaccine_of,
 )
-from abdlab.sources import CMI, DAFL, DFAD, DFQ, ZSKT, CleanKD, DeepInversion
+from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
@@ -42,7 +42,9 @@ __all__ = [
     "DFAD",
     "DFQ",
     "PGD",
+    "OOD",
     "PRESETS",
+    "SCALES",
     "TRIGGERS",
     "ZSKT",
     "Attack",
@@ -52,6 +54,7 @@ __all__ = [
     "DeepInversion",
     "Diverged",
     "Exam",
+    "Mixed",
     "Poisoned",
     "Run",
     "SelfRetrospection",
