@@ -87,7 +87,7 @@ def trojan(
     return _quantise(_descend(bench.uniform(channels, side, side), loss, lambda p: p.clamp(0, 1), steps, lr))
 
 
-def l2(bench: Bench, *, bound: float = 0.05, neurons: int = 2, steps: int = 150, lr: float = 0.01) -> Tensor:
+def l2(bench: Bench, *, bound: float = 0.03, neurons: int = 2, steps: int = 150, lr: float = 0.01) -> Tensor:
     """The additive pattern that excites the chosen neurons most within an l2 ball (Li et al., TDSC 2020, arXiv 1909.02742).
 
     Where ours deviates: the paper adds a multiple of the norm to the loss and lowers it step by step, here the pattern is
@@ -213,7 +213,7 @@ def optimize(
 ) -> Trigger:
     """The same trigger with its pattern, optimised against a clean model.
 
-    >>> trigger = optimize("l2_inv", model, data.train_images, data.train_labels, target=0, bound=0.03)
+    >>> trigger = optimize("l2_inv", model, data.train_images, data.train_labels, target=0, bound=0.05)
 
     Args:
         trigger: one of :data:`METHODS`, by name or with parameters of its own (the corner of a patch).

@@ -9,11 +9,14 @@
         metrics.json               the numbers that the run ended with
         teacher.safetensors        or student.safetensors, and the run's checkpoint.safetensors
         samples.safetensors        inputs of the student over training, by step
+      seed0/clean_teacher/         the same network on clean data, where an attack is optimised against one
+      seed0/trigger/*.json         optimised triggers, each with what it was made from
       02_distillation/             one folder per notebook: metrics.json and figures/*.png
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -36,9 +39,11 @@ from abdlab.defenses import Defense, ShuffledTeacher
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
-from abdlab.presets import Settings
+from abdlab.optimize import optimize, options_of
+from abdlab.presets import Settings, settings
 from abdlab.sources import Source
 from abdlab.train import train
+from abdlab.triggers import Trigger, trigger_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,9 +164,11 @@ class Run:
                 continue
             if isinstance(value, dict) and isinstance(config.get(section), dict):
                 keys = [k for k in {**value, **config[section]} if value.get(k) != config[section].get(k)]
-                differ = ", ".join(f"{section}.{k} was {value.get(k)!r} and is {config[section].get(k)!r}" for k in keys)
+                differ = ", ".join(
+                    f"{section}.{k} was {_short(value.get(k))} and is {_short(config[section].get(k))}" for k in keys
+                )
             else:
-                differ = f"{section} was {value!r} and is {config.get(section)!r}"
+                differ = f"{section} was {_short(value)} and is {_short(config.get(section))}"
             raise ValueError(f"{self.path} holds a run with other settings ({differ}): choose another folder, or delete that one")
 
     def _read(self, name: str) -> dict:
@@ -210,12 +217,96 @@ def _scores(acc: float, asr: float | None) -> str:
     return f"ACC {acc:.1%}" + ("" if asr is None else f" ASR {asr:.1%}")
 
 
+def prepare(root: str | Path, chosen: Settings, data: Dataset, *, tell: Callable[[str, Step], None] | None = None) -> Settings:
+    """The same settings, ready to attack with: every optimised trigger has its pattern, and cl the clean model it needs.
+
+    The clean model is that of :func:`clean_teacher`; a trigger is optimised once and then read from ROOT/seedN/trigger. Settings
+    whose attacks need neither are returned as they are, and nothing is trained.
+
+    Args:
+        root: the folder that the run's notebooks share.
+        tell: called with label and Step instead of drawing a progress bar.
+    """
+    if not any(attack.trigger.needs_pattern or attack.needs_adversary for attack in chosen.attacks):
+        return chosen
+    _, path = clean_teacher(root, chosen, data, tell=tell)
+    main, *more = (
+        {**values, **_ready(root, chosen, data, attack.trigger, attack.target, values)}
+        for attack, values in zip(chosen.attacks, chosen.attack_values, strict=True)
+    )
+    attack = {**main, "more": more} if more else main
+    return replace(chosen, values={**chosen.values, "attack": attack}, clean_model=str(path))
+
+
+def ready_triggers(root: str | Path, chosen: Settings, data: Dataset, names: Sequence[str]) -> list[Trigger]:
+    """The triggers of these names as the preset would attack with them, and the chosen ones last; optimised where need be."""
+    there = [attack.trigger for attack in prepare(root, chosen, data).attacks]
+    others = []
+    for name in [name for name in names if name not in map(str, there)]:
+        other = settings(chosen.preset, {"attack.trigger": name}, seed=chosen.seed, device=chosen.device)
+        values = {**other.values["attack"], "target": chosen.target}
+        others.append(trigger_from(name, values.get("params")))
+        if others[-1].needs_pattern:
+            ready = _ready(root, chosen, data, others[-1], chosen.target, values)
+            others[-1] = trigger_from(ready["trigger"], ready.get("params"))
+    return [*others, *there]
+
+
+def clean_teacher(
+    root: str | Path, chosen: Settings, data: Dataset, *, tell: Callable[[str, Step], None] | None = None
+) -> tuple[nn.Module, Path]:
+    """The teacher's network trained alike but on clean data, and its file: trained, or loaded from ROOT/seedN/clean_teacher.
+
+    It is what an attacker optimises against, and no part of a defence.
+    """
+    run = Run(Path(root) / f"seed{chosen.seed}" / "clean_teacher", chosen.config("data", "teacher"))
+    path = run.file("teacher.safetensors")
+    if not path.exists():
+        model, exam = chosen.teacher(data), Exam.of(data.test_images, data.test_labels)
+        stream = train(model, data.train_images, data.train_labels, exam=exam, **chosen.training(data))
+        last = run.watch(stream, "clean_teacher", every=1, tell=tell)
+        metrics = {"label": "clean_teacher", "seed": chosen.seed, "acc": last.acc, "seconds": round(last.seconds, 1)}
+        save_model(path, model, metrics)
+        run.save_metrics(metrics)
+    return load_model(path, device=data.train_images.device), path
+
+
+def _ready(root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, values: dict) -> dict:
+    """What an attack's values say of its trigger, with every pattern in it."""
+    parts = [Trigger(trigger.name, trigger.params), *trigger.then]
+    if not trigger.needs_pattern:
+        return {}
+    options = values.get("optimize", {})
+    if options and len(parts) > 1:
+        raise ValueError(f"attack.optimize is for a single trigger, not for {trigger}: its parts are made with their defaults")
+    first, *rest = (_optimised(root, chosen, data, p, target, options) if p.needs_pattern else p for p in parts)
+    return {"trigger": replace(first, then=tuple(rest)).card()} if rest else {"trigger": first.name, "params": first.params}
+
+
+def _optimised(root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, options: dict) -> Trigger:
+    """One optimised trigger: made against the clean model, or read from the file that holds what it was made from."""
+    options = options_of(trigger, **options)
+    request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
+    stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    path = Path(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
+    model, _ = clean_teacher(root, chosen, data)
+    if not path.exists():
+        images, labels = data.train_images, data.train_labels
+        made = optimize(trigger, model, images, labels, target, seed=chosen.seed, device=images.device, **options)
+        write_atomically(path, (json.dumps({**request, "made": made.card()}, indent=2) + "\n").encode())
+    try:
+        return trigger_from(json.loads(path.read_text())["made"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no trigger that abdlab wrote ({error!r}): delete it, and it is made again") from None
+
+
 def poisoned_teacher(
     root: str | Path, chosen: Settings, data: Dataset, *, tell: Callable[[str, Step], None] | None = None
 ) -> nn.Module:
     """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher has it already.
 
-    Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json.
+    Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json. An optimised trigger,
+    and cl, need settings that :func:`prepare` has made ready.
 
     Warns:
         WeakTeacher: before any distillation, when ASR is under 90 % or ACC is poor (under three quarters).
@@ -230,12 +321,20 @@ def poisoned_teacher(
             every=1,
             tell=tell,
         )
-        attack = {"trigger": chosen.trigger.card(), "target": chosen.target, "rate": poisoned.rate}
+        first, *more = ({**attack.card(), "rate": poisoned.rate_of(i)} for i, attack in enumerate(chosen.attacks))
+        attack = {**first, "more": more} if more else first
         metrics = {"label": "teacher", "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
+        metrics |= _each_asr(chosen.exam(data), model)
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(run.metrics["acc"], run.metrics["asr"])
     return load_model(path, device=data.train_images.device)
+
+
+def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:
+    """The ASR of every attack, as "asr/TRIGGER", where there are several; "asr" is their mean."""
+    found = exam(model) if len(exam.attacks) > 1 else {}
+    return {name: value for name, value in found.items() if name.startswith("asr/")}
 
 
 def check_teacher(acc: float, asr: float) -> None:
@@ -308,6 +407,7 @@ class Distillation:
             "threads": torch.get_num_threads(),
             "branched_from": self.resume_from and str(self.resume_from),
             "defenses": {d.name: d.report() for d in self.defenses},
+            **_each_asr(self.exam, self.student),
         }
 
 
@@ -531,6 +631,12 @@ def table(root: str | Path) -> pd.DataFrame:
         plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float)) or v is None}
         rows.append({"run": str(path.parent.relative_to(root)), **plain})
     return pd.DataFrame(rows)
+
+
+def _short(value: Any) -> str:
+    """A value as an error message quotes it: a pattern's kilobytes help nobody."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:110]}... ({len(text)} characters)"
 
 
 def _missing(value: Any) -> bool:

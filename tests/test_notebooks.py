@@ -44,7 +44,8 @@ def walk(tmp_path_factory):
 
 def test_01_trains_and_reports_the_teacher(walk):
     metrics, figures, book = walk[1]["01"]
-    assert figures == {"trigger", "teacher_training", "predictions"}
+    assert figures == {"trigger", "teacher_training", "predictions", "gallery"}
+    assert {"badnet_grid", "badnet_sq", "blend", "sig", "trojan_wm", "cl"} == set(metrics["trigger_sizes"])
     assert 0 <= metrics["acc"] <= 1
     assert metrics["poison_rate"] == pytest.approx(0.1, abs=0.01)
     text = json.dumps(book)

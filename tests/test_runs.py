@@ -9,17 +9,21 @@ from abdlab.checkpoint import read_card
 from abdlab.defenses import SelfRetrospection
 from abdlab.distill import Step
 from abdlab.errors import CheckpointError
+from abdlab.optimize import trojan
 from abdlab.presets import settings
 from abdlab.runs import (
     HEADLESS,
     Run,
     WeakTeacher,
     check_teacher,
+    clean_teacher,
     distill_all,
     distilled,
     history,
     poisoned_teacher,
+    prepare,
     progress,
+    ready_triggers,
     synthesize,
     table,
     vaccine_of,
@@ -244,6 +248,123 @@ class TestTeacher:
         poisoned_teacher(tmp_path, tiny(), data)
         with pytest.raises(ValueError, match="choose another folder"):
             poisoned_teacher(tmp_path, tiny(**change), data)
+
+
+FAST = {"steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+class TestPrepare:
+    def test_what_needs_nothing_is_returned_as_it_is(self, tmp_path, data):
+        chosen = tiny()
+        assert prepare(tmp_path, chosen, data) is chosen
+        assert not list(tmp_path.iterdir())
+
+    def test_an_optimised_trigger_gets_its_pattern_once(self, tmp_path, data):
+        chosen = tiny(attack__trigger="trojan_3x3", attack__params={"corner": "top_left"}, attack__optimize=FAST)
+        first = prepare(tmp_path, chosen, data)
+        (file,) = (tmp_path / "seed0" / "trigger").iterdir()
+        written = file.stat().st_mtime_ns
+        again = prepare(tmp_path, chosen, data)
+        assert first == again
+        assert file.stat().st_mtime_ns == written
+        assert prepare(tmp_path, first, data) is first
+        assert not first.trigger.needs_pattern
+        assert first.trigger.params["corner"] == "top_left"
+        assert first.config("attack")["attack"]["params"]["pattern"].startswith("1x3x3:")
+        card = json.loads(file.read_text())
+        assert card["made"] == first.trigger.card()
+        assert card["options"] == {"neurons": 2, "steps": 3, "lr": 0.05}
+        assert chosen.trigger.needs_pattern
+
+    def test_the_clean_model_is_a_run_like_the_others(self, tmp_path, data):
+        chosen = tiny(attack__trigger="smooth", attack__optimize=FAST)
+        prepare(tmp_path, chosen, data)
+        run = Run(tmp_path / "seed0" / "clean_teacher")
+        assert run.config == json.loads(json.dumps(chosen.config("data", "teacher")))
+        assert len(run.history()) == 1
+        assert "asr" not in run.history()
+        _, path = clean_teacher(tmp_path, chosen, data)
+        assert path == run.file("teacher.safetensors")
+        assert read_card(path)["acc"] == run.metrics["acc"]
+        assert "attack" not in read_card(path)
+        with pytest.raises(ValueError, match="choose another folder"):
+            clean_teacher(tmp_path, tiny(teacher__epochs=2), data)
+
+    def test_other_options_make_another_trigger(self, tmp_path, data):
+        found = [
+            prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": bound}), data).trigger
+            for bound in (0.02, 0.2)
+        ]
+        assert found[0] != found[1]
+        assert len(list((tmp_path / "seed0" / "trigger").iterdir())) == 2
+
+    def test_the_teachers_card_holds_the_pattern_and_its_messages_do_not(self, tmp_path, data):
+        chosen = prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": 0.3}), data)
+        poisoned_teacher(tmp_path, chosen, data)
+        run = Run(tmp_path / "seed0" / "teacher")
+        assert read_card(run.file("teacher.safetensors"))["attack"]["trigger"] == chosen.trigger.card()
+        assert len(chosen.trigger.params["pattern"]) > 200
+        with pytest.raises(ValueError, match=r"attack\.params was .*pattern.*characters.*choose another folder") as error:
+            poisoned_teacher(tmp_path, tiny(attack__trigger="blend"), data)
+        assert len(str(error.value)) < 800
+
+    def test_cl_gets_the_clean_model_and_its_bound(self, tmp_path, data):
+        chosen = tiny(attack__trigger="cl", attack__optimize={"bound": 0.2, "steps": 2}, attack__rate=0.05)
+        with pytest.raises(ValueError, match="prepare"):
+            chosen.poison(data)
+        chosen = prepare(tmp_path, chosen, data)
+        found = chosen.poison(data)
+        assert found.mask.sum() == 5
+        assert torch.equal(found.labels, data.train_labels)
+        change = (found.images - chosen.trigger(data.train_images))[found.mask]
+        assert 0.15 < change.abs().max() <= 0.2 + 1e-6
+        assert torch.equal(found.images, prepare(tmp_path, chosen, data).poison(data).images)
+
+    def test_composed_and_several_ones(self, tmp_path, data):
+        more = [{"trigger": "trojan_3x3", "target": 2, "optimize": FAST}, {"trigger": "blend"}]
+        chosen = prepare(tmp_path, tiny(attack__trigger="l0_inv", attack__optimize=FAST, attack__more=more), data)
+        assert [a.trigger.name for a in chosen.attacks] == ["l0_inv", "trojan_3x3", "blend"]
+        assert not any(a.trigger.needs_pattern for a in chosen.attacks)
+        with pytest.raises(ValueError, match="is for a single trigger"):
+            prepare(tmp_path, tiny(attack__trigger="blend+l0_inv", attack__optimize=FAST), data)
+
+    def test_a_composed_trigger_has_its_parts_made(self, tmp_path, data, monkeypatch):
+        monkeypatch.setitem(trojan.__kwdefaults__, "steps", 2)
+        found = prepare(tmp_path, tiny(attack__trigger="blend+trojan_3x3"), data).trigger
+        assert str(found) == "blend+trojan_3x3"
+        assert found(data.test_images).shape == data.test_images.shape
+
+    def test_ready_triggers_are_those_asked_for_and_the_chosen_one_last(self, tmp_path, data, monkeypatch):
+        names = ["badnet_grid", "cl", "blend"]
+        found = ready_triggers(tmp_path, tiny(attack__trigger="blend"), data, names)
+        assert [str(t) for t in found] == ["badnet_grid", "cl", "blend"]
+        assert not list(tmp_path.iterdir())  # at test time cl is drawn
+        monkeypatch.setitem(trojan.__kwdefaults__, "steps", 2)
+        found = ready_triggers(tmp_path, tiny(), data, ["trojan_8x8"])
+        assert [str(t) for t in found] == ["trojan_8x8", "badnet_sq"]
+        assert not any(t.needs_pattern for t in found)
+
+    def test_a_broken_cache_says_so(self, tmp_path, data):
+        chosen = tiny(attack__trigger="l0_inv", attack__optimize=FAST)
+        prepare(tmp_path, chosen, data)
+        (file,) = (tmp_path / "seed0" / "trigger").iterdir()
+        file.write_text("{")
+        with pytest.raises(CheckpointError, match="delete it"):
+            prepare(tmp_path, chosen, data)
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_several_attacks_are_measured_one_by_one(tmp_path, data):
+    chosen = tiny(attack__more=[{"trigger": "blend", "target": 1, "rate": 0.2}])
+    teacher = poisoned_teacher(tmp_path, chosen, data)
+    run = Run(tmp_path / "seed0" / "teacher")
+    card = read_card(run.file("teacher.safetensors"))["attack"]
+    assert (card["trigger"]["name"], card["more"][0]["trigger"]["name"]) == ("badnet_sq", "blend")
+    assert card["more"][0]["rate"] == pytest.approx(19 / 96)
+    _, metrics = distilled(tmp_path, chosen, data, teacher, "clean")
+    for found in (run.metrics, metrics):
+        assert found["asr"] == pytest.approx((found["asr/badnet_sq"] + found["asr/blend"]) / 2)
 
 
 class TestDistilled:
