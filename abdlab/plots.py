@@ -185,6 +185,31 @@ def training_curves(
     return ax
 
 
+def branch_curves(histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], floor: float | None = None) -> None:
+    """ACC (first axes) and ASR (second) in percent over training, one line per run, each with a dash and a marker of its own.
+
+    Args:
+        histories: name of the run -> its history; colours are those of the runs' methods.
+        floor: the clean-KD student's ASR as a share, drawn as a dotted line.
+    """
+    looks = itertools.cycle(zip("os^DvPX", ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 2))], strict=True))
+    for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (the looks have no end)
+        measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
+        if measured.empty:
+            continue
+        color = color_of(measured["label"].iloc[0])
+        for ax, column in zip(axes, ("acc", "asr"), strict=True):
+            if column in measured:
+                ax.plot(measured["step"], 100 * measured[column], color=color, marker=marker, ms=4, ls=dash, lw=1.4, label=name)
+    if floor is not None:
+        axes[1].axhline(100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD (floor) {floor:.1%}")
+    for ax, text in zip(axes, ("ACC (%)", "ASR (%)"), strict=True):
+        ax.set(xlabel="training step (pseudo-batch)", ylabel=text, ylim=(-3, 103))
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False)
+
+
 def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Every loss term of the history over training, weights included, on a symmetric-log axis."""
     ax = _axes(ax)
@@ -281,6 +306,11 @@ def suspicion_histogram(
     return ax
 
 
+def class_colors(count: int) -> list:
+    """A colour per class: tab10 as far as it goes, else hues around the circle."""
+    return sns.color_palette("tab10" if count <= 10 else "husl", count)
+
+
 def embedding_figure(points: np.ndarray, groups: Sequence[str], classes: Sequence[str], ax: Axes | None = None) -> Axes:
     """t-SNE points (N, 2): colour by class, marker by group (clean, triggered, synthetic)."""
     ax = _axes(ax, 8.4, 5.4)
@@ -295,7 +325,7 @@ def embedding_figure(points: np.ndarray, groups: Sequence[str], classes: Sequenc
         hue_order=order,
         style="images",
         markers=markers,
-        palette=sns.color_palette("tab10" if len(order) <= 10 else "husl", len(order)),
+        palette=class_colors(len(order)),
         s=32,
         linewidth=0.3,
         ax=ax,

@@ -347,6 +347,19 @@ class Settings:
         chosen = {name: copy.deepcopy(self.values[name]) for name in sections or SECTIONS}
         return {"preset": self.preset, "seed": self.seed, **chosen}
 
+    def overrides(self) -> dict[str, Any]:
+        """What :func:`settings` needs besides the preset's name to make these values again, by dotted name."""
+        plain = settings(self.preset).values
+        changed = {f"{s}.{k}": v for s, values in self.values.items() for k, v in values.items() if plain[s].get(k) != v}
+        again = settings(self.preset, changed).values  # naming a trigger brings what the preset recommends for it
+        return changed | {f"{s}.{k}": v for s, values in self.values.items() for k, v in values.items() if again[s].get(k) != v}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], device: str | torch.device = "auto") -> Settings:
+        """The settings that a run's config.json records; sections that it did not depend on are the preset's own."""
+        plain = settings(config["preset"], seed=config["seed"], device=device)
+        return replace(plain, values={**plain.values, **{k: copy.deepcopy(v) for k, v in config.items() if k in SECTIONS}})
+
     def dataset(self) -> Dataset:
         """The data set, on the device."""
         return load(**self.values["data"], device=self.device)

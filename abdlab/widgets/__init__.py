@@ -1,0 +1,12 @@
+"""Jupyter controls over the library's own calls. This module hands names on and defines nothing.
+
+Each widget stands alone in a notebook of yours; :class:`Workbench` puts all four side by side.
+"""
+
+from abdlab.widgets.defence_tuner import DefenceTuner
+from abdlab.widgets.run_browser import RunBrowser
+from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.trigger_designer import TriggerDesigner
+from abdlab.widgets.workbench import Workbench
+
+__all__ = ["DefenceTuner", "RunBrowser", "SampleExplorer", "TriggerDesigner", "Workbench"]

@@ -1,0 +1,74 @@
+"""The four widgets as one dashboard: what one makes, the others take up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ipywidgets as w
+
+from abdlab.presets import Settings, settings
+from abdlab.runs import Run
+from abdlab.widgets import looks
+from abdlab.widgets.defence_tuner import DefenceTuner, headless
+from abdlab.widgets.run_browser import RunBrowser
+from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.trigger_designer import TriggerDesigner
+
+TITLES = ("1 Trigger", "2 Defence", "3 Samples", "4 Runs")
+
+
+class Workbench(w.VBox):
+    """Design a trigger, tune a defence against it, look at what the student learns from, and browse what is there.
+
+    Args:
+        root: the folder of results; notebooks that name the same one share its teachers and students.
+        chosen: the experiment to begin with.
+        label: the method to begin with, such as "zskt+sv+sr".
+
+    Attributes:
+        designer, tuner, explorer, browser: the widgets, in the order of the tabs.
+    """
+
+    def __init__(self, root: str | Path = "runs/walk", chosen: Settings | None = None, label: str = "zskt+sv+sr"):
+        self.chosen = settings() if chosen is None else chosen
+        try:
+            data = self.chosen.dataset()
+        except (ValueError, OSError, RuntimeError):
+            data = None  # the designer says what is missing
+        self.designer = TriggerDesigner(root, self.chosen, data)
+        self.tuner = DefenceTuner(root, self.chosen, data, label)
+        self.explorer = SampleExplorer(root, self.chosen.device)
+        self.browser = RunBrowser(root)
+        parts = (self.designer, self.tuner, self.explorer, self.browser)
+        self.tabs = w.Tab(parts, titles=TITLES)
+        super().__init__([self.tabs])
+        looks.dress(self)
+        self.designer.observe(lambda change: change["new"] and self._take(change["new"]), "handed")
+        self.tuner.observe(self._trained, "state")
+        self._stale = False
+        self.tabs.observe(lambda _: self._look(), "selected_index")
+
+    def finish(self) -> dict:
+        """Where nobody can click (papermill), run the tuner to its end; in a browser, nothing. Returns the tuner's metrics."""
+        if headless():
+            self.tuner.run()
+            self._stale = True
+            for index in (2, 3):
+                self.tabs.selected_index = index
+        folder = self.tuner.folder
+        return Run(self.tuner._place(folder)).metrics if folder else {}
+
+    def _take(self, overrides: dict) -> None:
+        self.tuner.use(overrides)
+        self.tabs.selected_index = 1
+
+    def _trained(self, change: dict) -> None:
+        """Samples and runs are looked for when their tab is next opened: at once would slow the run's end."""
+        if change["new"] in ("done", "stopped", "failed"):
+            self._stale = True
+
+    def _look(self) -> None:
+        if self.tabs.selected_index in (2, 3) and self._stale:
+            self.explorer.refresh()
+            self.browser.refresh()
+            self._stale = False
