@@ -355,9 +355,9 @@ class Settings:
         return changed | {f"{s}.{k}": v for s, values in self.values.items() for k, v in values.items() if again[s].get(k) != v}
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], device: str | torch.device = "auto") -> Settings:
-        """The settings that a run's config.json records; sections that it did not depend on are the preset's own."""
-        plain = settings(config["preset"], seed=config["seed"], device=device)
+    def of(cls, config: Mapping[str, Any], device: str | torch.device = "auto", rest: Settings | None = None) -> Settings:
+        """The settings that a run's config.json records; sections that it did not depend on are those of ``rest``, or the preset's."""
+        plain = replace(rest, seed=config["seed"]) if rest else settings(config["preset"], seed=config["seed"], device=device)
         return replace(plain, values={**plain.values, **{k: copy.deepcopy(v) for k, v in config.items() if k in SECTIONS}})
 
     def dataset(self) -> Dataset:

@@ -52,6 +52,14 @@ def test_01_trains_and_reports_the_teacher(walk):
     assert "WeakTeacher" in text  # two epochs are not enough, and it says so before any distillation
 
 
+def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
+    metrics, figures, book = execute("00", tmp_path)
+    assert figures == set()
+    assert 0 <= metrics["asr"] <= 1
+    assert (tmp_path / "seed0" / "zskt+sv+sr@1" / "student.safetensors").exists()
+    assert "application/vnd.jupyter.widget-view+json" in json.dumps(book)
+
+
 def test_02_compares_the_students_and_shows_the_floor(walk):
     metrics, figures, _ = walk[1]["02"]
     assert figures == {"acc_asr", "losses"}

@@ -78,12 +78,13 @@ class Defense:
                 past = [step for step in self.plans.get(name, [(0, getattr(self, name))]) if step[0] < index]
                 self._plans = {**self.plans, name: [*past, (index, value)]}
         for name, steps in self.plans.items():
-            # a plan of one step is never looked at again, so that the attribute stays a plain one
-            since, value = [step for step in steps if step[0] <= index][-1] if len(steps) > 1 or name in asked else (0, None)
-            if value is not None and value != getattr(self, name):
-                if since == index:
-                    events.append(f"{self.name}: {name} {getattr(self, name):g} -> {value:g} from pseudo-batch {index} on")
-                setattr(self, name, value)
+            if len(steps) == 1 and name not in asked:
+                continue  # an attribute without a plan stays a plain one
+            was = [value for since, value in steps if since < index] or [getattr(self, name)]
+            value = [value for since, value in steps if since <= index][-1]
+            if value != was[-1]:
+                events.append(f"{self.name}: {name} {was[-1]:g} -> {value:g} from pseudo-batch {index} on")
+            setattr(self, name, value)
         return events
 
     def before(self, index: int) -> list[str]:

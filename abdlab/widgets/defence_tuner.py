@@ -120,10 +120,10 @@ class DefenceTuner(w.VBox):
         self.alpha = w.FloatSlider(
             value["alpha"], min=0, max=max(2, 2 * value["alpha"]), step=0.01, description="SV: alpha", **common
         )
-        self.k = w.IntSlider(value["k"], min=1, max=max(8, value["k"]), description="SV: k (shuffled copies)", **common)
+        self.k = w.IntSlider(value["k"], min=1, max=max(8, value["k"]), description="SV: k (copies)", **common)
         named = not isinstance(value["layers"], int)
         self.layers = w.IntSlider(1 if named else value["layers"], min=1, max=20, description="SV: shuffled layers", **common)
-        log = {**common, "readout_format": ".3g"}
+        log = {**common, "readout_format": ".2g"}
         self.weight = w.FloatLogSlider(value["weight"], min=-3, max=3, step=0.05, description="SR: weight", **log)
         self.inner_steps = w.IntSlider(
             value["inner_steps"], min=1, max=max(20, value["inner_steps"]), description="SR: inner steps", **common
@@ -142,13 +142,13 @@ class DefenceTuner(w.VBox):
         self.stop_button = looks.button("Stop", self.stop, "finish this step, measure, save", "warning")
         self.branch_button = looks.button("Branch here", self.branch, "begin a new run where this one is now, with other weights")
         self.copy_button = looks.button("Copy as parameters", self.copy, "parameters for papermill that repeat exactly this run")
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="100%"))
+        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="auto", margin="2px 0"))
         self.trouble, self.status = looks.Trouble(), looks.said()
         self.numbers, self.notes = w.HTML(), w.HTML()
         self.curves = looks.Picture(alt="ACC, ASR and losses over training")
         self.grid = looks.Picture(alt="synthetic images that the student learns from")
         self.empty = looks.said()
-        self.branches = w.SelectMultiple(options=[], rows=5, layout=w.Layout(width="390px"))
+        self.branches = w.SelectMultiple(options=[], rows=8, layout=w.Layout(width="230px"))
         self.compared = looks.Picture(alt="ACC and ASR of the chosen runs")
         self.parameters_shown, self.parameters_for = looks.Copyable(), looks.said("", "quiet")
         self._compare_card = looks.card(
@@ -158,14 +158,15 @@ class DefenceTuner(w.VBox):
         knobs = looks.card("Defence", *(self.knob(name) for name in KNOBS))
         where = looks.card("Run", self.method, self.origin, self.with_floor, self.keep_on)
         press = looks.row(self.start_button, self.pause_button, self.stop_button, self.branch_button, self.copy_button)
-        left = w.VBox([where, knobs, looks.card("", press)], layout=w.Layout(width="432px", grid_gap="8px"))
+        self._grid_card = looks.card("What the student learns from now", self.grid)
+        left = w.VBox([where, knobs, looks.card("", press), self._grid_card], layout=w.Layout(width="432px", grid_gap="8px"))
         live = looks.card(
             "Live",
             self.status,
             self.bar,
             self.numbers,
             self.empty,
-            looks.row(self.curves, self.grid),
+            self.curves,
             self.notes,
             flex="1 1 560px",
             min_width="0",
@@ -175,7 +176,7 @@ class DefenceTuner(w.VBox):
             self.knob(name).observe(lambda change, name=name: self._turned(name, change["new"]), "value")
         self.method.observe(lambda _: self.find(), "value")
         self.origin.observe(lambda _: self._adopt(), "value")
-        self.branches.observe(lambda _: self._compare(), "value")
+        self.branches.observe(lambda _: self._show_compared(), "value")
         self.keep_on.observe(lambda _: self._patience(), "value")
         self.observe(lambda _: self._show_state(), "state")
         looks.page().observe(lambda _: self._redraw(), "dark")
@@ -212,7 +213,7 @@ class DefenceTuner(w.VBox):
         origin: Origin = self.origin.value
         if origin.folder is None:
             return self._chosen
-        base = Settings.of(Run(self._place(origin.folder)).config, self._chosen.device)
+        base = Settings.of(Run(self._place(origin.folder)).config, rest=self._chosen)
         if origin.checkpoint:  # weights that the old run changed later on are none of the branch's
             for name in LIVE:
                 section, _, key = KNOBS[name].partition(".")
@@ -234,6 +235,7 @@ class DefenceTuner(w.VBox):
         }
         try:
             chosen = settings(self._chosen.preset, {**kept, **overrides}, seed=self._chosen.seed, device=self._chosen.device)
+            looks.say(self.status, f"The next run is attacked with {', '.join(map(str, chosen.attacks))}.")
         except ValueError as error:
             self.trouble.error = error
             return
@@ -241,7 +243,6 @@ class DefenceTuner(w.VBox):
             self._data = None
         self._chosen, self.trouble.error, self.floor = chosen, None, None
         self.find()
-        looks.say(self.status, f"The next run is attacked with {', '.join(map(str, chosen.attacks))}.")
 
     @property
     def root(self) -> Path:
@@ -406,6 +407,7 @@ class DefenceTuner(w.VBox):
     def copy(self) -> str:
         """Show the parameters that repeat exactly the latest run; returns them as YAML."""
         self.parameters_shown.text = self.parameters()
+        self._copy_card.layout.display = ""
         notebook = self._notebook(self.folder)
         looks.say(
             self.parameters_for,
@@ -466,9 +468,6 @@ class DefenceTuner(w.VBox):
             if origin.checkpoint:
                 self._check_branch(origin, chosen, label)
                 resume_from = beside / folder / f"checkpoint-{origin.index}.safetensors"
-                resume_from.parent.mkdir(parents=True)
-                shutil.copyfile(origin.checkpoint, resume_from)  # a branch survives its trunk
-                _inherit(Run(beside / origin.folder), Run(beside / folder), origin.index)
         self.folder, self.going, self.trouble.error = folder, None, None
         self.parameters_shown.text = ""
         looks.say(self.parameters_for, "")
@@ -479,7 +478,7 @@ class DefenceTuner(w.VBox):
         self.state = "preparing"
 
         def job(worker: Worker) -> None:
-            self._train(worker, root, chosen, label, folder, resume_from, asked)
+            self._train(worker, root, chosen, label, folder, origin, resume_from, asked)
 
         self.worker = Worker(job, self._ended, needs_page=not self.keep_on.value)
         self.worker.root, self.worker.folder = self._top, root / f"seed{chosen.seed}" / folder
@@ -495,13 +494,21 @@ class DefenceTuner(w.VBox):
             raise ValueError(
                 f"self-retrospection is on since step {old.first_of(length)}: branch off earlier to change its start or learning rate"
             )
-        if new.first_of(length) < origin.index:
+        if new.first_of(length) < origin.index <= old.first_of(length):
             raise ValueError(
                 f"self-retrospection would have begun at step {new.first_of(length)}, before the branch at {origin.index}: start it later"
             )
 
     def _train(
-        self, worker: Worker, root: Path, chosen: Settings, label: str, folder: str, resume_from: Path | None, asked: dict
+        self,
+        worker: Worker,
+        root: Path,
+        chosen: Settings,
+        label: str,
+        folder: str,
+        origin: Origin,
+        resume_from: Path | None,
+        asked: dict,
     ) -> None:
         def tell(what: str, step: Step) -> None:
             worker.wait()
@@ -522,6 +529,10 @@ class DefenceTuner(w.VBox):
             self._events.append(f"the teacher's ASR is {weak['asr']:.1%}: its backdoor is weak, and so is what this run can show")
         if self.with_floor.value:
             self.floor = distilled(root, ready, data, teacher, "clean", tell=tell)[1].get("asr")
+        if resume_from is not None:
+            branch = Run(resume_from.parent)
+            shutil.copyfile(origin.checkpoint, resume_from)  # a branch survives its trunk
+            _inherit(Run(resume_from.parent.parent / origin.folder), branch, origin.index)
         going = distillation(
             root,
             ready,
@@ -577,7 +588,8 @@ class DefenceTuner(w.VBox):
         self.state = "failed" if error is not None else "done" if done else "stopped"
         folder = self._place(self.folder)
         there = (folder / "checkpoint.safetensors").exists()
-        self.find(Origin(self.folder, read_card(folder / "checkpoint.safetensors")["index"]) if there and not done else None)
+        here = Origin(self.folder, read_card(folder / "checkpoint.safetensors")["index"]) if there else self.origin.value
+        self.find(None if done else here)
         self._lock()
         self._redraw()
         if why:
@@ -621,6 +633,8 @@ class DefenceTuner(w.VBox):
             "empty",
         )
         self.bar.layout.display = "none" if self.state == "idle" else ""
+        self._grid_card.layout.display = "" if self.grid.png else "none"
+        self._copy_card.layout.display = "" if self.parameters_shown.text else "none"
 
     def _redraw(self) -> None:
         began = time.monotonic()
@@ -634,7 +648,7 @@ class DefenceTuner(w.VBox):
         if self._rows:
             history = pd.DataFrame(self._rows)
             with looks.DRAWING:
-                drawn = looks.figure(5.6, 5.2)
+                drawn = looks.figure(6.1, 5.6)
                 above, below = drawn.subplots(2, 1)
                 if history["acc"].notna().any():
                     plots.training_curves(history, above, self.floor)
@@ -643,11 +657,12 @@ class DefenceTuner(w.VBox):
                 plots.loss_curves(history, below)
                 self.curves.draw(drawn)
         if self._images is not None:
-            self.grid.png = looks.mosaic([self._images[:64]], 8, side=32, gap=2)
+            self.grid.png = looks.mosaic([self._images[:64]], 8, side=46, gap=3)
+            self._grid_card.layout.display = ""
         self._note_events()
         if self.state == "running":
             self._show_state()
-        self._compare()
+        self._show_compared()
         self._drawn = time.monotonic()
         self._drawing = self._drawn - began
 
@@ -655,13 +670,13 @@ class DefenceTuner(w.VBox):
         lines = "".join(f"<li>{html.escape(event)}</li>" for event in self._events)
         self.notes.value = f'<ul class="abdlab-said" style="margin: 4px 0; padding-left: 18px">{lines}</ul>' if lines else ""
 
-    def _compare(self) -> None:
+    def _show_compared(self) -> None:
         if self._quiet or not self.branches.value:
             self.compared.png = b""
             return
         histories = {name: Run(self._place(name)).history() for name in self.branches.value}
         with looks.DRAWING:
-            drawn = looks.figure(8.2, 3.2)
+            drawn = looks.figure(7.6, 3.0)
             plots.branch_curves(histories, drawn.subplots(1, 2), self.floor)
             self.compared.draw(drawn)
 

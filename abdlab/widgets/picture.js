@@ -28,6 +28,7 @@ function render({ model, el }) {
     frame.dataset.picks = picks;
     frame.tabIndex = picks === "click" ? 0 : -1;
     if (picks) frame.setAttribute("role", "application");
+    image.alt = model.get("alt");
     frame.setAttribute("aria-label", model.get("alt"));
   };
   const place = (event) => {

@@ -81,8 +81,8 @@ class RunBrowser(w.VBox):
         looks.dress(self)
         for control in (self.text, self.method, self.least_acc, self.most_asr):
             control.observe(lambda _: self._filter(), "value")
-        self.rows.observe(lambda _: self._compare(), "chosen")
-        looks.page().observe(lambda _: self._compare(), "dark")
+        self.rows.observe(lambda _: self._show_sides(), "chosen")
+        looks.page().observe(lambda _: self._show_sides(), "dark")
         self.refresh()
 
     def refresh(self) -> None:
@@ -166,7 +166,7 @@ class RunBrowser(w.VBox):
             )
         self.rows.layout.display = "" if shown else "none"
 
-    def _compare(self) -> None:
+    def _show_sides(self) -> None:
         chosen = [c for c in self.rows.chosen if (self.root / c).is_dir()]
         runs = [Run(self.root / c) for c in chosen]
         configs = [_flat(run.config) for run in runs]

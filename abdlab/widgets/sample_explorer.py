@@ -109,6 +109,9 @@ class SampleExplorer(w.VBox):
         self.detail = looks.Picture(alt="the image, its classes, the nearest real image and the activation")
         self.trouble, self.note, self.empty = looks.Trouble(), looks.said("", "quiet"), looks.said()
         self.said = looks.said("", "quiet")
+        self.no_map = looks.said(
+            "Draw the map shows which images the teacher finds alike; what is selected here is selected there.", "empty"
+        )
         head = looks.row(self.run, self.refresh_button)
         choose = looks.row(self.time, self.all_steps, self.label, self.order, self.only, self.page, align_items="center")
         tail = looks.row(self.tail_button, self.none_button, self.map_button, self.export_button)
@@ -120,7 +123,7 @@ class SampleExplorer(w.VBox):
                 ),
                 looks.row(
                     looks.card("Suspicion scores", self.histogram, self.range, tail, self.note, flex="1 1 500px", min_width="0"),
-                    looks.card("Map", self.map, flex="1 1 430px", min_width="0"),
+                    looks.card("Map", self.map, self.no_map, flex="1 1 430px", min_width="0"),
                 ),
             ],
             layout=w.Layout(grid_gap="8px"),
@@ -184,6 +187,7 @@ class SampleExplorer(w.VBox):
         self.range.max = float(np.ceil(high * 100) / 100)
         self.range.value = (self.range.min, self.range.min)
         self._points, self._mapped, self.map.png = None, np.array([], int), b""
+        self.no_map.layout.display = ""
         self.selected, self.enlarged, self._quiet = [], None, False
         self._first_page()
         self._histogram()
@@ -473,6 +477,7 @@ class SampleExplorer(w.VBox):
             )
             ax.spines[["top", "right"]].set_visible(False)
             self.map.draw(drawn)
+            self.no_map.layout.display = "none"
             self._boxes["map"], self._extent = _box(drawn, ax), (ax.get_xlim(), ax.get_ylim())
 
     def _redraw(self) -> None:

@@ -101,6 +101,7 @@ class TriggerDesigner(w.VBox):
             "Use in a training run", self.hand, "hand data set, trigger, rate and target on", "primary"
         )
         self.shift_button = looks.button("Other images", self.shift, "show the next images of the data set")
+        self.shift_button.layout.align_self = "flex-start"
         self._first = 0
         left = looks.card("Attack", self.dataset, self.trigger, self._knobs, self.also, self._knobs_more, self.target, self.rate)
         save = looks.card("Keep it", self.name, looks.row(self.hand_button, self.save_button))
@@ -147,7 +148,7 @@ class TriggerDesigner(w.VBox):
         shown = slice(0, 8)
         difference = (triggered - images).abs()[shown]
         gain = 1 / difference.max().clamp_min(1e-6).item()
-        self.picture.png = looks.mosaic([images[shown], triggered[shown], difference * gain], side=64, gap=4)
+        self.picture.png = looks.mosaic([images[shown], triggered[shown], difference * gain], side=76, gap=4)
         self._legend.value = (
             '<div class="abdlab-quiet">Rows: clean; triggered; '
             f"difference, brightened x {gain:.3g}. The trigger shall call the class {html.escape(self._class())}.</div>"

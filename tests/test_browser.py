@@ -1,0 +1,338 @@
+"""The workbench as a user has it: JupyterLab in headless Chromium, clicked through from the trigger to a repeated run."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from abdlab import batch
+from abdlab.checkpoint import read_card
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ROOT = Path(__file__).parents[1]
+SHOTS = ROOT / "artifacts"
+TINY = {
+    "teacher.epochs": 4,
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 4,
+    "student.width": 4,
+    "zskt.pseudo_batches": 200,
+    "zskt.student_steps": 2,
+    "zskt.width": 4,
+    "zskt.batch_size": 16,
+    "clean.epochs": 1,
+    "sv.verify": False,
+    "sv.layers": 3,
+    "sr.inner_steps": 2,
+}
+#: milliseconds; a busy machine is no failure
+PATIENCE = 60_000
+LAYOUT_SECONDS = 1.0
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs playwright (pip install '.[test]')"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, and there is none on the PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    """A JupyterLab of its own, without the user's settings; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = {
+        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
+    }
+    paths |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "IPYTHONDIR": str(folder / "ipython")}
+    env = {
+        **os.environ,
+        **paths,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    env.pop("ABDLAB_HEADLESS", None)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=t"]
+    command += [
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.news_url=",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    log = open(folder / "server.log", "w")  # noqa: SIM115 (as long as the server)
+    server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/api?token=t", timeout=2)
+            break
+        except OSError:
+            assert server.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.5)
+    yield address
+    server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Bench:
+    """The workbench in a page, in a user's words."""
+
+    def __init__(self, browser, lab, folder, name, before="", theme="Light"):
+        self.runs = folder / name
+        book = json.loads((ROOT / "notebooks/00_workbench.ipynb").read_text())
+        code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+        code[0]["source"] = (
+            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides = {TINY!r}\nlabel = "zskt+sv+sr"'
+        )
+        code[1]["source"] = before + "".join(code[1]["source"])
+        (folder / f"{name}.ipynb").write_text(json.dumps(book))
+        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.page.set_default_timeout(PATIENCE)
+        self.troubles = []
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.set(lab, "themes", {"theme": f"JupyterLab {theme}"})
+        self.set(lab, "notification", {"fetchNews": "false"})
+        self.page.goto(f"{lab}/lab/tree/{name}.ipynb?token=t")
+        self.page.locator(".jp-NotebookPanel-toolbar").wait_for()
+        self.page.wait_for_timeout(3000)
+        if (ask := self.page.locator(".jp-Dialog button", has_text="Select").last).is_visible():
+            ask.click()  # which kernel
+        self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        # the file browser would take a fifth of the page
+        if self.page.locator("#jp-left-stack").is_visible():
+            self.page.keyboard.press("Control+b")
+        self.menu("Run", "Run All Cells")
+        self.tab("1 Trigger").wait_for()
+
+    @staticmethod
+    def set(lab, what, values):
+        body = json.dumps({"raw": json.dumps(values)}).encode()
+        address = f"{lab}/lab/api/settings/@jupyterlab/apputils-extension:{what}?token=t"
+        headers = {"Authorization": "token t", "Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(address, body, headers, method="PUT"))
+
+    def menu(self, *items):
+        self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{items[0]}$")).click()
+        for item in items[1:]:
+            self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{item}$")).last.click()
+
+    def tab(self, name):
+        return self.page.locator(".jupyter-widgets .lm-TabBar-tab", has_text=name)
+
+    def open(self, name):
+        self.tab(name).click()
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
+
+    def slider(self, label):
+        return (
+            self.page.locator(".widget-slider", has=self.page.locator(f".widget-label:text-is('{label}')"))
+            .locator(".noUi-handle")
+            .first
+        )
+
+    def text(self, pattern):
+        return (
+            self.page.locator(".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty")
+            .locator("visible=true")
+            .filter(has_text=re.compile(pattern))
+            .first
+        )
+
+    def picture(self, words):
+        return self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
+
+    def shot(self, name):
+        """The whole workbench, however tall it is."""
+        SHOTS.mkdir(exist_ok=True)
+        self.page.mouse.move(640, 4)
+        top = self.page.locator(".jp-OutputArea-output:has(.lm-TabBar-tab)").first
+        height = int(top.bounding_box()["height"])
+        self.page.set_viewport_size({"width": 1280, "height": max(1000, height + 260)})
+        self.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
+        top.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
+        top.screenshot(path=SHOTS / f"{name}.png")
+        assert top.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), f"{name} is wider than the page"
+        self.page.set_viewport_size({"width": 1280, "height": 1000})
+
+    def close(self):
+        assert not self.troubles
+        self.page.close()
+
+
+@pytest.fixture
+def bench(browser, lab, folder, request):
+    opened = []
+
+    def make(name, **more):
+        opened.append(Bench(browser, lab, folder, name, **more))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        if not each.page.is_closed():
+            SHOTS.mkdir(exist_ok=True)
+            each.page.screenshot(path=SHOTS / f"last-{request.node.name}.png")
+            each.page.close()
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
+    b = bench("walk")
+    b.open("4 Runs")
+    b.text("No runs yet: run 01_poisoning, or press Start").wait_for()
+    b.open("3 Samples")
+    b.text("No samples yet").wait_for()
+
+    b.open("1 Trigger")
+    picture = b.picture("clean, triggered and difference")
+    picture.wait_for()
+    before = picture.get_attribute("src")
+    handle = b.slider("size (pixels)")
+    handle.focus()
+    b.page.keyboard.press("ArrowRight")
+    b.page.wait_for_function("([e, old]) => e.src !== old", arg=[picture.element_handle(), before])
+    b.page.keyboard.press("ArrowLeft")
+    b.shot("light-1-trigger")
+
+    b.open("2 Defence")
+    b.text("No run yet: press Start").wait_for()
+    b.shot("light-2-empty")
+    b.button("Start").click()
+    b.text("^ACC[0-9.]+%").wait_for()
+    b.text("^ASR[0-9.]+%").wait_for()
+    b.slider("SV: alpha").focus()
+    b.page.keyboard.press("ArrowRight")
+    b.page.locator("li", has_text=re.compile("sv: alpha .* from pseudo-batch")).wait_for()
+    b.button("Pause").click()
+    b.text("^Paused").wait_for()
+    b.shot("light-2-paused")
+    b.button("Go on").click()
+    b.button("Stop").click()
+    b.text("^Stopped and saved").wait_for()
+    first = b.runs / "seed0" / "zskt+sv+sr@1"
+    stopped = read_card(first / "checkpoint.safetensors")["index"]
+    assert 0 < stopped < TINY["zskt.pseudo_batches"]
+    assert metrics(first)["stopped_at"] == stopped
+
+    b.button("Branch here").click()
+    b.text(f"branches off zskt.sv.sr@1 at step {stopped}").wait_for()
+    b.slider("SV: alpha").focus()
+    for _ in range(5):
+        b.page.keyboard.press("ArrowLeft")
+    b.button("Start").click()
+    b.text("^Done: zskt.sv.sr@2").wait_for()
+    b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
+    b.picture("ACC and ASR of the chosen runs").wait_for()
+    b.button("Copy as parameters").click()
+    text = b.page.locator(".abdlab-copy pre").inner_text()
+    b.page.get_by_role("button", name="Copy to the clipboard").wait_for()
+    b.shot("light-2-done")
+
+    b.open("3 Samples")
+    b.picture("synthetic images; click one").wait_for()
+    b.button("Suspicious tail").click()
+    b.text("of [0-9]+ images are selected").wait_for()
+    detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
+    before = detail.get_attribute("alt")
+    b.picture("synthetic images; click one").click(position={"x": 300, "y": 70})
+    b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
+    b.button("Draw the map").click()
+    plan = b.picture("t-SNE map")
+    plan.wait_for()
+    plan.scroll_into_view_if_needed()
+    box = plan.bounding_box()
+    b.page.mouse.move(box["x"] + 60, box["y"] + 20)
+    b.page.mouse.down()
+    b.page.mouse.move(box["x"] + 260, box["y"] + 200, steps=4)
+    b.page.mouse.up()
+    b.shot("light-3-samples")
+    b.button("Export the selection").click()
+    b.text("images exported to").wait_for()
+
+    b.open("4 Runs")
+    b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+sr@1']").click()
+    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+sr@2']")
+    row.focus()
+    b.page.keyboard.press("Enter")
+    b.text("Settings that differ").wait_for()
+    b.shot("light-4-runs")
+
+    b.menu("Settings", "Theme", "JupyterLab Dark")
+    b.page.wait_for_timeout(5000)
+    for name in ("1 Trigger", "2 Defence", "3 Samples", "4 Runs"):
+        b.open(name)
+        b.shot(f"dark-{name[0]}")
+    b.close()
+
+    found = tmp_path / "parameters.yaml"
+    found.write_text(text)
+    given = yaml.safe_load(found.read_text())
+    assert [round(v, 2) for _, v in given["overrides"]["sv.alpha"]] == [0.55, 0.56, 0.51]
+    given["run"] = str(tmp_path / "again")
+    batch.execute("02_distillation", tmp_path / "02.ipynb", given, threads=1)
+    branch, again = (metrics(f / "seed0" / n) for f, n in ((b.runs, "zskt+sv+sr@2"), (tmp_path / "again", "zskt+sv+sr")))
+    assert (again["acc"], again["asr"]) == (branch["acc"], branch["asr"])
+
+
+@pytest.mark.parametrize("how", ["interrupt", "rerun", "close"])
+def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
+    # a page that is closed is believed gone after seconds, not minutes
+    before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
+    b = bench(how, before=before)
+    b.open("2 Defence")
+    b.button("Start").click()
+    b.text("^ACC[0-9.]+%").wait_for()
+    if how == "interrupt":
+        b.menu("Kernel", "Interrupt Kernel")
+        b.text("The kernel was interrupted").wait_for()
+    elif how == "rerun":
+        b.menu("Run", "Run All Cells")
+        b.page.wait_for_timeout(2000)
+        b.open("2 Defence")
+        b.page.locator("select option", has_text="go on with zskt+sv+sr@1").first.wait_for(state="attached")
+    else:
+        b.page.close()
+    found = b.runs / "seed0" / "zskt+sv+sr@1"
+    for _ in range(240):
+        if (found / "metrics.json").exists():
+            break
+        time.sleep(0.5)
+    assert metrics(found)["stopped_at"] == read_card(found / "checkpoint.safetensors")["index"]
+    time.sleep(2)
+    assert metrics(found)["stopped_at"] == read_card(found / "checkpoint.safetensors")["index"]

@@ -1,0 +1,527 @@
+"""Every widget driven through its traits and its buttons' calls, without a browser."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import abdlab
+from abdlab import batch
+from abdlab.checkpoint import load_state, read_card, read_weights
+from abdlab.presets import Settings, settings
+from abdlab.runs import Run, distilled, poisoned_teacher
+from abdlab.widgets import DefenceTuner, RunBrowser, SampleExplorer, TriggerDesigner, Workbench, looks
+from abdlab.widgets import worker as workers
+
+TINY = {
+    "data.size": 8,
+    "teacher.epochs": 2,
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 4,
+    "student.width": 4,
+    "zskt.pseudo_batches": 8,
+    "zskt.student_steps": 2,
+    "zskt.width": 4,
+    "zskt.batch_size": 16,
+    "clean.epochs": 1,
+    "sv.verify": False,
+    "sv.layers": 3,
+    "sv.warmup": 0.0,
+    "sr.start": 0.5,
+    "sr.inner_steps": 2,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::abdlab.WeakTeacher")
+
+
+@pytest.fixture(scope="session")
+def chosen():
+    return settings("quick/digits", TINY, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def data(chosen):
+    return chosen.dataset()
+
+
+@pytest.fixture(scope="session")
+def teacher(chosen, data, tmp_path_factory):
+    """A root that has a teacher."""
+    root = tmp_path_factory.mktemp("teacher")
+    poisoned_teacher(root, chosen, data)
+    return root
+
+
+@pytest.fixture
+def root(teacher, tmp_path):
+    """A root of one's own, with the teacher in it."""
+    import shutil
+
+    shutil.copytree(teacher, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def tuner(root, chosen, data):
+    made = DefenceTuner(root, chosen, data, needs_page=False)
+    made.with_floor.value = False
+    yield made
+    made.stop()
+    if made.worker is not None and made.worker.alive():
+        made.worker._thread.join(60)
+
+
+@pytest.fixture(scope="session")
+def finished(teacher, chosen, data, tmp_path_factory):
+    """A root with a finished run of the tuner."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("finished") / "runs"
+    shutil.copytree(teacher, root)
+    DefenceTuner(root, chosen, data, needs_page=False).run()
+    return root
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def hold(tuner, at):
+    """Pause the run once it has done ``at`` steps: it waits there, however busy the machine is."""
+
+    def watch(change):
+        if change["new"] == at:
+            tuner.worker.pause()
+
+    tuner.observe(watch, "step")
+
+
+class TestTriggerDesigner:
+    @pytest.fixture
+    def designer(self, tmp_path, chosen, data):
+        return TriggerDesigner(tmp_path, chosen, data)
+
+    def test_shows_the_presets_trigger_at_once(self, designer):
+        assert designer.picture.png.startswith(b"\x89PNG")
+        assert designer.overrides["attack.params"]["size"] == 4
+        assert 0.15 < designer.sizes["l0"] <= 16 / 64  # some pixels are white already
+        assert not designer.trouble.sentence
+
+    def test_a_slider_changes_picture_and_sizes(self, designer):
+        before = designer.picture.png, designer.sizes["l0"]
+        designer.controls["size"].value = 6
+        assert designer.picture.png != before[0]
+        assert designer.sizes["l0"] > before[1]
+        designer.controls["corner"].value = "top_left"
+        assert designer.overrides["attack.params"]["corner"] == "top_left"
+
+    @pytest.mark.parametrize("name", abdlab.TRIGGERS)
+    def test_every_trigger_has_controls(self, designer, name):
+        designer.trigger.value = name
+        assert not designer.trouble.sentence
+        assert designer.overrides["attack.trigger"] == name
+        if designer.designed.needs_pattern:
+            assert "optimised against a clean model" in designer._legend.value
+        else:
+            assert designer.picture.png
+
+    def test_two_triggers_compose_and_the_settings_take_them(self, designer, chosen, data):
+        designer.also.value = "blend"
+        designer.rate.value, designer.target.value = 0.2, 3
+        made = settings("quick/digits", designer.overrides)
+        assert str(made.trigger) == "badnet_sq+blend"
+        assert (made.target, made.attacks[0].rate) == (3, 0.2)
+        images = data.test_images[:4]
+        assert torch.equal(made.trigger(images), designer.designed(images))
+
+    def test_saves_parameters_that_a_notebook_takes(self, designer):
+        path = designer.save()
+        saved = yaml.safe_load(path.read_text())
+        assert str(settings("quick/digits", saved["overrides"]).trigger) == "badnet_sq"
+        designer.name.value = "../out"
+        assert designer.save() is None
+        assert "without folders" in designer.trouble.sentence
+
+    def test_a_data_set_that_is_not_there_is_one_sentence(self, designer, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        designer.dataset.value = "cifar10"
+        assert "cifar10" in designer.trouble.sentence.lower() or "cifar-10" in designer.trouble.sentence.lower()
+        assert designer.picture.png == b""
+        assert designer.hand_button.disabled
+        designer.dataset.value = "digits"
+        assert designer.picture.png
+        assert not designer.trouble.sentence
+
+    def test_hands_over_again_and_again(self, designer):
+        seen = []
+        designer.observe(lambda change: seen.append(change["new"]), "handed")
+        designer.hand()
+        designer.hand()
+        assert [s for s in seen if s] == [designer.overrides] * 2
+
+
+class TestDefenceTuner:
+    def test_says_what_to_do_first(self, tuner):
+        assert "press Start" in tuner.empty.value
+        assert tuner.state == "idle"
+        assert tuner.stop_button.disabled
+        assert tuner.copy_button.disabled
+
+    @pytest.mark.slow
+    def test_equals_the_headless_run_number_for_number(self, tuner, root, chosen, data, tmp_path):
+        tuner.start()
+        until(lambda: tuner.state not in ("preparing", "running"))
+        assert tuner.state == "done", tuner.trouble.sentence
+        _, metrics = distilled(root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+sr")
+        same = ("acc", "asr", "defenses", "threads")
+        ours = Run(root / "seed0" / tuner.folder)
+        assert {k: ours.metrics[k] for k in same} == {k: metrics[k] for k in same}
+        theirs = Run(root / "seed0" / "zskt+sv+sr")
+        a, b = (read_weights(r.file("student.safetensors"))[0] for r in (ours, theirs))
+        assert all(torch.equal(a[k], b[k]) for k in b)
+        both = [r.history().set_index("step").drop(columns=["seconds", "events"]).loc[[8]] for r in (ours, theirs)]
+        assert both[0].equals(both[1])
+
+    @pytest.mark.slow
+    def test_a_weight_changed_on_the_way_a_branch_and_their_repetition(self, tuner, root, tmp_path):
+        hold(tuner, 3)
+        tuner.start()
+        until(lambda: tuner.step == 3)
+        assert tuner.knob("k").disabled
+        assert not tuner.alpha.disabled
+        tuner.state = "paused"
+        tuner.alpha.value = 0.3
+        tuner.unobserve_all("step")
+        hold(tuner, 5)
+        tuner.start()
+        until(lambda: tuner.step == 5)
+        tuner.state = "paused"
+        history = Run(root / "seed0" / "zskt+sv+sr@1")
+        tuner.branch()  # stops the paused run
+        assert tuner.state == "stopped"
+        assert history.metrics["stopped_at"] == 5
+        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 3 on" in str(history.history()["events"].tolist())
+        assert history.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3]]
+
+        tuner.unobserve_all("step")
+        tuner.alpha.value = 0.8
+        tuner.start()
+        until(lambda: tuner.state not in ("preparing", "running"))
+        assert tuner.state == "done", tuner.trouble.sentence
+        assert tuner.folder == "zskt+sv+sr@2"
+        branch = Run(root / "seed0" / "zskt+sv+sr@2")
+        assert branch.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3], [5, 0.8]]
+        assert branch.history()["step"].min() <= 3  # it has its trunk's history
+
+        # and the first one goes on to its own end
+        tuner.find()
+        tuner.origin.value = next(o for _, o in tuner._origins() if o.folder == "zskt+sv+sr@1" and o.checkpoint is None)
+        assert tuner.alpha.value == 0.3
+        tuner.start()
+        until(lambda: tuner.state not in ("preparing", "running"))
+        assert history.metrics.get("stopped_at") is None
+
+        for folder in ("zskt+sv+sr@1", "zskt+sv+sr@2"):
+            given = yaml.safe_load(tuner.parameters(folder))
+            given["run"] = str(tmp_path / folder)
+            batch.execute("02", tmp_path / "02.ipynb", given, threads=1)
+            again = Run(tmp_path / folder / "seed0" / "zskt+sv+sr").metrics
+            ours = Run(root / "seed0" / folder).metrics
+            assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
+
+    def test_stop_finishes_the_step_measures_and_saves(self, tuner, root):
+        hold(tuner, 2)
+        tuner.exams = 1
+        tuner.start()
+        until(lambda: tuner.step == 2)
+        tuner.state = "running"
+        tuner.stop()
+        until(lambda: tuner.state == "stopped")
+        run = Run(root / "seed0" / tuner.folder)
+        assert run.metrics["stopped_at"] == read_card(run.file("checkpoint.safetensors"))["index"] == 2
+        assert run.history()["acc"].notna().sum() == 1
+        until(lambda: not tuner.worker.alive())
+        assert tuner.start_button.description == "Go on"
+
+    def test_an_error_is_one_sentence_with_the_details_folded(self, tuner, monkeypatch):
+        def broken(*_args, **_more):
+            raise ValueError("the generator is <broken>")
+
+        monkeypatch.setattr("abdlab.widgets.defence_tuner.distillation", broken)
+        tuner.start()
+        until(lambda: tuner.state == "failed")
+        assert tuner.trouble.sentence == "the generator is <broken>"
+        assert "<details>" in tuner.trouble.value
+        assert "&lt;broken&gt;" in tuner.trouble.value
+        assert workers.current() is None
+
+    def test_one_run_per_kernel(self, tuner, tmp_path, chosen, data):
+        hold(tuner, 1)
+        tuner.start()
+        until(lambda: tuner.step == 1)
+        other = DefenceTuner(tmp_path / "elsewhere", chosen, data, needs_page=False)
+        other.start()
+        assert "one run at a time" in other.trouble.sentence
+        assert other.state == "failed"
+
+    def test_a_cell_that_is_run_again_leaves_no_thread(self, tuner, root, chosen, data):
+        hold(tuner, 1)
+        tuner.start()
+        until(lambda: tuner.step == 1)
+        again = DefenceTuner(root, chosen, data, needs_page=False)
+        assert not tuner.worker.alive()
+        assert [t for t in threading.enumerate() if t.name == "abdlab-run"] == []
+        options = [text for text, _ in again._origins()]
+        assert "go on with zskt+sv+sr@1 at step 1" in options
+
+    def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):
+        monkeypatch.setattr(workers, "PATIENCE", 0.0)
+        page = looks.page()
+        monkeypatch.setattr(page, "heard", time.monotonic() - 1)
+        tuner.keep_on.value = False
+        tuner.start()
+        until(lambda: tuner.state == "stopped")
+        assert "the page was closed" in tuner.worker.why
+
+    def test_a_branch_cannot_change_what_has_already_acted(self, tuner):
+        hold(tuner, 6)
+        tuner.start()
+        until(lambda: tuner.step == 6)
+        tuner.state = "paused"
+        tuner.branch()
+        tuner.lr.value = 1e-3
+        tuner.start()
+        assert "branch off earlier" in tuner.trouble.sentence
+
+    def test_takes_another_attack_into_a_folder_of_its_own(self, tuner, root):
+        tuner.use({"attack.trigger": "blend", "attack.params": {"alpha": 0.3}, "attack.rate": 0.2, "attack.target": 1})
+        assert tuner.root.parent == root
+        assert tuner.root.name.startswith("blend-")
+        assert str(tuner.chosen.trigger) == "blend"
+        tuner.use({"attack.trigger": "blond"})
+        assert "did you mean 'blend'" in tuner.trouble.sentence
+
+    def test_knows_how_long_it_takes(self, tuner):
+        assert tuner.left() is None
+        tuner.total = 20
+        tuner._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
+        assert tuner.left() == pytest.approx(15)
+
+    def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
+        assert tuner.chosen.values == chosen.values
+        tuner.layers.value = 2
+        tuner.lr.value = 1e-3
+        assert tuner.chosen.values["sv"]["layers"] == 2
+        assert tuner.chosen.values["sr"]["lr"] == 1e-3
+
+
+class TestSampleExplorer:
+    @pytest.fixture
+    def explorer(self, finished):
+        return SampleExplorer(finished, "cpu")
+
+    def test_says_where_samples_come_from(self, tmp_path):
+        assert "No samples yet" in SampleExplorer(tmp_path, "cpu").empty.value
+
+    def test_opens_a_run_with_all_its_numbers(self, explorer):
+        assert explorer.run.value == "seed0/zskt+sv+sr@1"
+        assert list(explorer.table) == ["step", "index", "class", "suspicion", "disagreement", "confidence"]
+        assert explorer.table["disagreement"].notna().all()
+        assert all(p.png for p in (explorer.grid, explorer.histogram, explorer.detail))
+
+    def test_steps_classes_and_orders(self, explorer):
+        explorer.time.value = explorer.time.options[0]
+        assert set(explorer.table.loc[explorer.shown, "step"]) == {explorer.time.options[0]}
+        explorer.all_steps.value = True
+        explorer.order.value = "teacher-student disagreement, largest first"
+        seen = explorer.table.loc[explorer.shown, "disagreement"]
+        assert seen.is_monotonic_decreasing
+        some = int(explorer.table["class"].mode()[0])
+        explorer.label.value = some
+        assert set(explorer.table.loc[explorer.shown, "class"]) == {some}
+
+    def test_clicks_and_arrows_on_the_grid(self, explorer):
+        explorer.grid.pick("click", 2.5 / 12, 0.01)
+        assert explorer.enlarged == explorer.shown[2]
+        before = explorer.detail.png
+        explorer.grid.pick("key", 1, 0)
+        assert explorer.enlarged == explorer.shown[3]
+        assert explorer.detail.png != before
+        assert f"image {explorer.enlarged}" in explorer.detail.alt
+
+    def test_a_range_on_the_histogram_selects(self, explorer):
+        left, _, right, _ = explorer._boxes["histogram"]
+        explorer.histogram.pick("brush", left, 0.5, (left + right) / 2, 0.6)
+        middle = sum(explorer._limits) / 2
+        scores = explorer.table["suspicion"]
+        assert set(scores.index[scores < middle - 0.02]) <= set(explorer.selected) <= set(scores.index[scores < middle + 0.02])
+        explorer.clear()
+        assert explorer.selected == []
+        explorer.tail()
+        assert 0 < len(explorer.selected) < len(scores) / 2
+
+    def test_the_map_and_the_histogram_select_the_same_images(self, explorer):
+        explorer.draw_map()
+        places = explorer._on_picture()
+        assert ((places > 0) & (places < 1)).all()
+        explorer.map.pick("brush", places[0][0] - 1e-6, places[0][1] - 1e-6, places[0][0] + 1e-6, places[0][1] + 1e-6)
+        assert int(explorer._mapped[0]) in explorer.selected
+        explorer.map.pick("click", *places[5])
+        assert explorer.enlarged == explorer._mapped[5]
+        before = explorer.map.png
+        explorer.tail()
+        assert explorer.map.png != before
+
+    def test_exports_the_selection(self, explorer):
+        assert explorer.export() is None
+        assert "nothing is selected" in explorer.trouble.sentence
+        explorer.tail()
+        folder = explorer.export()
+        images, card = load_state(folder / "images.safetensors")
+        assert card["numbers"] == sorted(explorer.selected)
+        assert torch.equal(images["images"], explorer.known.images[card["numbers"]])
+        assert (folder / "numbers.csv").read_text().count("\n") == len(images["images"]) + 1
+        assert explorer.export().name == str(int(folder.name) + 1)
+
+    def test_a_damaged_run_is_one_sentence(self, explorer, finished, tmp_path):
+        import shutil
+
+        shutil.copytree(finished, tmp_path / "r")
+        (tmp_path / "r/seed0/zskt+sv+sr@1/checkpoint.safetensors").write_bytes(b"no")
+        broken = SampleExplorer(tmp_path / "r", "cpu")
+        assert "not a whole safetensors file" in broken.trouble.sentence or broken.run.value != "seed0/zskt+sv+sr@1"
+
+
+class TestRunBrowser:
+    @pytest.fixture
+    def browser(self, finished, tmp_path):
+        import shutil
+
+        shutil.copytree(finished, tmp_path / "r")
+        return RunBrowser(tmp_path / "r")
+
+    def test_says_how_to_get_a_run(self, tmp_path):
+        assert "No runs yet: run 01_poisoning, or press Start" in RunBrowser(tmp_path / "none").note.value
+
+    def test_lists_and_filters(self, browser):
+        names = [row["id"] for row in browser.rows.rows]
+        assert names == ["seed0/clean", "seed0/teacher", "seed0/zskt+sv+sr@1"]
+        browser.method.value = "teacher"
+        assert [row["id"] for row in browser.rows.rows] == ["seed0/teacher"]
+        browser.method.value, browser.text.value = "all", "sv"
+        assert [row["id"] for row in browser.rows.rows] == ["seed0/zskt+sv+sr@1"]
+        browser.text.value, browser.least_acc.value = "", 100
+        assert "None of the 3 runs passes" in browser.note.value
+
+    def test_two_runs_side_by_side(self, browser):
+        browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+sr@1"]
+        assert len(browser.sides.children) == 2
+        text = str([child.value for side in browser.sides.children for child in side.children if hasattr(child, "value")])
+        assert "Settings that differ" in text
+
+    def test_deletes_only_after_asking(self, browser):
+        folder = browser.root / "seed0/zskt+sv+sr@1"
+        browser.rows.chosen = ["seed0/zskt+sv+sr@1"]
+        browser.ask()
+        assert "Delete seed0/zskt+sv+sr@1 with all files?" in browser._question.value
+        browser.keep()
+        browser.delete()
+        assert folder.exists()
+        browser.ask()
+        browser.delete()
+        assert not folder.exists()
+        assert browser.rows.chosen == []
+
+    def test_a_link_is_not_followed(self, browser, tmp_path):
+        (tmp_path / "precious").mkdir()
+        (tmp_path / "precious/config.json").write_text("{}")
+        (browser.root / "link").symlink_to(tmp_path / "precious")
+        browser._asked = ["link"]
+        browser.delete()
+        assert (tmp_path / "precious/config.json").exists()
+        browser._asked = ["../precious"]
+        browser.delete()
+        assert (tmp_path / "precious/config.json").exists()
+        assert "by hand" in browser.trouble.sentence
+
+
+class TestWorkbench:
+    def test_a_trigger_goes_from_tab_to_tab(self, root, chosen):
+        bench = Workbench(root, chosen)
+        assert bench.tabs.selected_index == 0
+        bench.designer.trigger.value = "sig"
+        bench.designer.hand()
+        assert bench.tabs.selected_index == 1
+        assert str(bench.tuner.chosen.trigger) == "sig"
+
+    def test_finish_does_nothing_in_a_browser(self, root, chosen, monkeypatch):
+        monkeypatch.delenv("ABDLAB_HEADLESS", raising=False)
+        assert Workbench(root, chosen).finish() == {}
+
+    def test_headless_it_runs_to_its_end_and_shows_what_came_of_it(self, root, chosen, monkeypatch):
+        monkeypatch.setenv("ABDLAB_HEADLESS", "1")
+        bench = Workbench(root, chosen, "zskt+sr")
+        assert 0 <= bench.finish()["acc"] <= 1
+        assert bench.explorer.run.value == "seed0/zskt+sr@1"
+        assert "seed0/zskt+sr@1" in [row["id"] for row in bench.browser.rows.rows]
+
+
+class TestLooks:
+    def test_figures_are_drawn_in_the_themes_ink(self):
+        drawn = looks.figure(2, 1)
+        drawn.subplots().set_title("words")
+        light, dark = looks.png_of(drawn), looks.png_of(drawn, dark=True)
+        assert light != dark
+
+    def test_a_change_of_theme_draws_anew(self, finished):
+        explorer = SampleExplorer(finished, "cpu")
+        before = explorer.histogram.png
+        looks.page().dark = True
+        try:
+            assert explorer.histogram.png != before
+        finally:
+            looks.page().dark = False
+
+    def test_a_mosaic_shows_pixels_as_they_are(self):
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        images = torch.zeros(3, 1, 2, 2)
+        images[1] = 1
+        pixels = np.asarray(Image.open(io.BytesIO(looks.mosaic([images], side=4, gap=1, marks=[2], mark="#ff0000"))))
+        assert pixels.shape == (6, 16, 4)
+        assert pixels[2, 2].tolist() == [0, 0, 0, 255]
+        assert pixels[2, 7].tolist() == [255, 255, 255, 255]
+        assert pixels[0, 0, 3] == 0
+        assert pixels[0, 11].tolist() == [255, 0, 0, 255]
+
+    def test_errors_are_sentences(self):
+        assert looks.sentence_of(ValueError("mend this")) == "mend this"
+        assert looks.sentence_of(KeyError("x")) == "KeyError: 'x'"
+        assert looks.sentence_of("as it is") == "as it is"
+
+
+class TestSettingsTakenAlong:
+    @pytest.mark.parametrize("overrides", [{}, TINY, {"attack.trigger": "blend"}, {"sv.alpha": [[0, 0.5], [3, 0.1]]}])
+    def test_overrides_make_the_same_settings_again(self, overrides):
+        made = settings("quick/digits", overrides)
+        assert settings("quick/digits", made.overrides()).values == made.values
+
+    def test_a_config_makes_its_settings_again(self, chosen):
+        again = Settings.of(json.loads(json.dumps(chosen.config())), "cpu")
+        assert again.values == json.loads(json.dumps(chosen.values))
+        assert isinstance(again, Settings)
+
+
+def test_the_scripts_come_with_the_package():
+    folder = Path(looks.__file__).parent
+    assert {p.name for p in folder.glob("*.[jc]s*")} == {"copy.js", "page.css", "page.js", "picture.js", "rows.js"}
