@@ -325,7 +325,7 @@ ATTACKS: dict[str, dict[str, dict[str, Any]]] = {
         # the period in pixels that 6 per width have at 32; fainter ones, or with more clean zeros left, are not learnt
         "sig": {"params": {"strength": 0.6, "frequency": 3}, "rate": 0.09},
         # of a clean-label attack nearly the whole class must carry the trigger (128 of 1,297 are zeros, and 9.5 % are 123)
-        "cl": {"params": {"size": 5}, "rate": 0.095},
+        "cl": {"params": {"size": 4}, "rate": 0.095},
         "l2_inv": {"optimize": {"bound": 0.05}},
     },
 }
