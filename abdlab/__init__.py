@@ -19,6 +19,7 @@ from abdlab.runs import (
     Run,
     WeakTeacher,
     clean_teacher,
+    clean_teacher_control,
     distill_all,
     distilled,
     history,
@@ -29,6 +30,7 @@ from abdlab.runs import (
     synthesize,
     table,
     vaccine_of,
+    vaccine_trials,
 )
 from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
 from abdlab.train import train
@@ -41,8 +43,8 @@ __all__ = [
     "DAFL",
     "DFAD",
     "DFQ",
-    "PGD",
     "OOD",
+    "PGD",
     "PRESETS",
     "SCALES",
     "TRIGGERS",
@@ -71,6 +73,7 @@ __all__ = [
     "augment",
     "build",
     "clean_teacher",
+    "clean_teacher_control",
     "distill",
     "distill_all",
     "distilled",
@@ -98,4 +101,5 @@ __all__ = [
     "trigger_size",
     "triggered_test",
     "vaccine_of",
+    "vaccine_trials",
 ]

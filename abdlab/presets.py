@@ -364,6 +364,12 @@ class Settings:
         """The plain values of every attack, the main one first."""
         return [self.values["attack"], *self.values["attack"].get("more", [])]
 
+    def unpoisoned(self) -> Settings:
+        """The same settings with every attack's rate at 0 and without covers: its teacher has no backdoor."""
+        attack, *more = ({**{k: v for k, v in values.items() if k != "covers"}, "rate": 0.0} for values in self.attack_values)
+        attack = {**attack, "more": [dict(values) for values in more]} if more else attack
+        return replace(self, values={**self.values, "attack": attack})
+
     @property
     def trigger(self) -> Trigger:
         """The (main) attack's trigger."""
