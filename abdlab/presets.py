@@ -188,6 +188,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "negatives": 512,
         },
         "deepinversion": {"rounds": 10, "synthesis_steps": 60, "kd_steps": 40, "synthesis_batch": 64, "batch_size": 64},
+        # small images want slower generators than the papers': faster ones leave a class out, or run away from the student
+        "dafl": {
+            "pseudo_batches": 1000,
+            "batch_size": 64,
+            "width": 24,
+            "z": 256,
+            "one_hot": 0.5,
+            "generator_lr": 2e-4,
+            "student_lr": 0.2,
+        },
+        "dfad": {
+            "pseudo_batches": 1200,
+            "batch_size": 64,
+            "width": 24,
+            "generator_lr": 2e-4,
+            "student_lr": 0.2,
+            "milestones": [0.6, 0.85],
+            "clip": 5.0,
+        },
+        "dfq": {"pseudo_batches": 400, "batch_size": 64, "width": 24, "z": 100},
         # a photograph of a flower teaches little about digits: far longer runs would be needed (see the README)
         "ood": {"image": "flower", "patches": 4096, "epochs": 20, "batch_size": 32, "lr": 5e-3, "temperature": 2.0},
         "mixed": {"members": {"zskt": 0.5, "ood": 0.5}, "pseudo_batches": 400},
