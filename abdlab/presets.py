@@ -73,6 +73,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
         "sv": {
             "class_mean": False,
             "per": "batch",  # an expectation over the batch: samples on which T and T~ disagree count as 0
+            "reverse": False,  # KL(T~ || T)
             "ascent": False,  # OOD: 1 - phi + phi / alpha
         },
         "sr": {
@@ -88,6 +89,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
         "sv": {
             "class_mean": True,
             "per": "agreeing",  # divided by the number of agreeing samples
+            "reverse": True,  # KL(T || T~), also in verification
             "ascent": True,  # OOD: mean over the others - alpha x mean over the suspicious
         },
         "sr": {
