@@ -19,6 +19,7 @@ from abdlab.runs import (
     Run,
     WeakTeacher,
     clean_teacher,
+    clean_teacher_control,
     distill_all,
     distillation,
     distilled,
@@ -30,6 +31,7 @@ from abdlab.runs import (
     synthesize,
     table,
     vaccine_of,
+    vaccine_trials,
 )
 from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
 from abdlab.train import train
@@ -72,6 +74,7 @@ __all__ = [
     "augment",
     "build",
     "clean_teacher",
+    "clean_teacher_control",
     "distill",
     "distill_all",
     "distillation",
@@ -100,4 +103,5 @@ __all__ = [
     "trigger_size",
     "triggered_test",
     "vaccine_of",
+    "vaccine_trials",
 ]

@@ -24,6 +24,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
@@ -35,7 +36,8 @@ from torch import Tensor, nn
 
 from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import Defense, ShuffledTeacher
+from abdlab.defenses import Defense, ShuffledTeacher, suspicion
+from abdlab.defenses.shuffling_vaccine import tail_share
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
@@ -47,6 +49,9 @@ from abdlab.triggers import Trigger, trigger_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: folder below a root for :func:`clean_teacher_control`
+CONTROL = "clean_teacher_control"
 
 #: set by whoever runs a notebook without a browser: progress bars become lines on the terminal
 HEADLESS = "ABDLAB_HEADLESS"
@@ -327,7 +332,7 @@ def poisoned_teacher(
         metrics |= _each_asr(chosen.exam(data), model)
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
-    check_teacher(run.metrics["acc"], run.metrics["asr"])
+    check_teacher(run.metrics["acc"], run.metrics["asr"] if any(attack.rate for attack in chosen.attacks) else None)
     return load_model(path, device=data.train_images.device)
 
 
@@ -337,9 +342,12 @@ def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.startswith("asr/")}
 
 
-def check_teacher(acc: float, asr: float) -> None:
-    """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or ACC under .75 (shares)."""
-    if asr < 0.9:
+def check_teacher(acc: float, asr: float | None) -> None:
+    """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or ACC under .75 (shares).
+
+    An ASR of None is that of a teacher which is not meant to have a backdoor.
+    """
+    if asr is not None and asr < 0.9:
         warnings.warn(
             f"the teacher's ASR is {asr:.1%}, under 90 %: its backdoor is weak (longer training, a higher poison rate or a stronger trigger)",
             WeakTeacher,
@@ -536,6 +544,51 @@ def distill_all(
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
     return results
+
+
+def clean_teacher_control(
+    root: str | Path, chosen: Settings, data: Dataset, labels: Sequence[str], *, workers: int | None = None
+) -> dict[str, dict]:
+    """The whole chain on a teacher that is not poisoned, in ROOT/clean_teacher_control: what do the defences cost?
+
+    Settings and seeds are those of ``chosen``, but for the attack's rate of 0. "asr" is then what the trigger does to models
+    that have never seen it.
+
+    Returns:
+        what :func:`distill_all` does, the teacher first.
+    """
+    return distill_all(Path(root) / CONTROL, chosen.unpoisoned(), data, labels, with_teacher=True, workers=workers)
+
+
+def vaccine_trials(root: str | Path, chosen: Settings, data: Dataset, labels: Sequence[str], tries: int = 20) -> list[dict]:
+    """How often verification accepts a shuffle, of the poisoned teacher and of the control's, on their students' own images.
+
+    The images are those that the source of the first undefended method of ``labels`` makes at its run's end, as many as the
+    settings of "sv" pool; layers, k, sigma and threshold are theirs too.
+
+    Args:
+        tries: shuffles of each teacher, drawn from the seed; all are tried, whether one is accepted or not.
+
+    Returns:
+        one row per teacher: seed, teacher ("poisoned", "clean"), label, tries, accepted, share, largest (the largest
+        suspicious share). Empty where no method of ``labels`` has a source that shows images.
+    """
+    rows, (sv,), undefended = [], chosen.defenses("sv"), [label for label in labels if "+" not in label]
+    for kind, folder, settled in (("poisoned", Path(root), chosen), ("clean", Path(root) / CONTROL, chosen.unpoisoned())):
+        teacher = poisoned_teacher(folder, settled, data)
+        for label in undefended:
+            with suppress(CheckpointError):  # a source that shows no images
+                images = synthesize(Run(folder / f"seed{chosen.seed}" / label), settled, data, teacher, sv.pool)
+                break
+        else:
+            return []
+        rng, names = torch.Generator().manual_seed(chosen.seed), sv.layer_names(teacher)
+        shuffles = (ShuffledTeacher(teacher, names, sv.k, rng) for _ in range(tries))
+        shares = [tail_share(suspicion(shuffle, teacher, images, reverse=sv.reverse), sv.sigma) for shuffle in shuffles]
+        accepted = sum(share > sv.threshold for share in shares)
+        found = {"accepted": accepted, "share": accepted / tries, "largest": round(max(shares), 5)}
+        rows.append({"seed": chosen.seed, "teacher": kind, "label": label, "tries": tries, **found})
+    return rows
 
 
 def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int) -> None:

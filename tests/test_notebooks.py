@@ -101,6 +101,27 @@ def test_other_settings_in_the_same_folder_are_refused(walk):
         batch.execute("02", root / "again.ipynb", {"run": str(root), "overrides": {**TINY, "clean.epochs": 3}, "device": "cpu"})
 
 
+def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_factory):
+    """In the walk the control is off; here it goes on from a folder of its own, with the code's scales."""
+    plain = walk[1]["05"][0]
+    assert plain["control"] is None
+    assert "loss scales: the preset's own" in plain["notes"]
+    root = tmp_path_factory.mktemp("control")
+    given = {"control": True, "scales": "code", "methods": ["zskt", "zskt+sv+sr"], "overrides": {**TINY, "sv.pool": 64}}
+    metrics, _, book = execute("05", root, **given)
+    assert metrics["scales"] == "code"
+    assert "loss scales: code" in metrics["notes"]
+    rows, vaccines = metrics["control"]["rows"], metrics["control"]["vaccines"]
+    assert [row["label"] for row in rows] == [row["label"] for row in metrics["rows"]] == ["teacher", "zskt", "zskt+sv+sr"]
+    assert rows != metrics["rows"]
+    assert [row["teacher"] for row in vaccines] == ["poisoned", "clean"]
+    assert all(0 <= row["accepted"] <= row["tries"] for row in vaccines)
+    config = json.loads((root / "clean_teacher_control" / "seed0" / "zskt+sv+sr" / "config.json").read_text())
+    assert (config["attack"]["rate"], config["sr"]["perturb"], config["sv"]["per"]) == (0, "teacher", "agreeing")
+    tables = [o["data"]["text/html"] for c in book.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    assert any("accepted" in table for table in tables)
+
+
 @pytest.mark.parametrize("name", ["04", "05"])
 def test_a_notebook_stands_alone(name, tmp_path):
     given = {"seeds": [1, 2], "methods": ["clean", "zskt"]} if name == "05" else {"defended": "zskt+sv"}

@@ -17,6 +17,7 @@ from abdlab.runs import (
     WeakTeacher,
     check_teacher,
     clean_teacher,
+    clean_teacher_control,
     distill_all,
     distilled,
     history,
@@ -27,6 +28,7 @@ from abdlab.runs import (
     synthesize,
     table,
     vaccine_of,
+    vaccine_trials,
 )
 
 
@@ -180,6 +182,13 @@ class TestWeakTeacher:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             check_teacher(0.75, 0.9)
+
+    def test_one_that_has_no_backdoor_is_not_blamed_for_it(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_teacher(0.9, None)
+        with pytest.warns(WeakTeacher, match="ACC is"):
+            check_teacher(0.6, None)
 
 
 # Width 16: with fewer input channels, strided 1x1 convolutions in channels_last corrupt memory on CPUs (oneDNN issue 6035).
@@ -496,3 +505,70 @@ def test_a_trunk_with_other_settings_is_not_shared(tmp_path):
 
 def test_sr_always_has_a_pseudo_batch_and_forks_before_it():
     assert SelfRetrospection(start=0.99).first_of(6) == 5
+
+
+@pytest.fixture
+def control(tmp_path, data):
+    """A poisoned teacher with one student, and the control beside it."""
+    labels = ["clean", "zskt"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distill_all(tmp_path, tiny(), data, labels, workers=1)
+        said = len(caught)
+        found = clean_teacher_control(tmp_path, tiny(), data, labels, workers=1)
+    return tmp_path, labels, found, [str(w.message) for w in caught[said:]]
+
+
+def test_the_control_runs_the_chain_on_a_teacher_that_is_not_poisoned(control):
+    root, labels, found, said = control
+    assert list(found) == ["teacher", *labels]
+    folder = root / "clean_teacher_control" / "seed0"
+    assert read_card(folder / "teacher" / "teacher.safetensors")["attack"]["rate"] == 0
+    assert found["teacher"]["poison_rate"] == 0
+    assert (folder / "zskt" / "student.safetensors").exists()
+    assert Run(root / "seed0" / "teacher").metrics["poison_rate"] > 0, "the poisoned chain is left alone"
+    assert not [message for message in said if "ASR" in message], "an ASR is not asked of it"
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_vaccines_are_tried_on_both_teachers(control, data):
+    root, labels, *_ = control
+    chosen = tiny(sv__pool=32, sv__threshold=0.0, sv__sigma=0.5)
+    rows = vaccine_trials(root, chosen, data, labels, tries=3)
+    again = vaccine_trials(root, chosen, data, labels, tries=3)
+    strict = vaccine_trials(root, tiny(sv__pool=32, sv__threshold=1.0), data, labels, tries=2)
+    none = vaccine_trials(root, chosen, data, ["clean"])
+    assert [(row["seed"], row["teacher"], row["label"], row["tries"]) for row in rows] == [
+        (0, "poisoned", "zskt", 3),
+        (0, "clean", "zskt", 3),
+    ]
+    assert all(row["accepted"] == 3 and row["share"] == 1 and 0 < row["largest"] < 1 for row in rows)
+    assert rows == again
+    assert [row["accepted"] for row in strict] == [0, 0]
+    assert none == []
+
+
+def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
+    small = {"ood__patches": 16, "ood__batch_size": 8, "ood__epochs": 2, "mixed__pseudo_batches": 4}
+    chosen = tiny(**small)
+    teacher = chosen.teacher(data)
+    for label in ("ood+sv+sr", "mixed+sv"):
+        _, metrics = distilled(tmp_path, chosen, data, teacher, label)
+        run = Run(tmp_path / "seed0" / label)
+        assert set(metrics["defenses"]["sv"]["forms"]) == {"ood+sv+sr": {"weights"}, "mixed+sv": {"weights", "synthesis"}}[label]
+        assert {"ood": {"ood"}, "mix": {"mixed", "zskt", "ood"}}[label[:3]] <= set(run.config)
+    assert synthesize(Run(tmp_path / "seed0" / "ood+sv+sr"), chosen, data, teacher, 5).shape == (5, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"ood\.patches was 16 and is 17"):
+        distilled(tmp_path, tiny(**{**small, "ood__patches": 17}), data, teacher, "mixed+sv")
+
+
+def test_settings_without_poison(data):
+    more = [{"trigger": "blend", "rate": 0.05, "target": 1}]
+    chosen = tiny(attack__covers=0.1, attack__more=more)
+    clean = chosen.unpoisoned()
+    assert [attack.rate for attack in clean.attacks] == [0, 0]
+    assert [attack.trigger for attack in clean.attacks] == [attack.trigger for attack in chosen.attacks]
+    assert not clean.poison(data).mask.any()
+    assert torch.equal(clean.poison(data).images, data.train_images)
+    assert chosen.attacks[0].rate > 0
+    assert clean.values["sv"] == chosen.values["sv"]
