@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench quick-preset clean
+.PHONY: demo test lab lint format bench quick-preset triggers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make format        mend style"
 	@echo "make bench         measure speed against the naive formulas"
 	@echo "make quick-preset  the README's figures of the quick preset: seeds 1, 2, 3"
+	@echo "make triggers      the README's figures of all eleven triggers: a teacher each"
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("abdlab needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
@@ -46,6 +47,12 @@ bench: $(READY)
 quick-preset: $(READY)
 	$(BIN)/abdlab run 05_abd_ablation -p run runs/quick-preset -p seeds '[1, 2, 3]'
 	$(BIN)/abdlab report runs/quick-preset
+
+triggers: $(READY)
+	for name in badnet_grid badnet_sq blend sig trojan_wm trojan_3x3 trojan_8x8 cl l2_inv l0_inv smooth; do \
+		OMP_NUM_THREADS=1 $(BIN)/abdlab run 01_poisoning -p run runs/triggers/$$name -p trigger $$name -p device cpu || exit; \
+	done
+	$(BIN)/abdlab report runs/triggers
 
 clean:
 	rm -rf $(VENV)

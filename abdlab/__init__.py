@@ -9,24 +9,30 @@ from abdlab.data import Dataset, augment, load, pick_device
 from abdlab.defenses import SelfRetrospection, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, suspicion
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError, Diverged
-from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict
+from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
 from abdlab.features import record
 from abdlab.models import build
-from abdlab.poison import Poisoned, poison, triggered_test
-from abdlab.presets import PRESETS, Settings, settings
+from abdlab.optimize import PGD, optimize
+from abdlab.poison import Attack, Poisoned, poison, poison_many, triggered_test
+from abdlab.presets import PRESETS, SCALES, Settings, settings
 from abdlab.runs import (
     Run,
     WeakTeacher,
+    clean_teacher,
+    clean_teacher_control,
     distill_all,
     distilled,
     history,
     poisoned_teacher,
+    prepare,
     progress,
+    ready_triggers,
     synthesize,
     table,
     vaccine_of,
+    vaccine_trials,
 )
-from abdlab.sources import CMI, DAFL, DFAD, DFQ, ZSKT, CleanKD, DeepInversion
+from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
@@ -37,15 +43,20 @@ __all__ = [
     "DAFL",
     "DFAD",
     "DFQ",
+    "OOD",
+    "PGD",
     "PRESETS",
+    "SCALES",
     "TRIGGERS",
     "ZSKT",
+    "Attack",
     "CheckpointError",
     "CleanKD",
     "Dataset",
     "DeepInversion",
     "Diverged",
     "Exam",
+    "Mixed",
     "Poisoned",
     "Run",
     "SelfRetrospection",
@@ -61,18 +72,24 @@ __all__ = [
     "attack_success",
     "augment",
     "build",
+    "clean_teacher",
+    "clean_teacher_control",
     "distill",
     "distill_all",
     "distilled",
     "history",
     "load",
     "load_model",
+    "optimize",
     "pick_device",
     "poison",
+    "poison_many",
     "poisoned_teacher",
     "predict",
+    "prepare",
     "progress",
     "read_card",
+    "ready_triggers",
     "record",
     "save_model",
     "settings",
@@ -81,6 +98,8 @@ __all__ = [
     "table",
     "train",
     "trigger_from",
+    "trigger_size",
     "triggered_test",
     "vaccine_of",
+    "vaccine_trials",
 ]

@@ -62,7 +62,7 @@ def trojan(
     steps: int = 150,
     lr: float = 0.05,
 ) -> Tensor:
-    """The patch that excites the chosen neurons most (TrojanNN, Liu et al., NDSS 2018, section IV, "Trojan trigger generation").
+    """The patch that excites the chosen neurons most (TrojanNN, Liu et al., NDSS 2018, "Trojan trigger generation").
 
     Gradient ascent, as in the paper, from random pixels and within the patch only. Where ours deviates: the neurons are features
     before the last linear layer, chosen by the weights that *leave* them (:func:`strongest`; the paper goes by those that enter a
@@ -87,7 +87,7 @@ def trojan(
     return _quantise(_descend(bench.uniform(channels, side, side), loss, lambda p: p.clamp(0, 1), steps, lr))
 
 
-def l2(bench: Bench, *, bound: float = 0.05, neurons: int = 2, steps: int = 150, lr: float = 0.01) -> Tensor:
+def l2(bench: Bench, *, bound: float = 0.03, neurons: int = 2, steps: int = 150, lr: float = 0.01) -> Tensor:
     """The additive pattern that excites the chosen neurons most within an l2 ball (Li et al., TDSC 2020, arXiv 1909.02742).
 
     Where ours deviates: the paper adds a multiple of the norm to the loss and lowers it step by step, here the pattern is
@@ -154,7 +154,7 @@ def l0(bench: Bench, *, share: float = 0.02, neurons: int = 2, rounds: int = 4, 
 
 
 def low_frequency(bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int = 150, lr: float = 0.01) -> Tensor:
-    """The smooth pattern that makes the clean model call the target (Zeng et al., ICCV 2021, arXiv 2104.03413, section 5).
+    """The smooth pattern that makes the clean model call the target (Zeng et al., ICCV 2021, arXiv 2104.03413).
 
     A universal perturbation, like the paper's, that minimises the cross-entropy to the target. Where ours deviates: the paper
     filters each step's pattern with a low-pass filter, ours is made of low cosines alone, so that it has nothing above the cut.
@@ -213,7 +213,7 @@ def optimize(
 ) -> Trigger:
     """The same trigger with its pattern, optimised against a clean model.
 
-    >>> trigger = optimize("l2_inv", model, data.train_images, data.train_labels, target=0, bound=0.03)
+    >>> trigger = optimize("l2_inv", model, data.train_images, data.train_labels, target=0, bound=0.05)
 
     Args:
         trigger: one of :data:`METHODS`, by name or with parameters of its own (the corner of a patch).
@@ -291,7 +291,7 @@ def activation(model: nn.Module, images: Tensor, neurons: Tensor) -> Tensor:
 class PGD:
     """Images that a clean model no longer recognises: projected gradient ascent on its loss (Madry et al. 2018, arXiv 1706.06083).
 
-    The perturbation of the label-consistent attack (Turner et al. 2019, arXiv 1912.02771, section 4.2): on target images made
+    The perturbation of the label-consistent attack (Turner et al. 2019, arXiv 1912.02771): on target images made
     hard in this way, a model learns the trigger instead of the image.
 
     Attributes:

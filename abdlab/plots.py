@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from abdlab.triggers import Trigger
+
 _PALETTE = sns.color_palette("colorblind").as_hex()
 #: teacher, clean KD, or a student's defences ("" when it has none) -> colour, whatever the source
 COLORS = {
@@ -100,6 +102,48 @@ def trigger_figure(images: Tensor, triggered: Tensor, labels: Sequence[str] | No
     for row, text in enumerate(("clean", "triggered", f"difference\n(x {gain.item():.2g})")):
         axes[row, 0].set_ylabel(text, fontsize=9)
     figure.suptitle(f"Trigger {name}", fontsize=11)
+    return figure
+
+
+def trigger_gallery(images: Tensor, triggers: Sequence[Trigger], columns: int = 4) -> Figure:
+    """Several triggers on the same images: one row each, the triggered images on the left and their differences on the right.
+
+    The first row is the clean images. A difference is the largest absolute change over the channels, and brightened so that the
+    row's largest value is white: the factor is under the trigger's name. On the right stand the trigger's sizes, means over all
+    ``images`` (:func:`abdlab.evaluate.trigger_size`).
+
+    Args:
+        images: (N, C, H, W) in [0, 1]; the first ``columns`` are shown, all are measured.
+        triggers: optimised ones with their patterns (:func:`abdlab.runs.ready_triggers`).
+    """
+    from abdlab.evaluate import trigger_size
+
+    shown = images[:columns]
+    n = len(shown)
+    figure, axes = plt.subplots(
+        len(triggers) + 1, 2 * n, figsize=(1.6 * n + 4.2, 0.8 * len(triggers) + 1.5), layout="constrained", squeeze=False
+    )
+    for ax in axes[0, n:]:
+        ax.axis("off")
+    note = "difference, brightened by the factor on the left"
+    axes[0, n].text(0, 0.1, note, transform=axes[0, n].transAxes, fontsize=9).set_in_layout(False)
+    for column in range(n):
+        show(axes[0, column], shown[column])
+    axes[0, 0].set_ylabel("clean", fontsize=9, rotation=0, ha="right", va="center")
+    for row, trigger in zip(axes[1:], triggers, strict=True):
+        triggered, size = trigger(shown), trigger_size(images, trigger)
+        difference = (triggered - shown).abs().amax(1, keepdim=True)
+        gain = 1 / difference.max().clamp_min(1e-6)
+        for column in range(n):
+            show(row[column], triggered[column])
+            show(row[n + column], difference[column] * gain)
+        row[0].set_ylabel(f"{trigger}\n(difference x {gain.item():.2g})", fontsize=9, rotation=0, ha="right", va="center")
+        text = f"l0 {size['l0']:.1%} of pixels, SSIM {size['ssim']:.3f}\nl2 {size['l2']:.2f}, l$_\\infty$ {size['linf']:.3f}"
+        row[-1].text(1.12, 0.5, text, transform=row[-1].transAxes, fontsize=8, va="center")
+    figure.suptitle(
+        f"Triggers on the same images\n(sizes: means over {len(images)} images; l2, l$_\\infty$ in [0, 1] units)",
+        fontsize=11,
+    )
     return figure
 
 

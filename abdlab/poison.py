@@ -26,8 +26,7 @@ class Attack:
         rate: poisoned share of the whole training set, in [0, 1].
         clean_label: poison images of the target class only (at most all of them) and keep every label; by default what the
             trigger's own attack does (true for sig and cl).
-        relabel: "all_to_one" (to the target), or "all_to_all" (class y to y + 1, the last one to 0; BadNets, Gu et al. 2017,
-            section 4).
+        relabel: "all_to_one" (to the target), or "all_to_all" (class y to y + 1, the last one to 0; BadNets, Gu et al. 2017).
         covers: share of the whole set, in [0, 1], that carries the trigger as well but keeps its right label. Covers make a
             backdoor harder to find (Qi et al., ICLR 2023, "Revisiting the assumption of latent separability"); in an all-to-one
             attack they are never of the target class.

@@ -9,11 +9,14 @@
         metrics.json               the numbers that the run ended with
         teacher.safetensors        or student.safetensors, and the run's checkpoint.safetensors
         samples.safetensors        inputs of the student over training, by step
+      seed0/clean_teacher/         the same network on clean data, where an attack is optimised against one
+      seed0/trigger/*.json         optimised triggers, each with what it was made from
       02_distillation/             one folder per notebook: metrics.json and figures/*.png
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -21,6 +24,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty
@@ -32,15 +36,22 @@ from torch import Tensor, nn
 
 from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import ShuffledTeacher
+from abdlab.defenses import ShuffledTeacher, suspicion
+from abdlab.defenses.shuffling_vaccine import tail_share
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
-from abdlab.presets import Settings
+from abdlab.evaluate import Exam
+from abdlab.optimize import optimize, options_of
+from abdlab.presets import Settings, settings
 from abdlab.sources import Source
 from abdlab.train import train
+from abdlab.triggers import Trigger, trigger_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: folder below a root for :func:`clean_teacher_control`
+CONTROL = "clean_teacher_control"
 
 #: set by whoever runs a notebook without a browser: progress bars become lines on the terminal
 HEADLESS = "ABDLAB_HEADLESS"
@@ -154,9 +165,11 @@ class Run:
                 continue
             if isinstance(value, dict) and isinstance(config.get(section), dict):
                 keys = [k for k in {**value, **config[section]} if value.get(k) != config[section].get(k)]
-                differ = ", ".join(f"{section}.{k} was {value.get(k)!r} and is {config[section].get(k)!r}" for k in keys)
+                differ = ", ".join(
+                    f"{section}.{k} was {_short(value.get(k))} and is {_short(config[section].get(k))}" for k in keys
+                )
             else:
-                differ = f"{section} was {value!r} and is {config.get(section)!r}"
+                differ = f"{section} was {_short(value)} and is {_short(config.get(section))}"
             raise ValueError(f"{self.path} holds a run with other settings ({differ}): choose another folder, or delete that one")
 
     def _read(self, name: str) -> dict:
@@ -205,10 +218,91 @@ def _scores(acc: float, asr: float | None) -> str:
     return f"ACC {acc:.1%}" + ("" if asr is None else f" ASR {asr:.1%}")
 
 
+def prepare(root: str | Path, chosen: Settings, data: Dataset) -> Settings:
+    """The same settings, ready to attack with: every optimised trigger has its pattern, and cl the clean model it needs.
+
+    The clean model is that of :func:`clean_teacher`; a trigger is optimised once and then read from ROOT/seedN/trigger. Settings
+    whose attacks need neither are returned as they are, and nothing is trained.
+
+    Args:
+        root: the folder that the run's notebooks share.
+    """
+    if not any(attack.trigger.needs_pattern or attack.needs_adversary for attack in chosen.attacks):
+        return chosen
+    main, *more = (
+        {**values, **_ready(root, chosen, data, attack.trigger, attack.target, values)}
+        for attack, values in zip(chosen.attacks, chosen.attack_values, strict=True)
+    )
+    attack = {**main, "more": more} if more else main
+    _, path = clean_teacher(root, chosen, data)
+    return replace(chosen, values={**chosen.values, "attack": attack}, clean_model=str(path))
+
+
+def ready_triggers(root: str | Path, chosen: Settings, data: Dataset, names: Sequence[str]) -> list[Trigger]:
+    """The triggers of these names as the preset would attack with them, and the chosen ones last; optimised where need be."""
+    there = [attack.trigger for attack in prepare(root, chosen, data).attacks]
+    others = []
+    for name in [name for name in names if name not in map(str, there)]:
+        other = settings(chosen.preset, {"attack.trigger": name}, seed=chosen.seed, device=chosen.device)
+        values = {**other.values["attack"], "target": chosen.target}
+        others.append(trigger_from(name, values.get("params")))
+        if others[-1].needs_pattern:
+            ready = _ready(root, chosen, data, others[-1], chosen.target, values)
+            others[-1] = trigger_from(ready["trigger"], ready.get("params"))
+    return [*others, *there]
+
+
+def clean_teacher(root: str | Path, chosen: Settings, data: Dataset) -> tuple[nn.Module, Path]:
+    """The teacher's network trained alike but on clean data, and its file: trained, or loaded from ROOT/seedN/clean_teacher.
+
+    It is what an attacker optimises against, and no part of a defence.
+    """
+    run = Run(Path(root) / f"seed{chosen.seed}" / "clean_teacher", chosen.config("data", "teacher"))
+    path = run.file("teacher.safetensors")
+    if not path.exists():
+        model, exam = chosen.teacher(data), Exam.of(data.test_images, data.test_labels)
+        stream = train(model, data.train_images, data.train_labels, exam=exam, **chosen.training(data))
+        last = run.watch(stream, "clean_teacher", every=1)
+        metrics = {"label": "clean_teacher", "seed": chosen.seed, "acc": last.acc, "seconds": round(last.seconds, 1)}
+        save_model(path, model, metrics)
+        run.save_metrics(metrics)
+    return load_model(path, device=data.train_images.device), path
+
+
+def _ready(root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, values: dict) -> dict:
+    """What an attack's values say of its trigger, with every pattern in it."""
+    parts = [Trigger(trigger.name, trigger.params), *trigger.then]
+    if not trigger.needs_pattern:
+        return {}
+    options = values.get("optimize", {})
+    if options and len(parts) > 1:
+        raise ValueError(f"attack.optimize is for a single trigger, not for {trigger}: its parts are made with their defaults")
+    first, *rest = (_optimised(root, chosen, data, p, target, options) if p.needs_pattern else p for p in parts)
+    return {"trigger": replace(first, then=tuple(rest)).card()} if rest else {"trigger": first.name, "params": first.params}
+
+
+def _optimised(root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, options: dict) -> Trigger:
+    """One optimised trigger: made against the clean model, or read from the file that holds what it was made from."""
+    options = options_of(trigger, **options)
+    request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
+    stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    path = Path(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
+    model, _ = clean_teacher(root, chosen, data)
+    if not path.exists():
+        images, labels = data.train_images, data.train_labels
+        made = optimize(trigger, model, images, labels, target, seed=chosen.seed, device=images.device, **options)
+        write_atomically(path, (json.dumps({**request, "made": made.card()}, indent=2) + "\n").encode())
+    try:
+        return trigger_from(json.loads(path.read_text())["made"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no trigger that abdlab wrote ({error!r}): delete it, and it is made again") from None
+
+
 def poisoned_teacher(root: str | Path, chosen: Settings, data: Dataset) -> nn.Module:
     """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher has it already.
 
-    Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json.
+    Writes teacher.safetensors, whose card holds the attack and the measured ACC and ASR, and metrics.json. An optimised trigger,
+    and cl, need settings that :func:`prepare` has made ready.
 
     Warns:
         WeakTeacher: before any distillation, when ASR is under 90 % or ACC is poor (under three quarters).
@@ -220,17 +314,28 @@ def poisoned_teacher(root: str | Path, chosen: Settings, data: Dataset) -> nn.Mo
         last = run.watch(
             train(model, poisoned.images, poisoned.labels, exam=chosen.exam(data), **chosen.training(data)), "teacher", every=1
         )
-        attack = {"trigger": chosen.trigger.card(), "target": chosen.target, "rate": poisoned.rate}
+        first, *more = ({**attack.card(), "rate": poisoned.rate_of(i)} for i, attack in enumerate(chosen.attacks))
+        attack = {**first, "more": more} if more else first
         metrics = {"label": "teacher", "seed": chosen.seed, "acc": last.acc, "asr": last.asr, "seconds": round(last.seconds, 1)}
+        metrics |= _each_asr(chosen, data, model)
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
-    check_teacher(run.metrics["acc"], run.metrics["asr"])
+    check_teacher(run.metrics["acc"], run.metrics["asr"] if any(attack.rate for attack in chosen.attacks) else None)
     return load_model(path, device=data.train_images.device)
 
 
-def check_teacher(acc: float, asr: float) -> None:
-    """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or ACC under .75 (shares)."""
-    if asr < 0.9:
+def _each_asr(chosen: Settings, data: Dataset, model: nn.Module) -> dict[str, float]:
+    """The ASR of every attack, as "asr/TRIGGER", where there are several; "asr" is their mean."""
+    found = chosen.exam(data)(model) if len(chosen.attacks) > 1 else {}
+    return {name: value for name, value in found.items() if name.startswith("asr/")}
+
+
+def check_teacher(acc: float, asr: float | None) -> None:
+    """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or ACC under .75 (shares).
+
+    An ASR of None is that of a teacher which is not meant to have a backdoor.
+    """
+    if asr is not None and asr < 0.9:
         warnings.warn(
             f"the teacher's ASR is {asr:.1%}, under 90 %: its backdoor is weak (longer training, a higher poison rate or a stronger trigger)",
             WeakTeacher,
@@ -305,6 +410,7 @@ def distilled(
         "threads": torch.get_num_threads(),
         "branched_from": resume_from and str(resume_from),
         "defenses": {d.name: d.report() for d in active},
+        **_each_asr(chosen, data, student),
     }
     save_model(path, student, metrics)
     run.save_metrics(metrics)
@@ -353,6 +459,51 @@ def distill_all(
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
     return results
+
+
+def clean_teacher_control(
+    root: str | Path, chosen: Settings, data: Dataset, labels: Sequence[str], *, workers: int | None = None
+) -> dict[str, dict]:
+    """The whole chain on a teacher that is not poisoned, in ROOT/clean_teacher_control: what do the defences cost?
+
+    Settings and seeds are those of ``chosen``, but for the attack's rate of 0. "asr" is then what the trigger does to models
+    that have never seen it.
+
+    Returns:
+        what :func:`distill_all` does, the teacher first.
+    """
+    return distill_all(Path(root) / CONTROL, chosen.unpoisoned(), data, labels, with_teacher=True, workers=workers)
+
+
+def vaccine_trials(root: str | Path, chosen: Settings, data: Dataset, labels: Sequence[str], tries: int = 20) -> list[dict]:
+    """How often verification accepts a shuffle, of the poisoned teacher and of the control's, on their students' own images.
+
+    The images are those that the source of the first undefended method of ``labels`` makes at its run's end, as many as the
+    settings of "sv" pool; layers, k, sigma and threshold are theirs too.
+
+    Args:
+        tries: shuffles of each teacher, drawn from the seed; all are tried, whether one is accepted or not.
+
+    Returns:
+        one row per teacher: seed, teacher ("poisoned", "clean"), label, tries, accepted, share, largest (the largest
+        suspicious share). Empty where no method of ``labels`` has a source that shows images.
+    """
+    rows, (sv,), undefended = [], chosen.defenses("sv"), [label for label in labels if "+" not in label]
+    for kind, folder, settled in (("poisoned", Path(root), chosen), ("clean", Path(root) / CONTROL, chosen.unpoisoned())):
+        teacher = poisoned_teacher(folder, settled, data)
+        for label in undefended:
+            with suppress(CheckpointError):  # a source that shows no images
+                images = synthesize(Run(folder / f"seed{chosen.seed}" / label), settled, data, teacher, sv.pool)
+                break
+        else:
+            return []
+        rng, names = torch.Generator().manual_seed(chosen.seed), sv.layer_names(teacher)
+        shuffles = (ShuffledTeacher(teacher, names, sv.k, rng) for _ in range(tries))
+        shares = [tail_share(suspicion(shuffle, teacher, images), sv.sigma) for shuffle in shuffles]
+        accepted = sum(share > sv.threshold for share in shares)
+        found = {"accepted": accepted, "share": accepted / tries, "largest": round(max(shares), 5)}
+        rows.append({"seed": chosen.seed, "teacher": kind, "label": label, "tries": tries, **found})
+    return rows
 
 
 def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int) -> None:
@@ -448,6 +599,12 @@ def table(root: str | Path) -> pd.DataFrame:
         plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float)) or v is None}
         rows.append({"run": str(path.parent.relative_to(root)), **plain})
     return pd.DataFrame(rows)
+
+
+def _short(value: Any) -> str:
+    """A value as an error message quotes it: a pattern's kilobytes help nobody."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:110]}... ({len(text)} characters)"
 
 
 def _missing(value: Any) -> bool:

@@ -102,7 +102,7 @@ def trojan_wm(images: Tensor, alpha: float = 0.6) -> Tensor:
 
 
 def trojan_3x3(images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
-    """A patch of 3x3 pixels that excites chosen neurons of a clean model (TrojanNN, Liu et al., NDSS 2018, section IV).
+    """A patch of 3x3 pixels that excites chosen neurons of a clean model (TrojanNN, Liu et al., NDSS 2018).
 
     Args:
         pattern: packed levels (C, 3, 3), 0 to 255, from :func:`abdlab.optimize.optimize`.
@@ -161,7 +161,7 @@ def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
 
 def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
-    """A low-frequency change of the whole image (Zeng et al., ICCV 2021, arXiv 2104.03413, section 5).
+    """A low-frequency change of the whole image (Zeng et al., ICCV 2021, arXiv 2104.03413).
 
     Args:
         pattern: packed levels (C, k, k), from :func:`abdlab.optimize.optimize`: the weights, in steps of 1/255, of the k x k

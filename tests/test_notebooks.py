@@ -44,7 +44,8 @@ def walk(tmp_path_factory):
 
 def test_01_trains_and_reports_the_teacher(walk):
     metrics, figures, book = walk[1]["01"]
-    assert figures == {"trigger", "teacher_training", "predictions"}
+    assert figures == {"trigger", "teacher_training", "predictions", "gallery"}
+    assert {"badnet_grid", "badnet_sq", "blend", "sig", "trojan_wm", "cl"} == set(metrics["trigger_sizes"])
     assert 0 <= metrics["acc"] <= 1
     assert metrics["poison_rate"] == pytest.approx(0.1, abs=0.01)
     text = json.dumps(book)
@@ -90,6 +91,27 @@ def test_other_settings_in_the_same_folder_are_refused(walk):
     root, _ = walk
     with pytest.raises(batch.NotebookFailed, match=r"clean\.epochs was 1 and is 3"):
         batch.execute("02", root / "again.ipynb", {"run": str(root), "overrides": {**TINY, "clean.epochs": 3}, "device": "cpu"})
+
+
+def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_factory):
+    """In the walk the control is off; here it goes on from a folder of its own, with the code's scales."""
+    plain = walk[1]["05"][0]
+    assert plain["control"] is None
+    assert "loss scales: the preset's own" in plain["notes"]
+    root = tmp_path_factory.mktemp("control")
+    given = {"control": True, "scales": "code", "methods": ["zskt", "zskt+sv+sr"], "overrides": {**TINY, "sv.pool": 64}}
+    metrics, _, book = execute("05", root, **given)
+    assert metrics["scales"] == "code"
+    assert "loss scales: code" in metrics["notes"]
+    rows, vaccines = metrics["control"]["rows"], metrics["control"]["vaccines"]
+    assert [row["label"] for row in rows] == [row["label"] for row in metrics["rows"]] == ["teacher", "zskt", "zskt+sv+sr"]
+    assert rows != metrics["rows"]
+    assert [row["teacher"] for row in vaccines] == ["poisoned", "clean"]
+    assert all(0 <= row["accepted"] <= row["tries"] for row in vaccines)
+    config = json.loads((root / "clean_teacher_control" / "seed0" / "zskt+sv+sr" / "config.json").read_text())
+    assert (config["attack"]["rate"], config["sr"]["perturb"], config["sv"]["per"]) == (0, "teacher", "agreeing")
+    tables = [o["data"]["text/html"] for c in book.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    assert any("accepted" in table for table in tables)
 
 
 @pytest.mark.parametrize("name", ["04", "05"])

@@ -5,11 +5,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from abdlab import plots
+from abdlab.triggers import Trigger
 
 CLASSES = ["a", "b", "c"]
 
@@ -44,6 +46,25 @@ def test_training_curves_are_in_percent_with_a_floor():
     assert floor.get_ydata()[0] == pytest.approx(3)
     assert labelled(ax)
     assert acc.get_color() == asr.get_color() == plots.color_of("zskt")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_trigger_gallery_names_and_measures_every_trigger(channels):
+    clean = torch.rand(5, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    figure = plots.trigger_gallery(clean, [Trigger("badnet_sq", {"size": 2}), Trigger("blend") + Trigger("sig")], columns=3)
+    assert len(figure.axes) == 3 * 6
+    names = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::6]]
+    assert names == ["clean", "badnet_sq", "blend+sig"]
+    sizes = [text.get_text() for ax in figure.axes[6:] for text in ax.texts]
+    assert len(sizes) == 2
+    assert "l0 6.2% of pixels" in sizes[0]
+    assert "SSIM" in sizes[0]
+    assert "difference x" in figure.axes[6].get_ylabel()
+    # left the triggered image, right the difference, whose largest value is white
+    left, right = ([np.asarray(ax.images[0].get_array()) for ax in figure.axes[i : i + 3]] for i in (6, 9))
+    assert all(image.max() == 1 for image in left)
+    assert max(image.max() for image in right) == pytest.approx(1)
+    assert all((image > 0).sum() == 4 for image in right)
 
 
 def test_given_axes_are_used_and_returned():

@@ -8,10 +8,12 @@ import torch
 from abdlab.data import Dataset, load
 from abdlab.defenses import DEFENSES, ShufflingVaccine
 from abdlab.distill import distill
-from abdlab.presets import ABOUT, PRESETS, SECTIONS, defaults, settings
+from abdlab.optimize import options_of
+from abdlab.poison import Attack
+from abdlab.presets import ABOUT, ATTACKS, PRESETS, SECTIONS, defaults, settings
 from abdlab.sources import SOURCES
 from abdlab.train import train
-from abdlab.triggers import Trigger
+from abdlab.triggers import TRIGGERS, Trigger
 
 QUICK = "quick/digits"
 
@@ -202,8 +204,17 @@ class TestOverrides:
         assert settings(QUICK, {"attack.rate": value}).values["attack"]["rate"] == value
 
     def test_another_trigger_drops_the_parameters(self):
-        other = "blend" if settings(QUICK).trigger.name != "blend" else "sig"
+        other = "blend" if settings(QUICK).trigger.name != "blend" else "badnet_grid"
         assert settings(QUICK, {"attack.trigger": other}).trigger == Trigger(other)
+
+    def test_another_trigger_takes_what_is_recommended_for_it_unless_told_otherwise(self, monkeypatch):
+        monkeypatch.setitem(ATTACKS, QUICK, {"sig": {"params": {"strength": 0.3}, "rate": 0.07}})
+        attack = settings(QUICK, {"attack.trigger": "sig"}).attacks[0]
+        assert attack == Attack(Trigger("sig", {"strength": 0.3}), 0, 0.07)
+        for order in (1, -1):
+            pairs = [("attack.trigger", "sig"), ("attack.rate", 0.01), ("attack.params", {})][::order]
+            assert settings(QUICK, dict(pairs)).attacks[0] == Attack(Trigger("sig"), 0, 0.01)
+        assert settings(QUICK).attacks[0].rate == 0.1
 
     def test_the_same_trigger_keeps_them(self):
         chosen = settings(QUICK)
@@ -239,6 +250,53 @@ class TestOverrides:
         assert not torch.equal(weight[0], weight[2])
         assert torch.equal(first.poison(data).mask, same.poison(data).mask)
         assert not torch.equal(first.student(data).conv1.weight, settings(QUICK, seed=1).student(data).conv1.weight)
+
+
+@pytest.mark.parametrize("preset", ATTACKS)
+def test_recommended_attacks_can_be_built(preset):
+    for name, values in ATTACKS[preset].items():
+        attack = settings(preset, {"attack.trigger": name}).attacks[0]
+        assert attack.trigger.name == name
+        assert attack.rate == values.get("rate", PRESETS[preset]["attack"]["rate"])
+        if attack.trigger.needs_pattern:
+            options_of(attack.trigger, **values.get("optimize", {}))
+        assert name in TRIGGERS
+
+
+class TestSeveralAttacks:
+    def test_further_attacks_have_keys_of_their_own(self):
+        more = [
+            {"trigger": "blend", "target": 3, "rate": 0.2},
+            {"trigger": "badnet_sq", "params": {"corner": "top_left"}, "covers": 0.05},
+        ]
+        chosen = settings(QUICK, {"attack.more": more}, device="cpu")
+        main, blend, square = chosen.attacks
+        assert (main.trigger, main.target) == (chosen.trigger, chosen.target)
+        assert blend == Attack(Trigger("blend"), 3, 0.2)
+        assert square == Attack(Trigger("badnet_sq", {"corner": "top_left"}), covers=0.05)
+        data = stand_in("digits")
+        found = chosen.poison(data)
+        assert [((found.which == i) & found.mask).sum().item() for i in range(3)] == [4, 8, 4]
+        assert found.covers.sum() == 2
+        assert set(chosen.exam(data).attacks) == {"badnet_sq", "blend", "badnet_sq-2"}
+
+    def test_all_to_all(self):
+        chosen = settings(QUICK, {"attack.relabel": "all_to_all"}, device="cpu")
+        data = stand_in("digits")
+        found = chosen.poison(data)
+        assert torch.equal(found.labels[found.mask], (data.train_labels[found.mask] + 1) % 10)
+        assert torch.equal(chosen.exam(data).target, (data.test_labels + 1) % 10)
+
+    def test_hints(self):
+        with pytest.raises(ValueError, match=r"unknown setting of attack\.more 'tigger': did you mean 'trigger'"):
+            settings(QUICK, {"attack.more": [{"tigger": "blend"}]})
+        with pytest.raises(ValueError, match="attack 2 names no trigger"):
+            settings(QUICK, {"attack.more": [{"trigger": "blend"}, {"rate": 0.1}]})
+
+    @pytest.mark.parametrize(("trigger", "words"), [("l2_inv", "prepare"), ("cl", "prepare")])
+    def test_an_attack_that_needs_a_clean_model_says_so(self, trigger, words):
+        with pytest.raises(ValueError, match=words):
+            settings(QUICK, {"attack.trigger": trigger, "attack.rate": 0.5}, device="cpu").poison(stand_in("digits"))
 
 
 class TestHints:

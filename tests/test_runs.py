@@ -9,20 +9,26 @@ from abdlab.checkpoint import read_card
 from abdlab.defenses import SelfRetrospection
 from abdlab.distill import Step
 from abdlab.errors import CheckpointError
+from abdlab.optimize import trojan
 from abdlab.presets import settings
 from abdlab.runs import (
     HEADLESS,
     Run,
     WeakTeacher,
     check_teacher,
+    clean_teacher,
+    clean_teacher_control,
     distill_all,
     distilled,
     history,
     poisoned_teacher,
+    prepare,
     progress,
+    ready_triggers,
     synthesize,
     table,
     vaccine_of,
+    vaccine_trials,
 )
 
 
@@ -177,6 +183,13 @@ class TestWeakTeacher:
             warnings.simplefilter("error")
             check_teacher(0.75, 0.9)
 
+    def test_one_that_has_no_backdoor_is_not_blamed_for_it(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_teacher(0.9, None)
+        with pytest.warns(WeakTeacher, match="ACC is"):
+            check_teacher(0.6, None)
+
 
 # Width 16: with fewer input channels, strided 1x1 convolutions in channels_last corrupt memory on CPUs (oneDNN issue 6035).
 TINY = {
@@ -244,6 +257,123 @@ class TestTeacher:
         poisoned_teacher(tmp_path, tiny(), data)
         with pytest.raises(ValueError, match="choose another folder"):
             poisoned_teacher(tmp_path, tiny(**change), data)
+
+
+FAST = {"steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+class TestPrepare:
+    def test_what_needs_nothing_is_returned_as_it_is(self, tmp_path, data):
+        chosen = tiny()
+        assert prepare(tmp_path, chosen, data) is chosen
+        assert not list(tmp_path.iterdir())
+
+    def test_an_optimised_trigger_gets_its_pattern_once(self, tmp_path, data):
+        chosen = tiny(attack__trigger="trojan_3x3", attack__params={"corner": "top_left"}, attack__optimize=FAST)
+        first = prepare(tmp_path, chosen, data)
+        (file,) = (tmp_path / "seed0" / "trigger").iterdir()
+        written = file.stat().st_mtime_ns
+        again = prepare(tmp_path, chosen, data)
+        assert first == again
+        assert file.stat().st_mtime_ns == written
+        assert prepare(tmp_path, first, data) is first
+        assert not first.trigger.needs_pattern
+        assert first.trigger.params["corner"] == "top_left"
+        assert first.config("attack")["attack"]["params"]["pattern"].startswith("1x3x3:")
+        card = json.loads(file.read_text())
+        assert card["made"] == first.trigger.card()
+        assert card["options"] == {"neurons": 2, "steps": 3, "lr": 0.05}
+        assert chosen.trigger.needs_pattern
+
+    def test_the_clean_model_is_a_run_like_the_others(self, tmp_path, data):
+        chosen = tiny(attack__trigger="smooth", attack__optimize=FAST)
+        prepare(tmp_path, chosen, data)
+        run = Run(tmp_path / "seed0" / "clean_teacher")
+        assert run.config == json.loads(json.dumps(chosen.config("data", "teacher")))
+        assert len(run.history()) == 1
+        assert "asr" not in run.history()
+        _, path = clean_teacher(tmp_path, chosen, data)
+        assert path == run.file("teacher.safetensors")
+        assert read_card(path)["acc"] == run.metrics["acc"]
+        assert "attack" not in read_card(path)
+        with pytest.raises(ValueError, match="choose another folder"):
+            clean_teacher(tmp_path, tiny(teacher__epochs=2), data)
+
+    def test_other_options_make_another_trigger(self, tmp_path, data):
+        found = [
+            prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": bound}), data).trigger
+            for bound in (0.02, 0.2)
+        ]
+        assert found[0] != found[1]
+        assert len(list((tmp_path / "seed0" / "trigger").iterdir())) == 2
+
+    def test_the_teachers_card_holds_the_pattern_and_its_messages_do_not(self, tmp_path, data):
+        chosen = prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": 0.3}), data)
+        poisoned_teacher(tmp_path, chosen, data)
+        run = Run(tmp_path / "seed0" / "teacher")
+        assert read_card(run.file("teacher.safetensors"))["attack"]["trigger"] == chosen.trigger.card()
+        assert len(chosen.trigger.params["pattern"]) > 200
+        with pytest.raises(ValueError, match=r"attack\.params was .*pattern.*characters.*choose another folder") as error:
+            poisoned_teacher(tmp_path, tiny(attack__trigger="blend"), data)
+        assert len(str(error.value)) < 800
+
+    def test_cl_gets_the_clean_model_and_its_bound(self, tmp_path, data):
+        chosen = tiny(attack__trigger="cl", attack__optimize={"bound": 0.2, "steps": 2}, attack__rate=0.05)
+        with pytest.raises(ValueError, match="prepare"):
+            chosen.poison(data)
+        chosen = prepare(tmp_path, chosen, data)
+        found = chosen.poison(data)
+        assert found.mask.sum() == 5
+        assert torch.equal(found.labels, data.train_labels)
+        change = (found.images - chosen.trigger(data.train_images))[found.mask]
+        assert 0.15 < change.abs().max() <= 0.2 + 1e-6
+        assert torch.equal(found.images, prepare(tmp_path, chosen, data).poison(data).images)
+
+    def test_composed_and_several_ones(self, tmp_path, data):
+        more = [{"trigger": "trojan_3x3", "target": 2, "optimize": FAST}, {"trigger": "blend"}]
+        chosen = prepare(tmp_path, tiny(attack__trigger="l0_inv", attack__optimize=FAST, attack__more=more), data)
+        assert [a.trigger.name for a in chosen.attacks] == ["l0_inv", "trojan_3x3", "blend"]
+        assert not any(a.trigger.needs_pattern for a in chosen.attacks)
+        with pytest.raises(ValueError, match="is for a single trigger"):
+            prepare(tmp_path, tiny(attack__trigger="blend+l0_inv", attack__optimize=FAST), data)
+
+    def test_a_composed_trigger_has_its_parts_made(self, tmp_path, data, monkeypatch):
+        monkeypatch.setitem(trojan.__kwdefaults__, "steps", 2)
+        found = prepare(tmp_path, tiny(attack__trigger="blend+trojan_3x3"), data).trigger
+        assert str(found) == "blend+trojan_3x3"
+        assert found(data.test_images).shape == data.test_images.shape
+
+    def test_ready_triggers_are_those_asked_for_and_the_chosen_one_last(self, tmp_path, data, monkeypatch):
+        names = ["badnet_grid", "cl", "blend"]
+        found = ready_triggers(tmp_path, tiny(attack__trigger="blend"), data, names)
+        assert [str(t) for t in found] == ["badnet_grid", "cl", "blend"]
+        assert not list(tmp_path.iterdir())  # at test time cl is drawn
+        monkeypatch.setitem(trojan.__kwdefaults__, "steps", 2)
+        found = ready_triggers(tmp_path, tiny(), data, ["trojan_8x8"])
+        assert [str(t) for t in found] == ["trojan_8x8", "badnet_sq"]
+        assert not any(t.needs_pattern for t in found)
+
+    def test_a_broken_cache_says_so(self, tmp_path, data):
+        chosen = tiny(attack__trigger="l0_inv", attack__optimize=FAST)
+        prepare(tmp_path, chosen, data)
+        (file,) = (tmp_path / "seed0" / "trigger").iterdir()
+        file.write_text("{")
+        with pytest.raises(CheckpointError, match="delete it"):
+            prepare(tmp_path, chosen, data)
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_several_attacks_are_measured_one_by_one(tmp_path, data):
+    chosen = tiny(attack__more=[{"trigger": "blend", "target": 1, "rate": 0.2}])
+    teacher = poisoned_teacher(tmp_path, chosen, data)
+    run = Run(tmp_path / "seed0" / "teacher")
+    card = read_card(run.file("teacher.safetensors"))["attack"]
+    assert (card["trigger"]["name"], card["more"][0]["trigger"]["name"]) == ("badnet_sq", "blend")
+    assert card["more"][0]["rate"] == pytest.approx(19 / 96)
+    _, metrics = distilled(tmp_path, chosen, data, teacher, "clean")
+    for found in (run.metrics, metrics):
+        assert found["asr"] == pytest.approx((found["asr/badnet_sq"] + found["asr/blend"]) / 2)
 
 
 class TestDistilled:
@@ -375,3 +505,70 @@ def test_a_trunk_with_other_settings_is_not_shared(tmp_path):
 
 def test_sr_always_has_a_pseudo_batch_and_forks_before_it():
     assert SelfRetrospection(start=0.99).first_of(6) == 5
+
+
+@pytest.fixture
+def control(tmp_path, data):
+    """A poisoned teacher with one student, and the control beside it."""
+    labels = ["clean", "zskt"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distill_all(tmp_path, tiny(), data, labels, workers=1)
+        said = len(caught)
+        found = clean_teacher_control(tmp_path, tiny(), data, labels, workers=1)
+    return tmp_path, labels, found, [str(w.message) for w in caught[said:]]
+
+
+def test_the_control_runs_the_chain_on_a_teacher_that_is_not_poisoned(control):
+    root, labels, found, said = control
+    assert list(found) == ["teacher", *labels]
+    folder = root / "clean_teacher_control" / "seed0"
+    assert read_card(folder / "teacher" / "teacher.safetensors")["attack"]["rate"] == 0
+    assert found["teacher"]["poison_rate"] == 0
+    assert (folder / "zskt" / "student.safetensors").exists()
+    assert Run(root / "seed0" / "teacher").metrics["poison_rate"] > 0, "the poisoned chain is left alone"
+    assert not [message for message in said if "ASR" in message], "an ASR is not asked of it"
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_vaccines_are_tried_on_both_teachers(control, data):
+    root, labels, *_ = control
+    chosen = tiny(sv__pool=32, sv__threshold=0.0, sv__sigma=0.5)
+    rows = vaccine_trials(root, chosen, data, labels, tries=3)
+    again = vaccine_trials(root, chosen, data, labels, tries=3)
+    strict = vaccine_trials(root, tiny(sv__pool=32, sv__threshold=1.0), data, labels, tries=2)
+    none = vaccine_trials(root, chosen, data, ["clean"])
+    assert [(row["seed"], row["teacher"], row["label"], row["tries"]) for row in rows] == [
+        (0, "poisoned", "zskt", 3),
+        (0, "clean", "zskt", 3),
+    ]
+    assert all(row["accepted"] == 3 and row["share"] == 1 and 0 < row["largest"] < 1 for row in rows)
+    assert rows == again
+    assert [row["accepted"] for row in strict] == [0, 0]
+    assert none == []
+
+
+def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
+    small = {"ood__patches": 16, "ood__batch_size": 8, "ood__epochs": 2, "mixed__pseudo_batches": 4}
+    chosen = tiny(**small)
+    teacher = chosen.teacher(data)
+    for label in ("ood+sv+sr", "mixed+sv"):
+        _, metrics = distilled(tmp_path, chosen, data, teacher, label)
+        run = Run(tmp_path / "seed0" / label)
+        assert set(metrics["defenses"]["sv"]["forms"]) == {"ood+sv+sr": {"weights"}, "mixed+sv": {"weights", "synthesis"}}[label]
+        assert {"ood": {"ood"}, "mix": {"mixed", "zskt", "ood"}}[label[:3]] <= set(run.config)
+    assert synthesize(Run(tmp_path / "seed0" / "ood+sv+sr"), chosen, data, teacher, 5).shape == (5, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"ood\.patches was 16 and is 17"):
+        distilled(tmp_path, tiny(**{**small, "ood__patches": 17}), data, teacher, "mixed+sv")
+
+
+def test_settings_without_poison(data):
+    more = [{"trigger": "blend", "rate": 0.05, "target": 1}]
+    chosen = tiny(attack__covers=0.1, attack__more=more)
+    clean = chosen.unpoisoned()
+    assert [attack.rate for attack in clean.attacks] == [0, 0]
+    assert [attack.trigger for attack in clean.attacks] == [attack.trigger for attack in chosen.attacks]
+    assert not clean.poison(data).mask.any()
+    assert torch.equal(clean.poison(data).images, data.train_images)
+    assert chosen.attacks[0].rate > 0
+    assert clean.values["sv"] == chosen.values["sv"]
