@@ -499,7 +499,7 @@ def vaccine_trials(root: str | Path, chosen: Settings, data: Dataset, labels: Se
             return []
         rng, names = torch.Generator().manual_seed(chosen.seed), sv.layer_names(teacher)
         shuffles = (ShuffledTeacher(teacher, names, sv.k, rng) for _ in range(tries))
-        shares = [tail_share(suspicion(shuffle, teacher, images), sv.sigma) for shuffle in shuffles]
+        shares = [tail_share(suspicion(shuffle, teacher, images, reverse=sv.reverse), sv.sigma) for shuffle in shuffles]
         accepted = sum(share > sv.threshold for share in shares)
         found = {"accepted": accepted, "share": accepted / tries, "largest": round(max(shares), 5)}
         rows.append({"seed": chosen.seed, "teacher": kind, "label": label, "tries": tries, **found})

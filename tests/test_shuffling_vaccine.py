@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from abdlab import CleanKD, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, distill, suspicion
+from abdlab.defenses import shuffling_vaccine
 from abdlab.defenses.shuffling_vaccine import kd_weights, shuffled_layers, tail_share
 from abdlab.evaluate import kl, log_kl
 from abdlab.sources import Batch
@@ -545,3 +546,27 @@ def test_the_term_summed_over_classes_equals_literal(double, wrn, per):
     images = torch.rand(20, 1, 8, 8, generator=rng(1))
     expected = literal.synthesis_term(literal.shuffled_teacher(copies, images), teacher(images), 0.3, per, class_mean=False)
     torch.testing.assert_close(sv.synthesis_term(images, teacher(images)), expected)
+
+
+def test_the_reverse_divergence_equals_literal(double, wrn):
+    teacher = wrn(classes=3)
+    images = torch.rand(20, 1, 8, 8, generator=rng(1))
+    sv = vaccinated(teacher, alpha=0.3, reverse=True)
+    shuffled = literal.shuffled_teacher(literal.shuffled_teachers(teacher, sv.vaccine.permutations), images)
+    # only which of the two comes first in the KL changes
+    torch.testing.assert_close(
+        sv.synthesis_term(images, teacher(images)), literal.synthesis_term(teacher(images), shuffled, 0.3, "agreeing")
+    )
+    found = suspicion(sv.vaccine, teacher, images, reverse=True)
+    assert found.tolist() == pytest.approx(literal.suspicion(teacher(images), shuffled))
+    assert not torch.allclose(found, suspicion(sv.vaccine, teacher, images))
+
+
+def test_verification_scores_with_the_divergence_of_the_term(monkeypatch):
+    asked = []
+    real = shuffling_vaccine.suspicion
+    monkeypatch.setattr(shuffling_vaccine, "suspicion", lambda *a, reverse: asked.append(reverse) or real(*a, reverse=reverse))
+    for reverse in (False, True):
+        pool(coloured(100, grey=5), reverse=reverse)
+    assert set(asked[: asked.index(True)]) == {False}
+    assert set(asked[asked.index(True) :]) == {True}

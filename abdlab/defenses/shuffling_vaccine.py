@@ -124,10 +124,15 @@ class ShuffledTeacher:
         return torch.cat([inverse + g * inverse.shape[1] for g in range(groups)], dim=1)
 
 
-def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
-    """log10 KL(T~(x) || T(x)) per image, float64 (N,): low is suspicious (paper, section 4.1). Clamped below at -12."""
+def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000, reverse: bool = False) -> Tensor:
+    """log10 KL(T~(x) || T(x)) per image, float64 (N,): low is suspicious (paper, section 4.1). Clamped below at -12.
+
+    Args:
+        reverse: KL(T(x) || T~(x)) instead, which is what the official code computes.
+    """
     with torch.no_grad():
-        return torch.cat([log_kl(vaccine(part), teacher(part)) for part in images.split(batch)])
+        pairs = ((vaccine(part), teacher(part)) for part in images.split(batch))
+        return torch.cat([log_kl(t, shuffled) if reverse else log_kl(shuffled, t) for shuffled, t in pairs])
 
 
 def tail_share(scores: Tensor, sigma: float = 3.0) -> float:
@@ -174,6 +179,9 @@ class ShufflingVaccine(Defense):
         ascent: the weights are those of the official code, which ascends on suspicious samples, not those of the paper.
         kd_alpha: the alpha of the weights; None: that of :data:`KD_ALPHA`, 10 for the paper's weights, where only a number
             above 1 weakens suspicious samples, and .1 for the ascent.
+        reverse: take KL(T || T~), as the official code does, and not the printed KL(T~ || T), in the synthesis term and in the
+            verification's score. On digits (badnet_sq, the last two convolutions, four shuffles) the reverse score tells
+            triggered from clean images with an AUC of .94 to .97, the printed one with .64 to .80.
         cap: KL, in nats, above which a sample is not pushed further; None is the paper's unbounded term. It has no upper limit
             even where both agree, and once the student is good it outweighs the generator's own loss: on digits the
             generator then makes nothing but extreme images of one class. With a cap only suspicious samples are pushed.
@@ -200,6 +208,7 @@ class ShufflingVaccine(Defense):
         form: str = "auto",
         ascent: bool = False,
         kd_alpha: float | None = None,
+        reverse: bool = False,
         cap: float | None = None,
         warmup: float = 0.1,
         stop: float = 1.0,
@@ -220,7 +229,7 @@ class ShufflingVaccine(Defense):
         if tries < 1 or pool < 2:
             raise ValueError(f"tries must be at least 1 and pool at least 2, not {tries} and {pool}")
         self.k, self.layers, self.alpha, self.per, self.warmup, self.stop = k, layers, alpha, per, warmup, stop
-        self.class_mean, self.form, self.ascent = class_mean, form, ascent
+        self.class_mean, self.form, self.ascent, self.reverse = class_mean, form, ascent, reverse
         self.kd_alpha = KD_ALPHA["ascent" if ascent else "weights"] if kd_alpha is None else kd_alpha
         if cap is not None and cap <= 0:
             raise ValueError(f"cap is a KL in nats above 0, or None, not {cap}")
@@ -273,7 +282,8 @@ class ShufflingVaccine(Defense):
         self._use("synthesis")
         shuffled = self.vaccine(images)
         agree = shuffled.argmax(1) == teacher_logits.argmax(1)
-        per_sample = kl(shuffled, teacher_logits).clamp_max(self.cap) if self.cap else kl(shuffled, teacher_logits)
+        per_sample = kl(teacher_logits, shuffled) if self.reverse else kl(shuffled, teacher_logits)
+        per_sample = per_sample.clamp_max(self.cap) if self.cap else per_sample
         per_sample = (per_sample / teacher_logits.shape[1] if self.class_mean else per_sample) * agree
         count = agree.sum().clamp_min(1) if self.per == "agreeing" else len(images)
         return -self.alpha * per_sample.sum() / count
@@ -301,7 +311,7 @@ class ShufflingVaccine(Defense):
         self.seen = []
         for number in range(1, self.tries + 1):
             vaccine = ShuffledTeacher(self.teacher, self.names, self.k, self.rng)
-            self.shares.append(tail_share(suspicion(vaccine, self.teacher, images), self.sigma))
+            self.shares.append(tail_share(suspicion(vaccine, self.teacher, images, reverse=self.reverse), self.sigma))
             if self.shares[-1] > self.threshold:
                 self.vaccine = vaccine
                 return [f"shuffling vaccine: found at try {number}, {self.shares[-1]:.1%} of the synthetic images are suspicious"]

@@ -21,10 +21,9 @@ def discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
 class DFAD(Generated):
     """The student minimises the l1 distance between its logits and the teacher's; the generator maximises it.
 
-    ``generator_every`` student steps, each on fresh noise, alternate with one generator step, on fresh noise too. To keep one
-    pseudo-batch per student step, a pseudo-batch here *is* one student step, and every ``generator_every``-th of them, from
-    the second round on, begins with a generator step. So the loss "generator" is not in every Step. Both distances are
-    the mean over batch and classes.
+    ``generator_every`` student steps, each on fresh noise, alternate with one generator step, on fresh noise too. A
+    pseudo-batch here *is* one student step, and every ``generator_every``-th of them begins with a generator step: so
+    the loss "generator" is in every so many Steps only. Both distances are the mean over batch and classes.
 
     Args:
         shape: (channels, height, width) of the images.
@@ -38,8 +37,9 @@ class DFAD(Generated):
         clip: gradient norm of student and generator; None leaves both, as the official code.
         mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own.
 
-    Deviation: the student's batch-norm statistics do not record the generator step's pass (the official loop lets them,
-    so that 1 pass in 6 sees images that the student does not train on).
+    Deviations: the student's batch-norm statistics do not record the generator step's pass (the official loop lets them,
+    so that 1 pass in 6 sees images that the student does not train on). The official loop's first generator step comes one
+    student step later: here a history of every so many Steps, a multiple of ``generator_every``, shows the generator.
     """
 
     output = "tanh"
@@ -92,13 +92,13 @@ class DFAD(Generated):
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         losses = {}
-        if self.made and self.made % self.generator_every == 0:
+        self.made += 1
+        if self.made % self.generator_every == 0:
             images = self.generator(self.noise())
             with frozen(self.student):
                 logits = self.teacher(images)
                 losses["generator"] = -discrepancy(logits, self.student(images)).mean()
             losses = self.learn(images, logits, losses, defenses)
-        self.made += 1
         with torch.no_grad():
             images = self.generator(self.noise())
             return Batch(images, self.teacher(images), losses=losses)
