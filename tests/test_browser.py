@@ -270,7 +270,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.text("of [0-9]+ images are selected").wait_for()
     detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
     before = detail.get_attribute("alt")
-    b.picture("synthetic images; click one").click(position={"x": 300, "y": 70})
+    b.picture("synthetic images; click one").click(position={"x": 300, "y": 25})
     b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
     b.button("Draw the map").click()
     plan = b.picture("t-SNE map")

@@ -497,7 +497,7 @@ class TestLooks:
 
         images = torch.zeros(3, 1, 2, 2)
         images[1] = 1
-        pixels = np.asarray(Image.open(io.BytesIO(looks.mosaic([images], side=4, gap=1, marks=[2], mark="#ff0000"))))
+        pixels = np.asarray(Image.open(io.BytesIO(looks.mosaic([images], side=4, gap=1, marks={2: "#ff0000"}))))
         assert pixels.shape == (6, 16, 4)
         assert pixels[2, 2].tolist() == [0, 0, 0, 255]
         assert pixels[2, 7].tolist() == [255, 255, 255, 255]

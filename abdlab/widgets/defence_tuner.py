@@ -27,6 +27,7 @@ from abdlab.distill import Step
 from abdlab.errors import CheckpointError
 from abdlab.presets import Settings, keyword_default, settings
 from abdlab.runs import HEADLESS, Distillation, Run, distillation, distilled, poisoned_teacher, prepare
+from abdlab.sources import SOURCES
 from abdlab.widgets import looks
 from abdlab.widgets.worker import Worker, current, watch_kernel
 
@@ -40,6 +41,8 @@ KNOBS = {
     "start_at": "sr.start",
     "lr": "sr.lr",
 }
+#: the notebook whose parameters repeat a run
+NOTEBOOK = "02_distillation"
 LIVE = ("alpha", "weight", "inner_steps")
 _UNDER_WAY = ("preparing", "running", "paused", "stopping")
 #: a figure may take this share of the time, at most
@@ -110,8 +113,8 @@ class DefenceTuner(w.VBox):
     def _make(self, label: str) -> None:
         style, wide = {"description_width": "140px"}, w.Layout(width="390px")
         common = {"style": style, "layout": wide, "continuous_update": False}
-        source = label.partition("+")[0]
-        methods = [source, f"{source}+sv", f"{source}+sr", f"{source}+sv+sr"]
+        sources = [source for source in dict.fromkeys([label.partition("+")[0], *SOURCES]) if source != "clean"]
+        methods = [source + defences for source in sources for defences in ("", "+sv", "+sr", "+sv+sr")]
         self.method = w.Dropdown(
             options=[(plots.name_of(m), m) for m in methods], value=label, description="method", style=style, layout=wide
         )
@@ -408,10 +411,9 @@ class DefenceTuner(w.VBox):
         """Show the parameters that repeat exactly the latest run; returns them as YAML."""
         self.parameters_shown.text = self.parameters()
         self._copy_card.layout.display = ""
-        notebook = self._notebook(self.folder)
         looks.say(
             self.parameters_for,
-            f"Save as parameters.yaml, then: papermill {notebook}.ipynb out.ipynb -f parameters.yaml",
+            f"Save as parameters.yaml, then: papermill {NOTEBOOK}.ipynb out.ipynb -f parameters.yaml",
             "quiet",
         )
         return self.parameters_shown.text
@@ -423,25 +425,17 @@ class DefenceTuner(w.VBox):
         """
         folder = folder or self.folder
         label, chosen = folder.partition("@")[0], Settings.of(Run(self._place(folder)).config, self._chosen.device)
-        notebook, (source, *defenses) = self._notebook(folder), label.split("+")
+        source, *defenses = label.split("+")
         used = {"data", "attack", "teacher", "student", *chosen.sections(source), *defenses}
         # the clean-KD floor is distilled as this experiment has it
         overrides = {k: v for k, v in self._chosen.overrides().items() if k.partition(".")[0] not in used}
         overrides |= {k: v for k, v in chosen.overrides().items() if k.partition(".")[0] in used}
         common = {"run": str(self._top / "repeated" / folder), "preset": chosen.preset, "device": str(chosen.device)}
-        own = (
-            {"seed": chosen.seed, "defenses": defenses}
-            if notebook.startswith("02")
-            else {"seeds": [chosen.seed], "methods": [label]}
-        )
+        own = {"seed": chosen.seed, "source": source, "defenses": defenses}
         text = yaml.safe_dump(
             json.loads(json.dumps({**common, **own, "overrides": overrides})), sort_keys=False, default_flow_style=None, width=110
         )
-        return f"# {folder}: parameters of {notebook}\n{text}"
-
-    @staticmethod
-    def _notebook(folder: str) -> str:
-        return "02_distillation" if folder.startswith("zskt") else "05_abd_ablation"
+        return f"# {folder}: parameters of {NOTEBOOK}\n{text}"
 
     def _origins(self) -> list[tuple[str, Origin]]:
         return [option if isinstance(option, tuple) else (str(option), option) for option in self.origin.options]

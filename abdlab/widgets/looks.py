@@ -7,7 +7,7 @@ import io
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anywidget
@@ -141,12 +141,7 @@ def png_of(drawn: Figure, dark: bool = False, dpi: int = 144) -> bytes:
 
 
 def mosaic(
-    rows: Sequence[Tensor],
-    columns: int | None = None,
-    side: int = 64,
-    gap: int = 4,
-    marks: Sequence[int] = (),
-    mark: str = "#de8f05",
+    rows: Sequence[Tensor], columns: int | None = None, side: int = 64, gap: int = 4, marks: Mapping[int, str] | None = None
 ) -> bytes:
     """Images as one PNG, pixel by pixel as they are: quick enough for a slider.
 
@@ -154,7 +149,7 @@ def mosaic(
         rows: sets of images (N, C, H, W), each beginning a row of its own.
         columns: images to a row; by default the longest set's length.
         side: of an image in the picture, in pixels.
-        marks: numbers of the places, counted along the rows, that get a frame of colour ``mark``.
+        marks: number of a place, counted along the rows -> the colour of its frame.
     """
     columns = columns or max(len(images) for images in rows)
     count = sum(-(-len(images) // columns) for images in rows)
@@ -164,7 +159,7 @@ def mosaic(
         for i, image in enumerate(images):
             row, column = line + i // columns, i % columns
             top, left = row * (side + gap) + gap, column * (side + gap) + gap
-            if row * columns + column in marks:
+            if mark := (marks or {}).get(row * columns + column):
                 color = [round(255 * c) for c in to_rgb(mark)]
                 ground[top - gap : top + side + gap, left - gap : left + side + gap] = [*color, 255]
             small = Image.fromarray((picture(image) * 255).round().astype(np.uint8)).convert("RGB")

@@ -271,9 +271,7 @@ class SampleExplorer(w.VBox):
         begin = (self.page.value - 1) * PAGE
         self.shown = passing.index[begin : begin + PAGE].tolist()
         self._draw_grid()
-        text = (
-            f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange frames); click one to enlarge it."
-        )
+        text = f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange frames); the enlarged one has a blue frame."
         if column_is_missing(passing, ORDERS[self.order.value][0]):
             text = "This run has no student yet that could disagree. " + text
         looks.say(self.said, text, "quiet")
@@ -281,10 +279,10 @@ class SampleExplorer(w.VBox):
 
     def _draw_grid(self) -> None:
         chosen = set(self.selected)
-        marks = [place for place, number in enumerate(self.shown) if number in chosen]
-        self.grid.png = (
-            looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks, plots.COLORS["sr"]) if self.shown else b""
-        )
+        marks = {place: plots.COLORS["sr"] for place, number in enumerate(self.shown) if number in chosen}
+        if self.enlarged in self.shown:
+            marks[self.shown.index(self.enlarged)] = plots.COLORS["sv"]
+        self.grid.png = looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks) if self.shown else b""
 
     def _on_grid(self, kind: str, at: list[float]) -> None:
         if not self.shown:
@@ -302,6 +300,7 @@ class SampleExplorer(w.VBox):
         known, number = self.known, self.enlarged
         if self._quiet or known is None or number is None:
             return
+        self._draw_grid()
         facts, image = known.table.loc[number], known.images[number]
         layer = known.teacher.stages[-2] if len(getattr(known.teacher, "stages", ())) > 1 else convolutions(known.teacher)[-1]
         heat = spatial_map(known.teacher, image[None], layer)[0]
