@@ -122,7 +122,7 @@ class Bench:
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.set(lab, "themes", {"theme": f"JupyterLab {theme}"})
         self.set(lab, "notification", {"fetchNews": "false"})
-        self.page.goto(f"{lab}/lab/tree/{name}.ipynb?token=t")
+        self.page.goto(f"{lab}/lab/tree/{name}.ipynb?token=t&reset")
         self.page.locator(".jp-NotebookPanel-toolbar").wait_for()
         self.page.wait_for_timeout(3000)
         if (ask := self.page.locator(".jp-Dialog button", has_text="Select").last).is_visible():

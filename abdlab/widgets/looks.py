@@ -18,6 +18,7 @@ import traitlets as t
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
@@ -126,11 +127,11 @@ def png_of(drawn: Figure, dark: bool = False, dpi: int = 144) -> bytes:
             ax.tick_params(colors=ink)
             for spine in ax.spines.values():
                 spine.set_edgecolor(ink)
-            for line in ax.lines:
-                if to_rgb(line.get_color()) == (0, 0, 0):
-                    line.set_color(ink)
+        for line in drawn.findobj(Line2D):  # those of legends too
+            if to_rgb(line.get_color()) == (0, 0, 0):
+                line.set_color(ink)
         for text in drawn.findobj(Text):
-            if len(set(to_rgb(text.get_color()))) == 1 and not text.get_gid():
+            if len(set(to_rgb(text.get_color()))) == 1:
                 text.set_color(ink)
         for legend in filter(None, (ax.get_legend() for ax in drawn.axes)):
             legend.get_frame().set(facecolor="none", edgecolor="none")

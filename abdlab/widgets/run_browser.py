@@ -57,8 +57,8 @@ class RunBrowser(w.VBox):
         self.root = Path(root)
         self.found: list[dict[str, Any]] = []
         layout = w.Layout(width="230px")
-        self.text = w.Text(placeholder="part of its name", description="run", layout=layout, style={"description_width": "50px"})
-        self.method = w.Dropdown(options=["all"], description="method", layout=layout, style={"description_width": "50px"})
+        self.text = w.Text(placeholder="part of its name", description="run", layout=layout, style={"description_width": "56px"})
+        self.method = w.Dropdown(options=["all"], description="method", layout=layout, style={"description_width": "56px"})
         self.least_acc = w.IntSlider(
             0, 0, 100, description="ACC at least", layout=w.Layout(width="290px"), style={"description_width": "90px"}
         )

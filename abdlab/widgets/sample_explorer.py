@@ -413,7 +413,7 @@ class SampleExplorer(w.VBox):
             return
         scores = self.known.table["suspicion"]
         with looks.DRAWING:
-            drawn = looks.figure(5.6, 3.3)
+            drawn = looks.figure(5.6, 3.8)
             ax = drawn.subplots()
             plots.suspicion_histogram(torch.tensor(scores.to_numpy()), ax=ax)
             if self.selected:
@@ -458,14 +458,14 @@ class SampleExplorer(w.VBox):
             ax = drawn.subplots()
             groups = ["selected" if n in set(self.selected) else "synthetic" for n in self._mapped]
             colors = plots.class_colors(len(classes))
-            for group, size, edge in (("synthetic", 16, "none"), ("selected", 46, plots.COLORS["sr"])):
+            for group, size, edge in (("synthetic", 16, "none"), ("selected", 46, looks.INK[looks.page().dark])):
                 inside = np.array([g == group for g in groups])
                 ax.scatter(
                     *self._points[inside].T,
                     s=size,
                     c=[colors[c] for c in table["class"][inside]],
                     edgecolors=edge,
-                    linewidths=1.6,
+                    linewidths=1.4,
                 )
             for i, name in enumerate(classes):
                 if (table["class"] == i).any() and len(classes) <= 12:

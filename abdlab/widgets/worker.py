@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -175,8 +177,7 @@ def watch_kernel() -> None:
     if _watched:
         return
     _watched.append(True)
-    # before the interpreter's own threads go: at atexit proper, torch's may be gone
-    threading._register_atexit(lambda: stop_all("the kernel ended", LAST_WORDS))
+    atexit.register(lambda: stop_all("the kernel ended", LAST_WORDS))
     try:
         from IPython import get_ipython
 
@@ -185,9 +186,7 @@ def watch_kernel() -> None:
             return
         shell.events.register("pre_run_cell", lambda *_: _cells.append(True))
         shell.events.register("post_run_cell", _cell_ended)
-        # the kernel ignores interrupts while no cell runs, and sets its handler anew around each cell: ours must come after
-        asyncio.get_running_loop().call_later(0.2, lambda: signal.signal(signal.SIGINT, _interrupted))
-    except (ImportError, RuntimeError, ValueError):  # no notebook, no loop, or not the main thread: nobody interrupts here
+    except ImportError:  # no notebook: whoever interrupts the process interrupts the run
         return
 
 
@@ -199,3 +198,11 @@ def _cell_ended(result) -> None:
     page().heard = None if page().heard is None else max(page().heard, time.monotonic())
     if isinstance(result.error_in_exec, KeyboardInterrupt):
         _interrupted(None, None)
+    # between cells the kernel ignores interrupts, and it sets that anew after each of them: ours must come later
+    with suppress(RuntimeError):  # no loop: no kernel to interrupt
+        asyncio.get_running_loop().call_later(0.5, _listen)
+
+
+def _listen() -> None:
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, _interrupted)
