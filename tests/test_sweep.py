@@ -1,10 +1,13 @@
 """Studies: what a YAML file stands for, and jobs that survive failing notebooks, dead kernels, dead workers and a killed sweep."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -351,29 +354,52 @@ def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
         studies.report(tmp_path / "out")
 
 
-def ray_command(*words):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["ray", *words], capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "PATH": path}
-    )
+def start_node(*words):
+    """A Ray node in a process group of its own. Ray gives a node 30 seconds, which a busy machine may not grant at once."""
+    ray = Path(sys.executable).with_name("ray")
+    for _ in range(3):
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the node writes to it for as long as it lives)
+        node = subprocess.Popen(
+            [ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *words],
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        while node.poll() is None:
+            log.seek(0)
+            if "Ray runtime started" in (told := log.read()):
+                return node
+            time.sleep(0.5)
+        stop_node(node)
+    raise AssertionError(f"no Ray node could be started: {told[-1000:]}")
 
 
-@pytest.fixture
+def stop_node(node):
+    """Kill all that belongs to the node, as a machine that fails would, and nobody else's Ray."""
+    try:
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.wait()
+
+
+@pytest.fixture(scope="module")
 def cluster():
-    """Two nodes on this machine: a head, and a second one that may be killed; yields (address, the second one's raylet)."""
+    """Two nodes on this machine: a head, and a second one that the last of the tests kills; (address, the second one)."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    ray_command("stop", "--force")
-    plain = ("--num-cpus=1", "--disable-usage-stats")
-    ray_command("start", "--head", "--port=6399", "--include-dashboard=false", *plain)
-    first = raylets()
-    ray_command("start", "--address=127.0.0.1:6399", *plain)
-    (second,) = raylets() - first
-    yield "127.0.0.1:6399", second
-    ray_command("stop", "--force")
-
-
-def raylets():
-    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = start_node("--head", f"--port={port}", "--include-dashboard=false")
+    try:
+        second = start_node(f"--address=127.0.0.1:{port}")
+        try:
+            yield f"127.0.0.1:{port}", second
+        finally:
+            stop_node(second)
+    finally:
+        stop_node(head)
 
 
 @pytest.mark.slow
@@ -396,7 +422,7 @@ def test_a_ray_node_that_dies_loses_no_job(notebook, cluster, tmp_path):
 
     def tell(frame, study):
         if not killed and (frame["state"] == "running").sum() == 2:
-            os.kill(cluster[1], signal.SIGKILL)
+            stop_node(cluster[1])
             killed.append(time.time())
 
     frame = studies.sweep(study, out, engine, tell=tell)
