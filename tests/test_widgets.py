@@ -222,10 +222,11 @@ class TestDefenceTuner:
 
         # and the first one goes on to its own end
         tuner.find()
-        tuner.origin.value = next(o for _, o in tuner._origins() if o.folder == "zskt+sv+sr@1" and o.checkpoint is None)
+        tuner.origin.value = next(o for _, o in tuner.origin.options if o.folder == "zskt+sv+sr@1" and o.checkpoint is None)
         assert tuner.alpha.value == 0.3
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
+        assert tuner.state == "done", tuner.trouble.sentence
         assert history.metrics.get("stopped_at") is None
 
         for folder in ("zskt+sv+sr@1", "zskt+sv+sr@2"):
@@ -278,7 +279,7 @@ class TestDefenceTuner:
         again = DefenceTuner(root, chosen, data, needs_page=False)
         assert not tuner.worker.alive()
         assert [t for t in threading.enumerate() if t.name == "abdlab-run"] == []
-        options = [text for text, _ in again._origins()]
+        options = [text for text, _ in again.origin.options]
         assert "go on with zskt+sv+sr@1 at step 1" in options
 
     def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):

@@ -6,11 +6,10 @@ import hashlib
 import html
 import json
 import os
-import re
 import shutil
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ import traitlets as t
 import yaml
 
 from abdlab import plots
-from abdlab.checkpoint import read_card, save_state, write_atomically
+from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
 from abdlab.defenses import DEFENSES
 from abdlab.distill import Step
-from abdlab.errors import CheckpointError
 from abdlab.presets import Settings, keyword_default, settings
 from abdlab.runs import HEADLESS, Distillation, Run, distillation, distilled, poisoned_teacher, prepare
 from abdlab.sources import SOURCES
 from abdlab.widgets import looks
+from abdlab.widgets.branches import Origin, inherit, method_of, number_of, origins, runs_in, then, until
 from abdlab.widgets.worker import Worker, current, watch_kernel
 
 #: knob -> the setting that it turns; those of LIVE also while a run goes on
@@ -41,21 +40,12 @@ KNOBS = {
     "start_at": "sr.start",
     "lr": "sr.lr",
 }
+LIVE = ("alpha", "weight", "inner_steps")
 #: the notebook whose parameters repeat a run
 NOTEBOOK = "02_distillation"
-LIVE = ("alpha", "weight", "inner_steps")
 _UNDER_WAY = ("preparing", "running", "paused", "stopping")
 #: a figure may take this share of the time, at most
 _DRAWING_SHARE = 0.15
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run begins: from scratch (folder None), where a stopped run ended, or branching off a run at ``index``."""
-
-    folder: str | None = None
-    index: int = 0
-    checkpoint: Path | None = None  # set when it branches
 
 
 class DefenceTuner(w.VBox):
@@ -118,7 +108,7 @@ class DefenceTuner(w.VBox):
         self.method = w.Dropdown(
             options=[(plots.name_of(m), m) for m in methods], value=label, description="method", style=style, layout=wide
         )
-        self.origin = w.Dropdown(options=[("from scratch", Origin())], description="begin", style=style, layout=wide)
+        self.origin = w.Dropdown(options=[(str(Origin()), Origin())], description="begin", style=style, layout=wide)
         value = {name: self._of(self._chosen, name) for name in KNOBS}
         self.alpha = w.FloatSlider(
             value["alpha"], min=0, max=max(2, 2 * value["alpha"]), step=0.01, description="SV: alpha", **common
@@ -206,7 +196,7 @@ class DefenceTuner(w.VBox):
                 continue
             section, _, key = KNOBS[name].partition(".")
             if origin.checkpoint and name in LIVE:
-                value = _then(values[section].get(key, keyword_default(DEFENSES[section], key)), origin.index, value)
+                value = then(values[section].get(key, keyword_default(DEFENSES[section], key)), origin.index, value)
             values[section][key] = value
         return replace(self._base, values=values)
 
@@ -222,7 +212,7 @@ class DefenceTuner(w.VBox):
                 section, _, key = KNOBS[name].partition(".")
                 plan = base.values[section].get(key)
                 if isinstance(plan, (list, tuple)):
-                    past = [list(step) for step in plan if step[0] < max(1, origin.index)]
+                    past = until(plan, max(1, origin.index))
                     base.values[section][key] = past if len(past) > 1 else past[0][1]
         return base
 
@@ -265,34 +255,12 @@ class DefenceTuner(w.VBox):
 
     def find(self, origin: Origin | None = None) -> None:
         """Look for runs to go on with, to branch from and to compare; begin from ``origin`` (by default from scratch)."""
-        options, names = [("from scratch", Origin())], []
-        for path in sorted(
-            (self.root / f"seed{self._chosen.seed}").glob("*@*"), key=lambda p: (p.name.partition("@")[0], _number(p.name))
-        ):
-            if not (path / "history.jsonl").exists():
-                continue
-            names.append(path.name)
-            if path.name.partition("@")[0] != self.method.value:
-                continue
-            done = (path / "student.safetensors").exists()
-            points = {}
-            for file in path.glob("checkpoint*.safetensors"):
-                try:
-                    points[read_card(file)["index"]] = file
-                except (CheckpointError, KeyError):
-                    continue
-            newest = path / "checkpoint.safetensors"
-            if not done and newest in points.values():
-                index = next(i for i, f in points.items() if f == newest)
-                options.append((f"go on with {path.name} at step {index}", Origin(path.name, index)))
-            options += [
-                (f"branch off {path.name} at step {i}", Origin(path.name, i, points[i]))
-                for i in sorted(points)
-                if not done or points[i] != newest
-            ]
-        wanted = origin if origin in [value for _, value in options] else Origin()
+        runs = runs_in(self.root / f"seed{self._chosen.seed}")
+        names = [path.name for path in runs]
+        places = [Origin(), *(place for path in runs if method_of(path.name) == self.method.value for place in origins(path))]
+        wanted = origin if origin in places else Origin()
         self._quiet = True
-        self.origin.options = options
+        self.origin.options = [(str(place), place) for place in places]
         self.origin.value = wanted
         self._quiet = False
         self._adopt()
@@ -381,31 +349,14 @@ class DefenceTuner(w.VBox):
         """Make the next run begin where this one is now. A paused run is stopped for that, which saves it."""
         if self.state == "paused":
             self.worker.stop("the run was stopped to branch off it", wait=120)
-        folder = self._place(self.folder)
-        newest = folder / "checkpoint.safetensors"
-        if not newest.exists():
+        places = [place for place in origins(self._place(self.folder)) if place.checkpoint]
+        if not places:
             self.trouble.error = f"{self.folder} has no checkpoint yet to branch from"
             return
-        index = read_card(newest)["index"]
-        done = (folder / "student.safetensors").exists()
-        if done:  # nothing is left to train there: the latest checkpoint before the end
-            kept = [
-                int(m[1]) for p in folder.glob("checkpoint-*.safetensors") if (m := re.search(r"-(\d+)\.safetensors$", p.name))
-            ]
-            before = [i for i in kept if i < index]
-            if not before:
-                self.trouble.error = f"{self.folder} kept no checkpoint before its end"
-                return
-            index = max(before)
-            newest = folder / f"checkpoint-{index}.safetensors"
-        self.method.value = self.folder.partition("@")[0]
-        self.find(
-            next(
-                (o for _, o in self._origins() if o.folder == self.folder and o.index == index and o.checkpoint),
-                Origin(self.folder, index, newest),
-            )
-        )
-        looks.say(self.status, f"The next run branches off {self.folder} at step {index}: turn a weight, then press Start.")
+        here = places[-1]
+        self.method.value = method_of(self.folder)
+        self.find(here)
+        looks.say(self.status, f"The next run branches off {here.folder} at step {here.index}: turn a weight, then press Start.")
 
     def copy(self) -> str:
         """Show the parameters that repeat exactly the latest run; returns them as YAML."""
@@ -424,7 +375,7 @@ class DefenceTuner(w.VBox):
         The same numbers need the same machine and number of threads. A run that was stopped is repeated to its end.
         """
         folder = folder or self.folder
-        label, chosen = folder.partition("@")[0], Settings.of(Run(self._place(folder)).config, self._chosen.device)
+        label, chosen = method_of(folder), Settings.of(Run(self._place(folder)).config, self._chosen.device)
         source, *defenses = label.split("+")
         used = {"data", "attack", "teacher", "student", *chosen.sections(source), *defenses}
         # the clean-KD floor is distilled as this experiment has it
@@ -436,9 +387,6 @@ class DefenceTuner(w.VBox):
             json.loads(json.dumps({**common, **own, "overrides": overrides})), sort_keys=False, default_flow_style=None, width=110
         )
         return f"# {folder}: parameters of {NOTEBOOK}\n{text}"
-
-    def _origins(self) -> list[tuple[str, Origin]]:
-        return [option if isinstance(option, tuple) else (str(option), option) for option in self.origin.options]
 
     # --- the run itself
 
@@ -457,7 +405,7 @@ class DefenceTuner(w.VBox):
             chosen = self._base
         else:
             beside = root / f"seed{chosen.seed}"
-            numbers = [_number(p.name) for p in beside.glob(f"{label}@*")] if beside.is_dir() else []
+            numbers = [number_of(p.name) for p in beside.glob(f"{label}@*")] if beside.is_dir() else []
             folder, asked, resume_from = f"{label}@{max(numbers, default=0) + 1}", {}, None
             if origin.checkpoint:
                 self._check_branch(origin, chosen, label)
@@ -526,7 +474,7 @@ class DefenceTuner(w.VBox):
         if resume_from is not None:
             branch = Run(resume_from.parent)
             shutil.copyfile(origin.checkpoint, resume_from)  # a branch survives its trunk
-            _inherit(Run(resume_from.parent.parent / origin.folder), branch, origin.index)
+            inherit(Run(resume_from.parent.parent / origin.folder), branch, origin.index)
         going = distillation(
             root,
             ready,
@@ -561,7 +509,7 @@ class DefenceTuner(w.VBox):
         """Show one step; called in the run's thread, between steps."""
         now = time.monotonic()
         self._pace.append((step.index, now))
-        self._rows.append({"label": self.folder.partition("@")[0], "step": step.index, **step.losses})
+        self._rows.append({"label": method_of(self.folder), "step": step.index, **step.losses})
         self._rows[-1] |= {"acc": step.acc, "asr": step.asr}
         if step.events:
             self._events += [event for event in step.events if event not in self._events]
@@ -579,15 +527,15 @@ class DefenceTuner(w.VBox):
         why = self.worker.why if self.worker else ""
         done = error is None and self.total and self.step == self.total
         self.trouble.error = error
-        self.state = "failed" if error is not None else "done" if done else "stopped"
-        folder = self._place(self.folder)
-        there = (folder / "checkpoint.safetensors").exists()
-        here = Origin(self.folder, read_card(folder / "checkpoint.safetensors")["index"]) if there else self.origin.value
+        checkpoint = self._place(self.folder) / "checkpoint.safetensors"
+        here = Origin(self.folder, read_card(checkpoint)["index"]) if checkpoint.exists() else self.origin.value
         self.find(None if done else here)
-        self._lock()
         self._redraw()
+        # last: whoever waits for it finds all of the above settled
+        self.state = "failed" if error is not None else "done" if done else "stopped"
         if why:
             self._events.append(why)
+            self._note_events()
             looks.say(self.status, f"{why[0].upper()}{why[1:]}.")
 
     # --- what is shown
@@ -677,27 +625,6 @@ class DefenceTuner(w.VBox):
     def _patience(self) -> None:
         if self.worker is not None:
             self.worker.needs_page = not self.keep_on.value
-
-
-def _inherit(trunk: Run, branch: Run, index: int) -> None:
-    """Give a branch the history and the samples that it shares with its trunk, up to step ``index``."""
-    lines = trunk.file("history.jsonl").read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= index]
-    write_atomically(branch.file("history.jsonl"), "".join(f"{line}\n" for line in kept).encode())
-    if samples := {step: images for step, images in trunk.samples().items() if step <= index}:
-        save_state(branch.file("samples.safetensors"), samples)
-
-
-def _then(old: Any, index: int, value: Any) -> Any:
-    """A plan that goes as the old one did, and has another value from pseudo-batch ``index`` on."""
-    steps = [list(step) for step in old] if isinstance(old, (list, tuple)) else [[0, old]]
-    past = [step for step in steps if step[0] < index]
-    return [*past, [index, value]] if past else value
-
-
-def _number(folder: str) -> int:
-    found = re.search(r"@(\d+)$", folder)
-    return int(found[1]) if found else 0
 
 
 def _duration(seconds: float) -> str:
