@@ -37,7 +37,7 @@ TINY = {
     "sr.inner_steps": 2,
 }
 #: milliseconds; a busy machine is no failure
-PATIENCE = 60_000
+PATIENCE = 120_000
 LAYOUT_SECONDS = 1.0
 
 pytestmark = [

@@ -52,3 +52,9 @@ def test_the_library_block_runs():
     exec(next(block for block in BLOCKS if "abdlab.poison(" in block), space)
     assert space["poisoned"].mask.sum() == 130
     assert len(space["exam"].triggered) < len(space["data"].test_images) == 500
+
+
+def test_the_pictures_are_there_and_small():
+    names = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert len(names) == 2
+    assert sum((Path(__file__).parents[1] / name).stat().st_size for name in names) < 200_000
