@@ -328,6 +328,30 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
 
 
 @pytest.mark.slow
+def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
+    axes = {"grid": {"methods": [["zskt"], ["zskt+sv"]]}, "seeds": [3]}
+    path, out = study_file(tmp_path, **axes, parameters={"overrides": TINY, "device": "cpu"}), tmp_path / "out"
+    path.write_text(path.read_text().replace("trivial.ipynb", "05_abd_ablation"))
+    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(states(out, "running")) == 1, 180)
+    process.kill()  # the parent, while the first student is distilled
+    process.wait()
+    wait_for(lambda: not kernels_under(out))
+    assert not states(out, "done")
+    (teacher,) = out.glob("teachers/*/seed3/teacher/teacher.safetensors")
+    trained = teacher.stat().st_mtime
+    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(states(out, "running")) == 1 and [*out.glob("jobs/*/seed3/zskt*/config.json")], 180)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    workers[0].parent().kill()  # one worker
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert 2 in studies.status(out)["attempts"].tolist()
+    assert teacher.stat().st_mtime == trained  # done before the kill, and not done again
+    assert numbers(out) == numbers(by_local)
+
+
+@pytest.mark.slow
 def test_the_report_reads_without_the_code(by_local, tmp_path):
     done = studies.report(by_local, tmp_path / "report.html")
     folder = by_local / "report"
