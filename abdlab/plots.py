@@ -271,13 +271,18 @@ def samples_by_class(
 
 
 def suspicion_histogram(
-    scores: Tensor, sigma: float = 3.0, ax: Axes | None = None, others: Mapping[str, Tensor] | None = None
+    scores: Tensor,
+    sigma: float = 3.0,
+    ax: Axes | None = None,
+    others: Mapping[str, Tensor] | None = None,
+    reverse: bool = False,
 ) -> Axes:
     """Histogram of log10 KL(T~ || T) on synthetic images, with the line at mean - sigma x std; low is suspicious.
 
     Args:
-        scores: of the student's synthetic images (N,).
+        scores: of the student's synthetic images (N,), see :func:`abdlab.suspicion`.
         others: more score sets for comparison, drawn as outlines ("clean test", "triggered test").
+        reverse: the scores are those of KL(T || T~), as the axis then says.
     """
     ax = _axes(ax)
     line = (scores.mean() - sigma * scores.std(correction=0)).item()
@@ -298,7 +303,7 @@ def suspicion_histogram(
         )
     ax.axvline(line, color="black", ls="--", lw=1, label=f"mean - {sigma:g} std: {share:.1%} of synthetic are below")
     ax.set(
-        xlabel="suspicion score log10 KL(T~ || T), KL in nats (low = suspicious)",
+        xlabel=f"suspicion score log10 {'KL(T || T~)' if reverse else 'KL(T~ || T)'}, KL in nats (low = suspicious)",
         ylabel="density (share of images per unit of score)",
     )
     ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -750,7 +750,7 @@ def _time_left(frame: pd.DataFrame) -> str:
 def _frame(study: Study, rows: Mapping[str, dict]) -> pd.DataFrame:
     teachers = {job.key for job in study.teachers}
     columns = ("state", "seconds", "label", "acc", "asr", "attempts", "error")
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         [
             {
                 "name": job.name,
@@ -761,3 +761,6 @@ def _frame(study: Study, rows: Mapping[str, dict]) -> pd.DataFrame:
             for job in study.all_jobs
         ]
     )
+    for column in ("label", "error"):  # pandas would turn a missing text into a number, NaN
+        frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
+    return frame

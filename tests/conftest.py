@@ -1,13 +1,22 @@
 """What many tests share: one thread, tiny networks on real digits of 8x8 pixels, and a reason for every skipped GPU test."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the tests' own kernels and processes share the cores with the other workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 import abdlab
 from abdlab import build
 
+#: files whose tests run whole notebooks, studies or browsers: they begin first, so that no worker is left alone with one
+LONG = ("test_sweep.py", "test_browser.py", "test_widgets.py", "test_notebooks.py")
+
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if abdlab.pick_device("auto").type == "cpu":
         skip = pytest.mark.skip(reason="needs a GPU, and torch sees none on this machine")
         for item in items:

@@ -1,6 +1,7 @@
 """Studies: what a YAML file stands for, and jobs that survive failing notebooks, dead kernels, dead workers and a killed sweep."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
@@ -326,6 +328,30 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
 
 
 @pytest.mark.slow
+def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
+    axes = {"grid": {"methods": [["zskt"], ["zskt+sv"]]}, "seeds": [3]}
+    path, out = study_file(tmp_path, **axes, parameters={"overrides": TINY, "device": "cpu"}), tmp_path / "out"
+    path.write_text(path.read_text().replace("trivial.ipynb", "05_abd_ablation"))
+    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(states(out, "running")) == 1, 180)
+    process.kill()  # the parent, while the first student is distilled
+    process.wait()
+    wait_for(lambda: not kernels_under(out))
+    assert not states(out, "done")
+    (teacher,) = out.glob("teachers/*/seed3/teacher/teacher.safetensors")
+    trained = teacher.stat().st_mtime
+    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(states(out, "running")) == 1 and [*out.glob("jobs/*/seed3/zskt*/config.json")], 180)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    workers[0].parent().kill()  # one worker
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert 2 in studies.status(out)["attempts"].tolist()
+    assert teacher.stat().st_mtime == trained  # done before the kill, and not done again
+    assert numbers(out) == numbers(by_local)
+
+
+@pytest.mark.slow
 def test_the_report_reads_without_the_code(by_local, tmp_path):
     done = studies.report(by_local, tmp_path / "report.html")
     folder = by_local / "report"
@@ -453,6 +479,26 @@ def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path):
         other.mkdir(parents=True)
         (other / "status.json").write_text(json.dumps({"state": "done", "notebook": "trivial", "seconds": seconds}))
     assert studies.estimate(study, out, 2) == (2, 40)
+
+
+def test_the_live_table_shows_jobs_at_work_first_and_what_failed(notebook):
+    study = studies.make_study(notebook, grid={"x": [1, 2, 3, 4]})
+    states = [
+        {"state": "done", "seconds": 60.0, "label": "zskt", "acc": 0.5, "asr": 0.25},
+        {"state": "failed", "seconds": 1.0, "error": "cell 4: ValueError: [x] is wrong"},
+        {"state": "running", "seconds": 30.0},
+        {"state": "waiting"},
+    ]
+    frame = studies._frame(study, {job.key: state for job, state in zip(study.jobs, states, strict=True)})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(studies.render(frame, "Study"))
+    title, _, *lines = [line.rstrip() for line in console.export_text().splitlines()]
+    # one done in 60 s, one running for 30 and one waiting: 60 x 2 - 30 = 90 s
+    assert title == "Study: 1 done, 1 running, 1 waiting, 1 failed of 4, about 2 min left"
+    assert [line.split()[1] for line in lines] == ["running", "failed", "done"]
+    assert "[x] is wrong" in lines[1]
+    assert "50.0   25.0  zskt" in lines[2]
+    assert frame["error"].tolist() == [None, "cell 4: ValueError: [x] is wrong", None, None]
 
 
 def test_bad_arguments_are_one_sentence_and_exit_code_2(notebook, tmp_path):

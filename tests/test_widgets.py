@@ -367,6 +367,7 @@ class TestSampleExplorer:
         assert explorer.selected == []
         explorer.tail()
         assert 0 < len(explorer.selected) < len(scores) / 2
+        assert set(explorer.shown[: len(explorer.selected)]) == set(explorer.selected)
 
     def test_the_map_and_the_histogram_select_the_same_images(self, explorer):
         explorer.draw_map()

@@ -54,6 +54,7 @@ class _Known:
     images: Tensor
     table: pd.DataFrame  # one row per image: step, index, class, suspicion, disagreement, confidence
     logits: dict[str, Tensor]
+    reverse: bool  # whether suspicion is that of KL(T || T~)
 
 
 class SampleExplorer(w.VBox):
@@ -201,7 +202,7 @@ class SampleExplorer(w.VBox):
         data = self._dataset(chosen)
         where = data.train_images.device if data is not None else "cpu"
         teacher = load_model(folder.parent / "teacher" / "teacher.safetensors", device=where)
-        vaccine = vaccine_of(run, chosen, teacher)
+        vaccine, reverse = vaccine_of(run, chosen, teacher), chosen.defenses("sv")[0].reverse
         student, samples = self._student(run, chosen, data), run.samples()
         images = torch.cat([samples[step] for step in sorted(samples)]).to(where)
         steps = [step for step in sorted(samples) for _ in samples[step]]
@@ -217,12 +218,12 @@ class SampleExplorer(w.VBox):
                 "step": steps,
                 "index": [i for step in sorted(samples) for i in range(len(samples[step]))],
                 "class": said.tolist(),
-                "suspicion": suspicion(vaccine, teacher, images).cpu().tolist(),
+                "suspicion": suspicion(vaccine, teacher, images, reverse=reverse).cpu().tolist(),
                 "disagreement": other.tolist(),
                 "confidence": sure.tolist(),
             }
         )
-        return _Known(run, label, chosen, data, teacher, vaccine, student, images, table, logits)
+        return _Known(run, label, chosen, data, teacher, vaccine, student, images, table, logits, reverse)
 
     def _dataset(self, chosen: Settings) -> Dataset | None:
         """The data set where it is at hand; nothing is downloaded for looking."""
@@ -350,8 +351,9 @@ class SampleExplorer(w.VBox):
     # --- selecting
 
     def tail(self) -> None:
-        """Select what scores below mean - 3 std of all kept images; the lowest 2 % where nothing does."""
+        """Select what scores below mean - 3 std of all kept images (the lowest 2 % where nothing does), and show it first."""
         if self.known is not None:
+            self.order.value, self.all_steps.value = next(iter(ORDERS)), True
             scores = self.known.table["suspicion"]
             line = scores.mean() - 3 * scores.std(ddof=0)
             self._range_to(self.range.min, line if (scores < line).any() else scores.quantile(0.02))
@@ -415,7 +417,7 @@ class SampleExplorer(w.VBox):
         with looks.DRAWING:
             drawn = looks.figure(5.6, 3.8)
             ax = drawn.subplots()
-            plots.suspicion_histogram(torch.tensor(scores.to_numpy()), ax=ax)
+            plots.suspicion_histogram(torch.tensor(scores.to_numpy()), ax=ax, reverse=self.known.reverse)
             if self.selected:
                 bins = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 60)
                 width, chosen = bins[1] - bins[0], scores.loc[self.selected]
