@@ -27,7 +27,7 @@ TINY = {
     "teacher.model": "wrn-10-1",
     "teacher.width": 4,
     "student.width": 4,
-    "zskt.pseudo_batches": 200,
+    "zskt.pseudo_batches": 400,
     "zskt.student_steps": 2,
     "zskt.width": 4,
     "zskt.batch_size": 16,
@@ -107,12 +107,12 @@ def browser():
 class Bench:
     """The workbench in a page, in a user's words."""
 
-    def __init__(self, browser, lab, folder, name, before="", theme="Light"):
+    def __init__(self, browser, lab, folder, name, before="", theme="Light", **overrides):
         self.runs = folder / name
         book = json.loads((ROOT / "notebooks/00_workbench.ipynb").read_text())
         code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
         code[0]["source"] = (
-            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides = {TINY!r}\nlabel = "zskt+sv+sr"'
+            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides = {TINY | overrides!r}\nlabel = "zskt+sv+sr"'
         )
         code[1]["source"] = before + "".join(code[1]["source"])
         (folder / f"{name}.ipynb").write_text(json.dumps(book))
@@ -312,9 +312,9 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
 
 @pytest.mark.parametrize("how", ["interrupt", "rerun", "close"])
 def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
-    # a page that is closed is believed gone after seconds, not minutes
+    # a page that is closed is believed gone after seconds, not minutes, and the run is long enough for that
     before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
-    b = bench(how, before=before)
+    b = bench(how, before=before, **{"zskt.pseudo_batches": 4000})
     b.open("2 Defence")
     b.button("Start").click()
     b.text("^ACC[0-9.]+%").wait_for()
