@@ -168,6 +168,18 @@ def universal_delta(model, images, start, scale, steps, lr, penalty):
     return delta.detach()
 
 
+def inverted_trigger(model, images, target, mask, pattern, steps, lr, penalty):
+    """Neural Cleanse: the mask and pattern, sigmoids of what Adam moves, that call ``target`` with the smallest mask."""
+    mask, pattern = mask.clone().requires_grad_(), pattern.clone().requires_grad_()
+    adam = Adam([mask, pattern])
+    for _ in range(steps):
+        m, p = torch.sigmoid(mask), torch.sigmoid(pattern)
+        log_probabilities = torch.log_softmax(model(images + m * (p - images)), 1)
+        loss = -sum(row[target] for row in log_probabilities) / len(images) + penalty * m.sum()
+        adam.step(torch.autograd.grad(loss, [mask, pattern]), lr)
+    return torch.sigmoid(mask).detach(), torch.sigmoid(pattern).detach(), loss.item()
+
+
 def self_retrospection(student, images, delta, scale):
     """SR's term: mean KL(S(x) || S(x + delta)). Differentiated with delta held fixed, it gives the order-1 gradient."""
     return mean_kl(student(images), student(images + delta * scale))

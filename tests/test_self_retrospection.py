@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from abdlab import ZSKT, SelfRetrospection, distill
-from abdlab.defenses.self_retrospection import implicit_gradient, universal_delta
+from abdlab.defenses.self_retrospection import implicit_gradient, inverted_trigger, stamped, universal_delta
 from abdlab.models import Normalize
 from abdlab.sources import Batch
 
@@ -194,7 +194,17 @@ def test_the_divisor_scales_both_orders(double):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"fraction": 0.4}, {"perturb": "teacher"}, {"order": 2}, {"statistics": "running"}, {"anchor": "teacher"}],
+    [
+        {},
+        {"fraction": 0.4},
+        {"perturb": "teacher"},
+        {"order": 2},
+        {"statistics": "running"},
+        {"statistics": "mixed"},
+        {"anchor": "teacher"},
+        {"shape": "stamp"},
+        {"shape": "stamp", "perturb": "teacher"},
+    ],
     ids=str,
 )
 def test_perturbed_passes_record_no_statistics(settings):
@@ -225,7 +235,7 @@ def buffers(model):
     return {k: v.clone() for k, v in model.named_buffers()}
 
 
-@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running", "mixed"])
 def test_a_run_records_the_same_statistics_with_and_without(wrn, statistics):
     # one student step, so that both runs are at the same weights when statistics are recorded
     plain, _ = zskt_run(wrn, steps=1, student_steps=1)
@@ -319,8 +329,119 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         ({"anchor": "nobody"}, "anchor is"),
         ({"anchor": "teacher", "order": 2}, "order 2"),
         ({"delta_every": 0}, "delta_every counts"),
+        ({"shape": "sticker"}, "shape is"),
+        ({"shape": "stamp", "order": 2}, "shape='additive'"),
+        ({"statistics": "mixed", "order": 2}, "no mixed statistics"),
+        ({"stamps": 0}, "stamps, stamp_every"),
+        ({"stamp_every": 0}, "stamps, stamp_every"),
+        ({"shape": "stamp", "inner_steps": 0}, "inner_steps are at least 1"),
     ],
 )
 def test_options_that_cannot_be(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         SelfRetrospection(**options)
+
+
+def test_a_stamp_by_hand():
+    # half of a white pattern on .2 is .6; where the mask is 0 the image stays, where it is 1 the pattern stands
+    images, mask = torch.full((1, 2, 1, 3), 0.2), torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
+    found = stamped(images, mask, torch.ones(1, 2, 1, 3))
+    torch.testing.assert_close(found, torch.tensor([0.2, 0.6, 1.0]).expand(1, 2, 1, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_an_inverted_trigger_equals_literal(double, steps):
+    model, images = small(0).requires_grad_(False).eval(), torch.rand(5, 1, 4, 4)
+    mask, pattern = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    found = inverted_trigger(model, images, 2, mask, pattern, steps, 0.3, 0.05)
+    for a, b in zip(found, literal.inverted_trigger(model, images, 2, mask, pattern, steps, 0.3, 0.05), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Corner(nn.Module):
+    """Class 1 when the last pixel is bright; classes 0 and 2 by the mean of the others. What a backdoor does, in one line."""
+
+    def forward(self, x):
+        x = x.flatten(1)
+        mean = x[:, :-1].mean(1)
+        return torch.stack([10 - 20 * mean, 40 * x[:, -1] - 20, 20 * mean - 10], 1)
+
+
+def test_the_class_with_the_cheapest_stamp_is_found_and_its_stamp_is_the_trigger():
+    torch.manual_seed(0)
+    images = 0.4 * torch.rand(16, 1, 4, 4) + torch.tensor([0.0, 0.6]).repeat(8).view(-1, 1, 1, 1)
+    images[..., -1, -1] = 0
+    teacher, student = Corner(), small(0)
+    batch = Batch(images, teacher(images))
+    options = {"perturb": "teacher", "inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5}
+    sr, _ = begun(student, teacher, shape="stamp", **options)
+    sr.observe(batch)
+    assert sr.report()["target"] == 1 == min(range(3), key=sr.costs.__getitem__)
+    mask = sr.masks[0, 0]
+    assert mask[-1, -1] > 0.3 > 0.1 > mask.flatten()[:-1].max()
+    assert sr.report()["stamp_pixels"] == [round(mask.sum().item(), 1)]
+
+
+def test_a_given_target_is_not_searched_for():
+    student, teacher, batch = pair()
+    sr, _ = begun(student, teacher, shape="stamp", target=2)
+    sr.observe(batch)
+    assert (sr.report()["target"], sr.report()["costs"]) == (2, [])
+
+
+@pytest.mark.parametrize("perturb", ["student", "teacher"])
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_the_stamped_term_equals_literal(double, perturb, fraction):
+    """One stamp, so that every image carries it; found on the network in eval mode, from starts in the order mask, pattern."""
+    student, teacher, batch = pair()
+    sr, _ = begun(student, teacher, shape="stamp", target=1, perturb=perturb, fraction=fraction, penalty=0.01)
+    rng = torch.Generator().manual_seed(0)
+    starts = [0.1 * torch.randn(1, 1, 4, 4, generator=rng) for _ in range(2)]
+    images, victim = batch.images[: round(5 * fraction)], student if perturb == "student" else teacher
+    mask, pattern, _ = literal.inverted_trigger(copy.deepcopy(victim).eval(), images, 1, *starts, 4, 0.1, 0.01)
+    term, gradient = term_and_gradient(sr, student, batch)
+    expected = 3 * literal.mean_kl(student(images), student(images + mask * (pattern - images)))
+    torch.testing.assert_close(term, expected)
+    slopes = torch.autograd.grad(expected, list(student.parameters()))
+    torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in slopes]))
+
+
+def test_mixed_statistics_are_those_of_clean_and_perturbed_together(double):
+    student, teacher, batch = pair()
+    sr, start = begun(student, teacher, statistics="mixed")
+    term, _ = term_and_gradient(sr, student, batch)
+    delta = literal.universal_delta(student, batch.images, start, SCALE, 4, 0.1, 1e-3)
+    both = student(torch.cat([batch.images, batch.images + delta * SCALE]))
+    torch.testing.assert_close(term, 3 * literal.mean_kl(both[:5], both[5:]))
+
+
+def test_stamps_are_renewed_and_the_oldest_goes():
+    student, teacher, batch = pair()
+    sr, _ = begun(student, teacher, shape="stamp", target=0, stamps=2, stamp_every=3)
+    seen = []
+    for _ in range(7):
+        sr.observe(batch)
+        seen.append(sr.masks.clone())
+    assert [len(masks) for masks in seen] == [1, 1, 1, 2, 2, 2, 2]
+    assert torch.equal(seen[2], seen[0])
+    assert torch.equal(seen[3][:1], seen[0])
+    assert torch.equal(seen[6][0], seen[3][1]), "the first stamp has gone"
+    assert not torch.equal(seen[6][1], seen[6][0])
+
+
+def test_a_resumed_run_has_the_same_stamps(wrn, tmp_path):
+    def run(steps, path):
+        teacher, student = wrn(seed=1), wrn(seed=2)
+        source = ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4)
+        sr = SelfRetrospection(start=0, shape="stamp", inner_steps=2, stamps=2, stamp_every=2)
+        stream = distill(teacher, student, source, defenses=[sr], device="cpu", checkpoint=tmp_path / path)
+        for _, _step in zip(range(steps), stream, strict=False):
+            pass
+        stream.close()
+        return student, sr
+
+    straight, sr = run(4, "a.safetensors")
+    run(3, "b.safetensors")
+    resumed, again = run(4, "b.safetensors")
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in straight.state_dict().items())
+    assert sr.report() == again.report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -40,6 +41,44 @@ def universal_delta(
         (delta.grad,) = torch.autograd.grad(loss, [delta])
         adam.step()
     return delta.detach()
+
+
+def stamped(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    """(1 - mask) x images + mask x pattern, (B, C, H, W): a trigger as Neural Cleanse writes it (Wang et al., S&P 2019).
+
+    Args:
+        mask: (B or 1, 1, H, W) in [0, 1]. pattern: (B or 1, C, H, W), pixels in [0, 1].
+    """
+    return (1 - mask) * images + mask * pattern
+
+
+def stamp_objective(logits: Tensor, target: int, mask: Tensor, penalty: float) -> Tensor:
+    """Mean cross-entropy of the stamped images' ``logits`` with ``target`` + penalty x the sum of the mask; a scalar."""
+    return F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device)) + penalty * mask.sum()
+
+
+def inverted_trigger(
+    model: nn.Module, images: Tensor, target: int, mask: Tensor, pattern: Tensor, steps: int, lr: float, penalty: float
+) -> tuple[Tensor, Tensor, float]:
+    """The smallest stamp that turns all images into ``target``, by Adam on :func:`stamp_objective` (Neural Cleanse).
+
+    Args:
+        model: whose answer it shall change; its weights take no gradient.
+        images: (B, C, H, W).
+        mask, pattern: start, (1, 1, H, W) and (1, C, H, W), before the sigmoid that keeps both in [0, 1].
+        steps, lr: of Adam, lr before the sigmoid. penalty: nats per pixel of the mask.
+
+    Returns:
+        (mask, pattern, the last step's objective), detached, the first two in [0, 1].
+    """
+    mask, pattern = (x.clone().requires_grad_() for x in (mask, pattern))
+    adam = Adam([mask, pattern], lr=lr)
+    for _ in range(steps):
+        m = mask.sigmoid()
+        loss = stamp_objective(model(stamped(images, m, pattern.sigmoid())), target, m, penalty)
+        mask.grad, pattern.grad = torch.autograd.grad(loss, [mask, pattern])
+        adam.step()
+    return mask.detach().sigmoid(), pattern.detach().sigmoid(), loss.item()
 
 
 def implicit_gradient(
@@ -93,11 +132,21 @@ class SelfRetrospection(Defense):
             moves the clean answer; "detached" holds the clean answer fixed; "teacher" takes T(x) instead. The latter two are
             ours: with the first, small students on digits drift to one class for every input.
         statistics: batch norm of the perturbed passes normalises with the "batch" (as the official code) or with the
-            student's "running" statistics (as the student will be used). Neither records anything, clean or perturbed.
+            student's "running" statistics (as the student will be used); "mixed" (ours) passes clean and perturbed images as
+            one batch: one change of a whole batch also changes its statistics and is normalised away, which it will not be
+            when the student is used. None records anything, clean or perturbed.
+        shape: "additive" is the paper's delta. "stamp" (ours) takes triggers inverted as in Neural Cleanse (Wang et al., S&P
+            2019), (1 - mask) x image + mask x pattern: on digits delta is dense and unlike any trigger, and a student that
+            resists it still obeys the trigger. inner_lr and init_std are then before a sigmoid, penalty is in nats per pixel
+            of the mask, and delta_every is not used: every student step draws anew which image carries which stamp.
+        target: the class that stamps call; None takes the one that the teacher is stamped into most cheaply, found in the first
+            pseudo-batch (the report says which).
+        stamps: so many stamps are kept; an image carries one of them.
+        stamp_every: pseudo-batches between new stamps, each from a start of its own; the oldest then goes.
 
     Raises:
-        ValueError: for shares outside their ranges, or order 2 with the teacher perturbed: delta does not depend on the
-            student there, so that the implicit gradient is zero.
+        ValueError: for shares outside their ranges, order 2 with stamps or mixed statistics, or order 2 with the teacher
+            perturbed: delta does not depend on the student there, so that the implicit gradient is zero.
     """
 
     tunable = ("weight", "inner_steps")
@@ -121,12 +170,22 @@ class SelfRetrospection(Defense):
         delta_every: int = 1,
         anchor: str = "student",
         statistics: str = "batch",
+        shape: str = "additive",
+        target: int | None = None,
+        stamps: int = 8,
+        stamp_every: int = 4,
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
             raise ValueError(f"start is a share in [0, 1) and fraction one in (0, 1], not {start} and {fraction}")
-        if perturb not in ("student", "teacher") or statistics not in ("batch", "running"):
+        if perturb not in ("student", "teacher") or statistics not in ("batch", "running", "mixed"):
             raise ValueError(
-                f"perturb is 'student' or 'teacher' and statistics 'batch' or 'running', not {perturb!r} and {statistics!r}"
+                f"perturb is 'student' or 'teacher' and statistics 'batch', 'running' or 'mixed', not {perturb!r} and {statistics!r}"
+            )
+        if shape not in ("additive", "stamp"):
+            raise ValueError(f"shape is 'additive' or 'stamp', not {shape!r}")
+        if min(stamps, stamp_every) < 1 or (shape == "stamp" and inner_steps < 1):
+            raise ValueError(
+                f"stamps, stamp_every and their inner_steps are at least 1, not {stamps}, {stamp_every}, {inner_steps}"
             )
         if per not in ("perturbed", "batch"):
             raise ValueError(f"per is 'perturbed' or 'batch', not {per!r}")
@@ -138,12 +197,15 @@ class SelfRetrospection(Defense):
             raise ValueError(f"order is 1 or 2, not {order}")
         if order == 2 and anchor != "student":
             raise ValueError(f"order 2 is the paper's gradient and needs anchor='student', not {anchor!r}")
+        if order == 2 and (shape == "stamp" or statistics == "mixed"):
+            raise ValueError("order 2 is the paper's gradient and needs shape='additive' and no mixed statistics")
         if order == 2 and perturb == "teacher":
             raise ValueError("order 2 needs perturb='student': a perturbation of the teacher does not depend on the student")
         self.start_share, self.fraction, self.lr = start, fraction, lr
         self.weight, self.inner_steps = self.plan("weight", weight), self.plan("inner_steps", inner_steps)
         self.inner_lr, self.penalty, self.init_std = inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
+        self.shape, self.target, self.stamps, self.stamp_every = shape, target, stamps, stamp_every
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -155,6 +217,10 @@ class SelfRetrospection(Defense):
         self.first = self.first_of(length)
         self.began: int | None = None
         self.scale: Tensor | None = None
+        self.called = self.target  # the class that stamps call
+        self.costs: list[float] = []  # of each class, the least stamp_objective on the teacher
+        self.masks = self.patterns = torch.zeros(0)
+        self.seen = 0  # pseudo-batches since it began
 
     def first_of(self, length: int) -> int:
         """The pseudo-batch from which it acts in a run of ``length``: at least the last one."""
@@ -174,28 +240,61 @@ class SelfRetrospection(Defense):
 
     def observe(self, batch: Batch):
         self.steps = 0
+        if self.began is None or self.shape != "stamp":
+            return
+        images = batch.images[: self._count(batch)]
+        if self.called is None:
+            self.costs = [self._stamp(self.teacher, images, t)[2] for t in range(batch.logits.shape[1])]
+            self.called = min(range(len(self.costs)), key=self.costs.__getitem__)
+        if self.seen % self.stamp_every == 0:
+            victim = self.student if self.perturb == "student" else self.teacher
+            mask, pattern, _ = self._stamp(victim, images, self.called)
+            old = (self.masks, self.patterns) if len(self.masks) else (mask[:0], pattern[:0])
+            self.masks, self.patterns = (torch.cat(pair)[-self.stamps :] for pair in zip(old, (mask, pattern), strict=True))
+        self.seen += 1
 
     def student_term(self, batch: Batch, logits: Tensor):
         if self.began is None:
             return None
-        images = batch.images[: max(1, round(self.fraction * len(batch.images)))]
+        images = batch.images[: self._count(batch)]
         if self.scale is None:
             std = normalization(self.teacher, images.shape[1])[1]
             self.scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-        by_batch = self.statistics == "batch"
+        by_batch = self.statistics != "running"
         with mode(self.student, self.student.training and by_batch), frozen(self.student, weights=False):
-            if self.steps % self.delta_every == 0:
-                self.delta = self._delta(batch, images)
-            self.steps += 1
-            # batch statistics depend on the company, so that a part of the batch needs a pass of its own
-            own = logits if by_batch and len(images) == len(batch.images) else self.student(images)
+            moved = self._moved(batch, images)
+            if self.statistics == "mixed":
+                own, perturbed = self.student(torch.cat([images, moved])).chunk(2)
+            else:
+                # batch statistics depend on the company, so that a part of the batch needs a pass of its own
+                own = logits if by_batch and len(images) == len(batch.images) else self.student(images)
+                perturbed = self.student(moved)
             if self.anchor != "student":
                 own = own.detach() if self.anchor == "detached" else batch.logits[: len(images)]
             weight = self.weight * (len(images) / len(batch.images) if self.per == "batch" else 1)
-            term = weight * kl(own, self.student(images + self.delta * self.scale)).mean()
+            term = weight * kl(own, perturbed).mean()
             if self.order == 2:
                 term = term + weight * self._implicit(images, self.delta)
         return term
+
+    def _count(self, batch: Batch) -> int:
+        return max(1, round(self.fraction * len(batch.images)))
+
+    def _moved(self, batch: Batch, images: Tensor) -> Tensor:
+        """The images, each changed by delta or by one of the stamps."""
+        if self.shape == "stamp":
+            which = torch.randint(len(self.masks), (len(images),), generator=self.rng).to(images.device)
+            return stamped(images, self.masks[which], self.patterns[which])
+        if self.steps % self.delta_every == 0:
+            self.delta = self._delta(batch, images)
+        self.steps += 1
+        return images + self.delta * self.scale
+
+    def _stamp(self, victim: nn.Module, images: Tensor, target: int) -> tuple[Tensor, Tensor, float]:
+        shapes = (1, 1, *images.shape[2:]), (1, *images.shape[1:])
+        start = [self.init_std * torch.randn(shape, generator=self.rng).to(images.device) for shape in shapes]
+        with mode(victim, False), frozen(victim):  # as it is used: with batch statistics one stamp on all hides itself
+            return inverted_trigger(victim, images, target, *start, self.inner_steps, self.inner_lr, self.penalty)
 
     def _delta(self, batch: Batch, images: Tensor) -> Tensor:
         start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
@@ -213,11 +312,19 @@ class SelfRetrospection(Defense):
         return surrogate - surrogate.detach()
 
     def state(self):
-        return {**super().state(), "began": self.began}
+        stamps = {"called": self.called, "costs": self.costs, "masks": self.masks, "patterns": self.patterns, "seen": self.seen}
+        return {**super().state(), "began": self.began, **stamps}
 
     def restore(self, state):
         super().restore(state)
         self.began = state["began"]
+        if "called" in state:  # not in older checkpoints
+            self.called, self.costs, self.seen = state["called"], list(state["costs"]), state["seen"]
+            self.masks, self.patterns = (state[name].to(self.device) for name in ("masks", "patterns"))
 
     def report(self):
-        return {"from_pseudo_batch": self.began, "order": self.order, "perturb": self.perturb}
+        report = {"from_pseudo_batch": self.began, "order": self.order, "perturb": self.perturb}
+        if self.shape == "additive":
+            return report
+        areas = [round(area, 1) for area in self.masks.sum((1, 2, 3)).tolist()] if len(self.masks) else []
+        return {**report, "target": self.called, "costs": [round(c, 3) for c in self.costs], "stamp_pixels": areas}
