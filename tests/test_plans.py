@@ -92,3 +92,9 @@ def test_only_what_is_tunable_can_be_asked_for():
 def test_a_plan_begins_at_0_and_goes_up(plan):
     with pytest.raises(ValueError, match="goes up"):
         ShufflingVaccine(alpha=plan)
+
+
+def test_stamps_take_a_plan_too():
+    assert SelfRetrospection(shape="stamp", inner_steps=[[0, 5], [3, 7]]).inner_steps == 5
+    with pytest.raises(ValueError, match="at least 1"):
+        SelfRetrospection(shape="stamp", inner_steps=[[0, 0], [3, 7]])

@@ -183,7 +183,7 @@ class SelfRetrospection(Defense):
             )
         if shape not in ("additive", "stamp"):
             raise ValueError(f"shape is 'additive' or 'stamp', not {shape!r}")
-        if min(stamps, stamp_every) < 1 or (shape == "stamp" and inner_steps < 1):
+        if min(stamps, stamp_every) < 1 or (shape == "stamp" and self.plan("inner_steps", inner_steps) < 1):
             raise ValueError(
                 f"stamps, stamp_every and their inner_steps are at least 1, not {stamps}, {stamp_every}, {inner_steps}"
             )
