@@ -260,8 +260,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
     b.picture("ACC and ASR of the chosen runs").wait_for()
     b.button("Copy as parameters").click()
+    b.page.get_by_role("button", name="Copy to the clipboard").wait_for()  # it shows once there is something to copy
     text = b.page.locator(".abdlab-copy pre").inner_text()
-    b.page.get_by_role("button", name="Copy to the clipboard").wait_for()
     b.shot("light-2-done")
 
     b.open("3 Samples")
