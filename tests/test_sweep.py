@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,9 @@ from rich.console import Console
 
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SHOTS = Path(__file__).parents[1] / "artifacts"
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed when tried again
 CELLS = [
@@ -351,11 +355,38 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     assert numbers(out) == numbers(by_local)
 
 
+@pytest.fixture(scope="module")
+def html(by_local, tmp_path_factory):
+    """The report of the tiny study as one file."""
+    page = tmp_path_factory.mktemp("report") / "report.html"
+    assert studies.report(by_local, page) == by_local / "report" / "06_sweep_report.ipynb"
+    return page
+
+
 @pytest.mark.slow
-def test_the_report_reads_without_the_code(by_local, tmp_path):
-    done = studies.report(by_local, tmp_path / "report.html")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, and there is none on the PATH")
+def test_the_report_opens_in_a_browser(html):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install '.[test]')")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, asked = browser.new_page(viewport={"width": 1280, "height": 900}), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(html.as_uri())
+        page.get_by_role("heading", name="ASR before and after").wait_for()
+        widths = page.eval_on_selector_all("img", "images => images.map(image => image.naturalWidth)")
+        assert len(widths) == 2
+        assert min(widths) > 300
+        assert page.get_by_text("badnet_sq").first.is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+        assert not [url for url in asked if url.startswith("http")]  # it needs nothing but itself
+        SHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SHOTS / "sweep_report.png", full_page=True)
+        browser.close()
+
+
+@pytest.mark.slow
+def test_the_report_reads_without_the_code(by_local, html):
     folder = by_local / "report"
-    assert done == folder / "06_sweep_report.ipynb"
     assert {p.stem for p in (folder / "figures").glob("*.png")} == {"heatmaps", "tradeoff"}  # no numeric axis, no line
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["done"], metrics["jobs"], metrics["failed"]) == (3, 3, [])
@@ -366,7 +397,7 @@ def test_the_report_reads_without_the_code(by_local, tmp_path):
     assert mine["zskt", "none"]["ACC mean (%)"] == pytest.approx(100 * acc, abs=0.05)
     assert "zskt" in (folder / "summary.csv").read_text()
     assert "tabular" in (folder / "summary.tex").read_text()
-    page = (tmp_path / "report.html").read_text()
+    page = html.read_text()
     assert "study_heatmaps(" not in page  # code is hidden
     assert page.count("data:image/png;base64") >= 2
     assert 'src="http' not in page
