@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from abdlab import batch, cli
 from abdlab.presets import ABOUT, PRESETS, SECTIONS, settings
@@ -22,7 +23,7 @@ def here(monkeypatch, capsys):
     """The same in this process, which saves the seconds of an import: (exit code, standard output, standard error)."""
 
     def call(*arguments, columns=160):
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(cli, "console", Console(width=columns))
         monkeypatch.setattr(sys, "argv", ["abdlab", *map(str, arguments)])
         with pytest.raises(SystemExit) as done:
             cli.main()
