@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/abdlab demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

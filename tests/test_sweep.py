@@ -231,7 +231,12 @@ def kernels_under(out):
 def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow):
     path, out = study_file(tmp_path, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3, 4]}), tmp_path / "out"
     process = subprocess.Popen(
-        command(path, "--out", out, "--slots", 1), start_new_session=True, stderr=subprocess.PIPE, text=True
+        command(path, "--out", out, "--slots", 1),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that run in the background inherit a deaf ear for interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for(lambda: len(states(out, "done")) >= 1 and len(states(out, "running")) == 1)
     os.kill(process.pid, blow)
