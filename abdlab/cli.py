@@ -131,8 +131,8 @@ def sweep(
                 for row in frame.to_dict("records"):
                     # a file or a pipe gets one line per change
                     if row["state"] in ("done", "failed") and seen.get(row["name"]) != row["state"]:
-                        scores = "" if row["acc"] != row["acc"] or row["acc"] is None else f" ACC {_number(row['acc'], 1, 100)}"
-                        scores += "" if row["asr"] != row["asr"] or row["asr"] is None else f" ASR {_number(row['asr'], 1, 100)}"
+                        numbers = {name: _number(row[name.lower()], 1, 100) for name in ("ACC", "ASR")}
+                        scores = "".join(f" {name} {number}" for name, number in numbers.items() if number)
                         print(f"{row['state']}: {row['name']}{scores} {row['error'] or ''}".rstrip(), flush=True)
                     seen[row["name"]] = row["state"]
 
@@ -198,10 +198,10 @@ def report(
         _beside_the_paper(folder)
     else:
         table = _study_cells(folder) if study else _runs(folder)
-        exports = {csv: lambda: table.to_csv(index=False), latex: lambda: table.to_latex(index=False, na_rep="")}
-        for path, text in exports.items():
-            if path:
-                _export(path, text())
+        if csv:
+            _export(csv, table.to_csv(index=False))
+        if latex:
+            _export(latex, table.to_latex(index=False, na_rep=""))
     if html:
         from abdlab.sweep import report as study_report
 

@@ -18,6 +18,18 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def last_linear(model: nn.Module, purpose: str = "to read features from") -> str:
+    """The name of the nn.Linear that the model registers last; its input are the penultimate features.
+
+    Raises:
+        ValueError: when it has none, saying what it was wanted for (``purpose``).
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear {purpose}")
+    return names[-1]
+
+
 @contextmanager
 def record(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
     """Record the outputs of the named layers, or their first ``inputs``, during forward passes inside the block.

@@ -7,8 +7,7 @@ The model is only read: it is put in eval mode for the while, and its weights an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch.optim import Adam
 
 from abdlab.data import pick_device
 from abdlab.errors import check_keys, did_you_mean, keywords
-from abdlab.features import frozen, mode
+from abdlab.features import frozen, last_linear, mode, module_at, record
 from abdlab.models import place
 from abdlab.triggers import Trigger, cosines, pack, paste, trigger_from
 
@@ -273,18 +272,20 @@ def strongest(model: nn.Module, images: Tensor, neurons: int) -> Tensor:
     Raises:
         ValueError: when the model has no ``nn.Linear``.
     """
-    with torch.no_grad(), _features(model) as seen:
+    reader = _reads_neurons(model)
+    with torch.no_grad(), record(model, [reader], inputs=True) as seen:
         model(images[:256])
-    strength = _last_linear(model).weight.detach().abs().sum(0)
-    alive = seen[0].flatten(0, -2).abs().amax(0) > 0
+    strength = module_at(model, reader).weight.detach().abs().sum(0)
+    alive = seen[reader].flatten(0, -2).abs().amax(0) > 0
     return torch.where(alive, strength, -1.0).topk(min(neurons, len(strength))).indices
 
 
 def activation(model: nn.Module, images: Tensor, neurons: Tensor) -> Tensor:
     """Mean activation of these features over images and features: a scalar with its graph."""
-    with _features(model) as seen:
+    reader = _reads_neurons(model)
+    with record(model, [reader], inputs=True) as seen:
         model(images)
-    return seen[0][..., neurons].mean()
+    return seen[reader][..., neurons].mean()
 
 
 @dataclass(frozen=True)
@@ -342,22 +343,9 @@ def _descend(start: Tensor, loss: Callable, project: Callable[[Tensor], Tensor],
     return leaf.detach()
 
 
-def _last_linear(model: nn.Module) -> nn.Linear:
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear, whose inputs are the neurons that the trigger excites")
-    return linear[-1]
-
-
-@contextmanager
-def _features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds what enters the last linear layer, (N, D), after a forward pass inside the block."""
-    seen: list[Tensor] = []
-    handle = _last_linear(model).register_forward_pre_hook(lambda module, args: seen.__setitem__(slice(None), args[:1]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def _reads_neurons(model: nn.Module) -> str:
+    """The name of the layer whose inputs are the neurons, (N, D)."""
+    return last_linear(model, "whose inputs are the neurons that the trigger excites")
 
 
 def _quantise(values: Tensor) -> Tensor:

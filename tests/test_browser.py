@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chromium import CHROMIUM, SHOTS
 
 from abdlab import batch
 from abdlab.checkpoint import read_card
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROOT = Path(__file__).parents[1]
-SHOTS = ROOT / "artifacts"
 TINY = {
     "teacher.epochs": 4,
     "teacher.model": "wrn-10-1",

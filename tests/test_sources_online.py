@@ -11,8 +11,8 @@ from torch import nn
 from abdlab import DAFL, DFAD, DFQ, ZSKT, Diverged, SelfRetrospection, ShufflingVaccine, distill
 from abdlab.defenses import Defense
 from abdlab.distill import seed_of
-from abdlab.features import record
-from abdlab.sources.dafl import activation_loss, last_linear
+from abdlab.features import last_linear, record
+from abdlab.sources.dafl import activation_loss
 from abdlab.sources.dfad import discrepancy
 from abdlab.sources.dfq import instance_entropy
 from abdlab.sources.generator import Generator

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,13 +16,11 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from chromium import CHROMIUM, SHOTS
 from rich.console import Console
 
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SHOTS = Path(__file__).parents[1] / "artifacts"
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed when tried again
 CELLS = [

@@ -5,25 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam
 
 from abdlab.evaluate import kl
-from abdlab.features import module_at, record
+from abdlab.features import last_linear, module_at, record
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
 
-
-def last_linear(model: nn.Module) -> str:
-    """The name of the nn.Linear that the model registers last. Raises ValueError when it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear whose input could be the penultimate features: "
-            "name the layer that reads them with layer=, or set activation=0"
-        )
-    return names[-1]
+#: what a teacher without nn.Linear is told
+NO_LINEAR = "whose input could be the penultimate features: name the layer that reads them with layer=, or set activation=0"
 
 
 def activation_loss(features: Tensor) -> Tensor:
@@ -103,7 +95,7 @@ class DAFL(Generated):
         super().start(teacher, student, device, seed)
         self.read_by: list[str] = []
         if self.activation:
-            name = last_linear(teacher) if self.layer is None else self.layer
+            name = last_linear(teacher, NO_LINEAR) if self.layer is None else self.layer
             module_at(teacher, name)  # raises when there is none
             self.read_by = [name]
 

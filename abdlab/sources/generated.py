@@ -14,7 +14,7 @@ from abdlab.checkpoint import load_optimizer
 from abdlab.features import frozen
 from abdlab.models import normalization, place, seeded
 from abdlab.sources.generator import Generator
-from abdlab.sources.source import Source, clip_gradients
+from abdlab.sources.source import Source, clip_gradients, image_shape
 
 
 def shares_of_run(milestones: Sequence[float]) -> tuple[float, ...]:
@@ -61,11 +61,10 @@ class Generated(Source):
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
     ):
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        self.shape = image_shape(shape)
         if min(pseudo_batches, z, width) < 1 or batch_size < 2:
             raise ValueError("pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch norm)")
-        self.shape, self.pseudo_batches, self.batch_size = tuple(shape), pseudo_batches, batch_size
+        self.pseudo_batches, self.batch_size = pseudo_batches, batch_size
         self.generator_lr, self.z, self.width, self.clip = generator_lr, z, width, clip
         self.mean, self.std = mean, std
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abdlab.evaluate import kl
+from abdlab.features import record
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -27,19 +28,8 @@ def norm_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     norms = {n: m for n, m in model.named_modules() if isinstance(m, NORMS) and m.running_mean is not None}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics: choose a source that needs none")
-    inputs: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, module in norms.items():
-
-            def keep(module, args, name=name):
-                inputs[name] = args[0]
-
-            handles.append(module.register_forward_pre_hook(keep))
+    with record(model, list(norms), inputs=True) as inputs:
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def batch_norm_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

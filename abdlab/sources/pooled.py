@@ -14,7 +14,7 @@ from abdlab.data import augment
 from abdlab.evaluate import kl
 from abdlab.features import mode
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
-from abdlab.sources.source import Batch, Source, clip_gradients
+from abdlab.sources.source import Batch, Source, clip_gradients, image_shape
 
 
 def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:
@@ -70,8 +70,7 @@ class Pooled(Source):
         shift: int,
         flip: bool,
     ):
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        self.shape = image_shape(shape)
         if min(rounds, synthesis_steps, kd_steps) < 1 or min(synthesis_batch, batch_size) < 2:
             raise ValueError(
                 "rounds, synthesis_steps and kd_steps must be at least 1, synthesis_batch and batch_size at least 2 (for batch norm)"
@@ -80,7 +79,7 @@ class Pooled(Source):
             raise ValueError(f"pool must hold at least one round's {synthesis_batch} images, not {pool} (None keeps all)")
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
-        self.shape, self.rounds, self.synthesis_steps, self.kd_steps = tuple(shape), rounds, synthesis_steps, kd_steps
+        self.rounds, self.synthesis_steps, self.kd_steps = rounds, synthesis_steps, kd_steps
         self.synthesis_batch, self.batch_size = synthesis_batch, batch_size
         self.pool_size = rounds * synthesis_batch if pool is None else pool
         self.lr, self.momentum, self.weight_decay, self.temperature = lr, momentum, weight_decay, temperature

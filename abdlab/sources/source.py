@@ -36,6 +36,13 @@ class Batch:
     synthesised: bool = True
 
 
+def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(channels, height, width) as a tuple; ValueError when it is none."""
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+    return tuple(shape)
+
+
 def clip_gradients(model: nn.Module, norm: float | None, losses: Mapping[str, Tensor]) -> None:
     """Clip to a norm; raise :class:`Diverged` naming the first loss that is not finite, when the gradient is not.
 
