@@ -16,6 +16,7 @@ from abdlab.checkpoint import load_optimizer, load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
 from abdlab.errors import CheckpointError, Diverged
+from abdlab.features import precision as computing
 from abdlab.models import place
 from abdlab.sources.source import Source, clip_gradients
 
@@ -63,6 +64,7 @@ def distill(
     keep: Sequence[int] = (),
     resume_from: str | Path | None = None,
     card: dict | None = None,
+    precision: str = "float32",
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> Iterator[Step]:
@@ -84,6 +86,8 @@ def distill(
         resume_from: a checkpoint to branch from instead. Defences that it does not know start fresh, those it knows
             but that are not asked for are dropped; when ``checkpoint`` exists too, ``checkpoint`` wins.
         card: more entries for the checkpoint's card.
+        precision: of all passes of a pseudo-batch, "float32" or "bf16" (:func:`abdlab.features.precision`). A vaccine is verified, and
+            exams are held, in float32.
         seed: of the run; source and defences draw from generators of their own.
         device: "auto" takes the GPU when there is one.
 
@@ -162,7 +166,8 @@ def distill(
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
-            losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
+            with computing(precision, device, teacher, student):
+                losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
             index += 1
             last, measured, shown = index == total, {}, None
             if last:

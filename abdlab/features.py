@@ -1,13 +1,17 @@
-"""Activations by layer name, and two temporary states of a model, as context managers that leave nothing behind."""
+"""Activations by layer name, and temporary states of models, as context managers that leave nothing behind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from abdlab.errors import did_you_mean
+
+#: how a network computes while it trains: torch's default, or bfloat16 where autocast allows it
+PRECISIONS = ("float32", "bf16")
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
@@ -50,6 +54,36 @@ def record(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iter
 
             handles.append(module_at(model, name).register_forward_hook(keep))
         yield acts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def full(x: Tensor) -> Tensor:
+    """The tensor in float32 where it is a half-precision one, else as it is: losses are computed in no less."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@contextmanager
+def precision(name: str, device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """In "bf16", convolutions and products inside the block run in bfloat16 (torch.autocast).
+
+    What the given models return is float32 all the same, and so are weights, gradients, batch-norm statistics and the losses
+    that are made of them. On CPUs with bfloat16 arithmetic a WRN's training step takes about half as long.
+
+    Raises:
+        ValueError: for a name that is not one of :data:`PRECISIONS`, with a "did you mean".
+    """
+    if name not in PRECISIONS:
+        raise ValueError(did_you_mean("precision", name, PRECISIONS))
+    if name == "float32":
+        yield
+        return
+    handles = [model.register_forward_hook(lambda module, args, output: full(output)) for model in models]
+    try:
+        # without the cache, which would hold weights as they were before an optimiser's step inside the block
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from torch import nn
 from abdlab.checkpoint import load_model
 from abdlab.data import Dataset, load
 from abdlab.defenses import DEFENSES, Defense
+from abdlab.distill import distill
 from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.evaluate import Exam
 from abdlab.models import build
@@ -47,7 +48,7 @@ SECTIONS: dict[str, list[str]] = {
     "data": ["name", "root", "size", "download"],
     "attack": [*ATTACK, "more"],  # more: a list of further attacks on the same teacher, each a dict of the same keys
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
-    "student": _MODEL,
+    "student": [*_MODEL, "precision"],  # what the distillation computes in
     "zskt": _free(SOURCES["zskt"]),
     "dafl": _free(SOURCES["dafl"]),
     "dfad": _free(SOURCES["dfad"]),
@@ -536,7 +537,7 @@ def settings(
 
 
 #: whose signatures hold a section's defaults; every other section is a source or a defence of that name
-_HOMES = {"data": (load,), "attack": (Attack,), "teacher": (train, build), "student": (build,)}
+_HOMES = {"data": (load,), "attack": (Attack,), "teacher": (train, build), "student": (build, distill)}
 
 
 def defaults(section: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from abdlab.data import augment, pick_device
 from abdlab.distill import Step
 from abdlab.errors import Diverged
+from abdlab.features import precision as computing
 from abdlab.models import place
 
 
@@ -30,6 +31,7 @@ def train(
     schedule: str = "cosine",
     shift: int = 0,
     flip: bool = False,
+    precision: str = "float32",
     exam: Callable[[nn.Module], dict[str, float]] | None = None,
     exam_every: int | None = None,
     seed: int = 0,
@@ -42,12 +44,13 @@ def train(
         epochs, batch_size, lr, momentum, weight_decay: the paper's teachers have the defaults.
         schedule: "cosine" (to 0, per step) or "onecycle" (``lr`` is its peak).
         shift, flip: augmentation, as in the data set's own fields.
+        precision: of the passes, "float32" or "bf16" (:func:`abdlab.features.precision`); exams are held in float32.
         exam: measures the model, every ``exam_every`` epochs and at the end.
         seed: of order and augmentation.
 
     Raises:
         Diverged: when the loss is not finite.
-        ValueError: for an unknown schedule, or labels that do not match the images.
+        ValueError: for an unknown schedule or precision, or labels that do not match the images.
     """
     if schedule not in ("cosine", "onecycle"):
         raise ValueError(f"schedule is 'cosine' or 'onecycle', not {schedule!r}")
@@ -69,7 +72,9 @@ def train(
             total = torch.zeros((), device=device)
             for chosen in order[: per_epoch * batch_size].split(batch_size):
                 inputs = augment(images[chosen], shift, flip, rng).to(device)
-                loss = F.cross_entropy(model(inputs), labels[chosen].to(device))
+                with computing(precision, device, model):
+                    logits = model(inputs)
+                loss = F.cross_entropy(logits, labels[chosen].to(device))
                 sgd.zero_grad(set_to_none=True)
                 loss.backward()
                 sgd.step()

@@ -111,8 +111,9 @@ class ShuffledTeacher:
     @torch.no_grad()
     def _agrees(self, images: Tensor) -> bool:
         try:
-            wanted = self.copies(images).mean(0)
-            return torch.allclose(self._shared(images), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+            with torch.autocast(images.device.type, enabled=False):  # round-off would hide what is compared
+                wanted, got = self.copies(images).mean(0), self._shared(images)
+            return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # shapes clash: a path around the first shuffled layer meets the k copies

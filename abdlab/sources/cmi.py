@@ -11,7 +11,7 @@ from torch.optim import Adam
 
 from abdlab.checkpoint import load_optimizer
 from abdlab.data import random_views
-from abdlab.features import frozen, mode
+from abdlab.features import frozen, full, mode
 from abdlab.models import place, seeded
 from abdlab.sources.generator import Generator
 from abdlab.sources.objectives import disagreement, norm_inputs
@@ -20,7 +20,7 @@ from abdlab.sources.pooled import Pooled, latest
 
 def instance_means(inputs: dict[str, Tensor]) -> Tensor:
     """What entered each batch norm, (B, C) or (B, C, ...), averaged over positions and concatenated: (B, sum of C)."""
-    return torch.cat([x.flatten(2).mean(2) if x.ndim > 2 else x for x in inputs.values()], dim=1)
+    return torch.cat([full(x).flatten(2).mean(2) if x.ndim > 2 else full(x) for x in inputs.values()], dim=1)
 
 
 def contrastive(local: Tensor, whole: Tensor, bank_local: Tensor, bank_whole: Tensor, temperature: float) -> Tensor:
@@ -32,7 +32,8 @@ def contrastive(local: Tensor, whole: Tensor, bank_local: Tensor, bank_whole: Te
     Args:
         local, whole: (B, d) of unit length, of the batch. bank_local, bank_whole: (N, d), of earlier images; N may be 0.
     """
-    logits = torch.cat([local, bank_local]) @ torch.cat([whole, bank_whole]).detach().T / temperature
+    with torch.autocast(local.device.type, enabled=False):  # a loss
+        logits = torch.cat([local, bank_local]) @ torch.cat([whole, bank_whole]).detach().T / temperature
     losses = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
     new, old = losses[: len(local)], losses[len(local) :]
     return new.mean() + old.mean() if len(old) else new.mean()
@@ -186,4 +187,4 @@ class CMI(Pooled):
 
     def _project(self, features: Tensor) -> Tensor:
         """(N, features) to (N, head) of unit length; like a dead attention map, a dead answer must not send gradients to infinity."""
-        return F.normalize(self.head(features), dim=1, eps=1e-6)
+        return F.normalize(full(self.head(features)), dim=1, eps=1e-6)

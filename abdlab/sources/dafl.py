@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 from abdlab.evaluate import kl
-from abdlab.features import last_linear, module_at, record
+from abdlab.features import full, last_linear, module_at, record
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
@@ -20,7 +20,7 @@ NO_LINEAR = "whose input could be the penultimate features: name the layer that 
 
 def activation_loss(features: Tensor) -> Tensor:
     """-mean |f| over batch and features (B, ...); a scalar, lowest where the features answer strongly."""
-    return -features.abs().mean()
+    return -full(features).abs().mean()
 
 
 class DAFL(Generated):

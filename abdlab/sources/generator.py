@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from abdlab.errors import did_you_mean
+from abdlab.features import full
 
 OUTPUTS = ("batchnorm", "tanh", "sigmoid")
 
@@ -66,5 +67,5 @@ class Generator(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        images = self.layers(z)
+        images = full(self.layers(z))  # pixels in bfloat16 would have steps of 1/256
         return images if self.in_pixels else images * self.std + self.mean

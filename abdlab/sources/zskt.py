@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.evaluate import kl
-from abdlab.features import frozen, record
+from abdlab.features import frozen, full, record
 from abdlab.sources.generated import Generated
 from abdlab.sources.source import Batch
 
@@ -21,7 +21,7 @@ def attention(feature: Tensor) -> Tensor:
 
     A map of norm under 1e-6 is divided by 1e-6: torch's default of 1e-12 lets one dead map send gradients to infinity.
     """
-    return F.normalize(feature.square().mean(1).flatten(1), dim=1, eps=1e-6)
+    return F.normalize(full(feature).square().mean(1).flatten(1), dim=1, eps=1e-6)
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:

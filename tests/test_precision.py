@@ -1,0 +1,117 @@
+"""bf16: what is computed in it, what stays float32, and that training still learns."""
+
+import pytest
+import torch
+from torch import nn
+
+from abdlab import Exam, SelfRetrospection, ShufflingVaccine, build, distill, load, train
+from abdlab.features import full, precision
+from abdlab.presets import settings
+from abdlab.sources import SOURCES
+
+CPU = torch.device("cpu")
+SHORT = {
+    "zskt.pseudo_batches": 4,
+    "dafl.pseudo_batches": 4,
+    "dfad.pseudo_batches": 4,
+    "dfq.pseudo_batches": 4,
+    "cmi.rounds": 2,
+    "deepinversion.rounds": 2,
+    **{f"{pooled}.{steps}": 3 for pooled in ("cmi", "deepinversion") for steps in ("synthesis_steps", "kd_steps")},
+    "ood.epochs": 1,
+    "ood.patches": 128,
+    "clean.epochs": 1,
+    "mixed.pseudo_batches": 4,
+    "student.precision": "bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", device="cpu")
+
+
+def test_the_networks_compute_in_bf16_and_what_they_return_is_float32(digits):
+    model, inside = build("wrn-10-1", classes=10, channels=1).eval(), []
+    handle = model.get_submodule(model.stages[0]).register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    with precision("bf16", CPU, model):
+        logits = model(digits.test_images[:4])
+    again = model(digits.test_images[:4])
+    handle.remove()
+    assert inside == [torch.bfloat16, torch.float32]
+    assert logits.dtype == torch.float32
+    assert not model._forward_hooks
+    # 8 bits of mantissa: the same to about one part in a hundred, and not the same numbers
+    torch.testing.assert_close(logits, again, rtol=0.05, atol=0.05 * again.abs().max().item())
+    assert not torch.equal(logits, again)
+
+
+def test_full_raises_half_precision_only():
+    assert full(torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert full(torch.zeros(2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_an_update_inside_the_block_is_seen_by_the_next_pass():
+    layer = nn.Linear(1, 1, bias=False)
+    with precision("bf16", CPU, layer):
+        for weight in (1.0, 2.0):
+            with torch.no_grad():
+                layer.weight.fill_(weight)
+            assert layer(torch.ones(1, 1)).item() == weight
+
+
+def test_bf16_learns_digits_as_float32_does(digits):
+    found = {}
+    for name in ("float32", "bf16"):
+        model = build("wrn-10-1", classes=10, channels=1, seed=0)
+        exam = Exam.of(digits.test_images, digits.test_labels)
+        *_, last = train(
+            model, digits.train_images, digits.train_labels, epochs=5, batch_size=64, precision=name, exam=exam, device="cpu"
+        )
+        found[name] = last.acc
+        assert all(p.dtype == torch.float32 for p in model.state_dict().values() if p.is_floating_point())
+    assert min(found.values()) > 0.97
+    assert abs(found["float32"] - found["bf16"]) < 0.02
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_with_both_defences_trains_in_bf16_with_float32_losses(digits, source):
+    chosen = settings("quick/digits", SHORT, device="cpu")
+    teacher, student, src = chosen.teacher(digits), chosen.student(digits), chosen.source(source, digits)
+    dtypes, learn = set(), src.student_loss
+
+    def watched(batch):
+        logits, kd, terms = learn(batch)
+        dtypes.update({batch.images.dtype, batch.logits.dtype, logits.dtype, kd.dtype, *(term.dtype for term in terms.values())})
+        return logits, kd, terms
+
+    src.student_loss = watched
+    defenses = [ShufflingVaccine(layers=2, verify=False, warmup=0.0), SelfRetrospection(start=0.5, inner_steps=2)]
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    *_, last = distill(teacher, student, src, defenses=defenses, precision="bf16", device="cpu")
+    assert dtypes == {torch.float32}
+    assert last.images.dtype == torch.float32
+    moved = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(moved) > len(before) / 2
+
+
+def test_the_vaccine_still_finds_its_one_pass_in_bf16(digits):
+    """The check of the fast pass against permuted weights must not fail for bf16's round-off."""
+    chosen = settings("quick/digits", SHORT, device="cpu")
+    vaccine = ShufflingVaccine(layers=2, verify=False, warmup=0.0)
+    source = chosen.source("zskt", digits)
+    list(distill(chosen.teacher(digits), chosen.student(digits), source, defenses=[vaccine], precision="bf16", device="cpu"))
+    assert vaccine.vaccine._one_pass is True
+
+
+def test_an_unknown_precision_is_named(digits):
+    with pytest.raises(ValueError, match=r"precision 'bf61'.*did you mean 'bf16'"):
+        next(
+            train(
+                build("wrn-10-1", classes=10, channels=1),
+                digits.train_images,
+                digits.train_labels,
+                precision="bf61",
+                device="cpu",
+            )
+        )
