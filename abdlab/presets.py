@@ -138,6 +138,42 @@ _PAPER_CLEAN = {
     "momentum": 0.9,
     "weight_decay": 5e-4,
 }
+_PAPER_CMI = {
+    "rounds": 200,  # [paper] epochs
+    "synthesis_steps": 200,  # [paper] generator steps, then
+    "kd_steps": 400,  # [paper] student steps
+    "synthesis_batch": 256,  # [paper]
+    "batch_size": 128,  # [paper]
+    "lr": 0.1,  # [paper] SGD, cosine
+    "momentum": 0.9,  # [paper]
+    "weight_decay": 1e-4,  # [paper]
+    "temperature": 20.0,  # [paper] batchmean x T^2
+    "generator_lr": 1e-3,  # [paper] Adam, re-initialised in each round
+    "z": 256,  # [paper]
+    "adversarial": 0.5,  # [paper]
+    "batch_norm": 1.0,  # [paper]
+    "one_hot": 1.0,  # [paper]
+    "contrastive": 0.8,  # [paper]
+    "contrast": 0.1,  # [paper] tau
+    "crop": [0.25, 1.0],  # [paper] of the local view
+    "pool": None,  # [paper] the best batch of every round stays
+}
+_PAPER_OOD = {
+    "image": "china",  # ours: which photograph the paper has is not known to us
+    "patches": 50_000,  # [code]
+    "epochs": 300,  # [paper]
+    "batch_size": 512,  # [paper]
+    "lr": 1e-3,  # [paper] Adam
+    "drops": [0.5, 1.0],  # [paper] at epochs 150 and 300
+    "gamma": 0.5,  # [paper]
+    "temperature": 8.0,  # [paper] without T^2
+    "class_mean": True,  # [code] the mean over batch and classes
+    "cutmix_beta": 0.25,  # [paper]
+    "cutmix_share": 1.0,  # [paper]
+    "scale": [0.002, 1.0],  # [paper] a resized crop; ours: how large
+    "degrees": 30.0,  # [paper] a rotation; ours: how far
+    "jitter": 0.4,  # [paper] colour jitter; ours: how strong
+}
 _PAPER_SV = {
     "k": 3,  # [paper]
     "layers": 5,  # [paper] the last convolutions; on WRN-16-2 the third stage
@@ -240,32 +276,52 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sv": _PAPER_SV,
         "sr": _PAPER_SR,
     },
+    # CIFAR-10 on two CPU cores, in 2 hours with both triggers (notebooks/studies/cifar10_reduced.yaml): the paper's networks made
+    # smaller, its runs made about 100 times shorter, its defences as they are but for SR's order and start.
+    "reduced/cifar10": {
+        "data": {"name": "cifar10"},
+        "attack": {"trigger": "badnet_sq", "rate": 0.1, "target": 0},  # [paper]
+        "teacher": {
+            "model": "wrn-16-1",  # [paper] wrn-16-2
+            "epochs": 10,  # [paper] 200
+            "batch_size": 128,  # [paper]
+            "lr": 0.1,  # [paper]
+            "weight_decay": 5e-4,  # [paper]
+            "schedule": "onecycle",  # [paper] cosine
+            "precision": "bf16",
+        },
+        "student": {"model": "wrn-16-1", "precision": "bf16"},  # [paper]
+        "ood": {
+            **_PAPER_OOD,
+            "epochs": 6,  # [paper] 300
+            "batch_size": 128,  # [paper] 512
+            "lr": 3e-3,  # [paper] 1e-3
+            "drops": [0.6, 0.85],  # [paper] .5 and the end
+            "gamma": 0.2,  # [paper] .5
+        },
+        "cmi": {
+            **_PAPER_CMI,
+            "rounds": 10,  # [paper] 200
+            "synthesis_steps": 50,  # [paper] 200
+            "kd_steps": 80,  # [paper] 400
+            "synthesis_batch": 64,  # [paper] 256
+        },
+        "zskt": {**_PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
+        "clean": {**_PAPER_CLEAN, "epochs": 30},  # ours: 200
+        "sv": _PAPER_SV,
+        "sr": {
+            **_PAPER_SR,
+            "order": 1,  # [paper] 2
+            "start": 0.95,  # [paper] .99: the same share would be 23 steps
+        },
+    },
     # The paper's CMI rows are of trojan_wm and badnet_sq.
     "paper/cifar10/cmi": {
         "data": {"name": "cifar10"},
         "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
         "teacher": _PAPER_TEACHER,
         "student": {"model": "wrn-16-1"},  # [paper]
-        "cmi": {
-            "rounds": 200,  # [paper] epochs
-            "synthesis_steps": 200,  # [paper] generator steps, then
-            "kd_steps": 400,  # [paper] student steps
-            "synthesis_batch": 256,  # [paper]
-            "batch_size": 128,  # [paper]
-            "lr": 0.1,  # [paper] SGD, cosine
-            "momentum": 0.9,  # [paper]
-            "weight_decay": 1e-4,  # [paper]
-            "temperature": 20.0,  # [paper] batchmean x T^2
-            "generator_lr": 1e-3,  # [paper] Adam, re-initialised in each round
-            "z": 256,  # [paper]
-            "adversarial": 0.5,  # [paper]
-            "batch_norm": 1.0,  # [paper]
-            "one_hot": 1.0,  # [paper]
-            "contrastive": 0.8,  # [paper]
-            "contrast": 0.1,  # [paper] tau
-            "crop": [0.25, 1.0],  # [paper] of the local view
-            "pool": None,  # [paper] the best batch of every round stays
-        },
+        "cmi": _PAPER_CMI,
         "clean": _PAPER_CLEAN,
         "sv": _PAPER_SV,
         "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
@@ -276,22 +332,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
         "teacher": _PAPER_TEACHER,
         "student": {"model": "wrn-16-1"},  # [paper]
-        "ood": {
-            "image": "china",  # ours: which photograph the paper has is not known to us
-            "patches": 50_000,  # [code]
-            "epochs": 300,  # [paper]
-            "batch_size": 512,  # [paper]
-            "lr": 1e-3,  # [paper] Adam
-            "drops": [0.5, 1.0],  # [paper] at epochs 150 and 300
-            "gamma": 0.5,  # [paper]
-            "temperature": 8.0,  # [paper] without T^2
-            "class_mean": True,  # [code] the mean over batch and classes
-            "cutmix_beta": 0.25,  # [paper]
-            "cutmix_share": 1.0,  # [paper]
-            "scale": [0.002, 1.0],  # [paper] a resized crop; ours: how large
-            "degrees": 30.0,  # [paper] a rotation; ours: how far
-            "jitter": 0.4,  # [paper] colour jitter; ours: how strong
-        },
+        "ood": _PAPER_OOD,
         "clean": _PAPER_CLEAN,
         "sv": {
             **_PAPER_SV,
@@ -338,6 +379,7 @@ ABOUT: dict[str, About] = {
     "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
     "paper/cifar10/cmi": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, contrastive model inversion"),
     "paper/cifar10/ood": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, patches of one photograph"),
+    "reduced/cifar10": About("CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph or CMI"),
     "paper/gtsrb/zskt": About("the paper's GTSRB setting, WRN-16-2 to WRN-16-1, ZSKT"),
 }
 
