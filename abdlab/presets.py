@@ -308,7 +308,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "zskt": {**_PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
         "clean": {**_PAPER_CLEAN, "epochs": 30},  # ours: 200
-        "sv": _PAPER_SV,
+        "sv": {**_PAPER_SV, "stop": 0.95},  # [paper] .99: where SR begins
         "sr": {
             **_PAPER_SR,
             "order": 1,  # [paper] 2
@@ -377,9 +377,9 @@ ABOUT: dict[str, About] = {
     ),
     "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
     "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
+    "reduced/cifar10": About("CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph or CMI"),
     "paper/cifar10/cmi": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, contrastive model inversion"),
     "paper/cifar10/ood": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, patches of one photograph"),
-    "reduced/cifar10": About("CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph or CMI"),
     "paper/gtsrb/zskt": About("the paper's GTSRB setting, WRN-16-2 to WRN-16-1, ZSKT"),
 }
 

@@ -131,7 +131,7 @@ class TestPaper:
         sv = PRESETS["paper/cifar10/ood"]["sv"]
         assert (sv["form"], sv["ascent"]) == ("weights", False)  # the printed form; the official code's divides by 0
 
-    @pytest.mark.parametrize("preset", PAPER)
+    @pytest.mark.parametrize("preset", [*PAPER, "reduced/cifar10"])
     def test_the_vaccine_ends_where_self_retrospection_begins(self, preset):
         chosen = settings(preset, device="cpu")
         assert chosen.values["sv"]["stop"] == chosen.values["sr"]["start"]
