@@ -101,7 +101,7 @@ def test_the_vaccine_still_finds_its_one_pass_in_bf16(digits):
     vaccine = ShufflingVaccine(layers=2, verify=False, warmup=0.0)
     source = chosen.source("zskt", digits)
     list(distill(chosen.teacher(digits), chosen.student(digits), source, defenses=[vaccine], precision="bf16", device="cpu"))
-    assert vaccine.vaccine._one_pass is True
+    assert vaccine.vaccine._parting == [""]
 
 
 def test_an_unknown_precision_is_named(digits):

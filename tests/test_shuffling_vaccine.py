@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from abdlab import CleanKD, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, distill, suspicion
+from abdlab import DFAD, ZSKT, CleanKD, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, distill, suspicion
 from abdlab.defenses import shuffling_vaccine
 from abdlab.defenses.shuffling_vaccine import kd_weights, shuffled_layers, tail_share
 from abdlab.evaluate import kl, log_kl
@@ -69,27 +69,71 @@ def test_shuffled_teacher_equals_deep_copies(double, wrn, name, last):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(vaccine.copies(images), torch.stack([c(images) for c in copies]))
     weigh = torch.randn(found.shape, generator=rng(2))
-    slopes = [torch.autograd.grad((value * weigh).sum(), images)[0] for value in (found, expected)]
+    slopes = [torch.autograd.grad((value * weigh).sum(), images, retain_graph=True)[0] for value in (found, expected)]
     torch.testing.assert_close(*slopes)
+    own, shuffled = vaccine.beside(images)
+    torch.testing.assert_close((own, shuffled), (teacher(images), expected))
+    both = [torch.autograd.grad((a * weigh - b).sum(), images)[0] for a, b in ((own, shuffled), (teacher(images), expected))]
+    torch.testing.assert_close(*both)
     assert not torch.allclose(expected, teacher(images), rtol=1e-3), "the shuffle must change something"
 
 
-def passes(teacher, vaccine, images):
-    """How often the teacher's first convolution runs, once the vaccine has chosen its way."""
-    vaccine(images)
-    count = []
-    handle = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda *_: count.append(1))
-    vaccine(images)
+def passes(teacher, call, images):
+    """How many images the teacher's first convolution sees in each of its passes, once the vaccine has chosen its way."""
+    call(images)
+    seen = []
+    first = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d))
+    handle = first.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    call(images)
     handle.remove()
-    return len(count)
+    return seen
 
 
-@pytest.mark.parametrize(("last", "expected"), [(3, 1), (4, 3), (5, 1), (6, 1), (9, 1)])
-def test_copies_share_one_pass_unless_a_path_goes_round_the_shuffle(wrn, last, expected):
-    # The last four begin with the second stage's shortcut: its other path meets the k copies unshuffled.
+@pytest.mark.parametrize("last", range(3, 9))  # the ninth from the end is the one whose input is counted
+def test_copies_and_teacher_share_one_pass(wrn, last):
+    # The last four begin with the second stage's shortcut, whose other path goes round the shuffle: they part before that block.
     teacher = wrn("wrn-10-1", channels=3)
     vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())
-    assert passes(teacher, vaccine, torch.rand(4, 3, 8, 8)) == expected
+    images = torch.rand(4, 3, 8, 8)
+    assert passes(teacher, vaccine, images) == passes(teacher, vaccine.beside, images) == [4]
+
+
+class Around(nn.Module):
+    """A path of its own goes round all of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 3, 3, padding=1))
+
+    def forward(self, images):
+        return (images + self.layers(images)).flatten(2).mean(2)
+
+
+def test_copies_run_one_by_one_where_a_path_goes_round_every_block():
+    teacher = Around().eval().requires_grad_(False)
+    vaccine = ShuffledTeacher(teacher, ["layers.1"], 3, rng())
+    images = torch.rand(4, 3, 8, 8, generator=rng(1))
+    assert passes(teacher, vaccine, images) == [4] * 3
+    assert passes(teacher, vaccine.beside, images) == [4] * 4
+    copies = literal.shuffled_teachers(teacher, vaccine.permutations)
+    own, shuffled = vaccine.beside(images)
+    torch.testing.assert_close(own, teacher(images))
+    torch.testing.assert_close(shuffled, literal.shuffled_teacher(copies, images))
+
+
+@pytest.mark.parametrize("source", [ZSKT, DFAD])
+def test_a_pseudo_batch_asks_the_teacher_twice_with_the_vaccine_and_without(wrn, source):
+    # once for the generator, with the copies beside it, once for the student
+    counts = []
+    for defenses in ([], [ShufflingVaccine(layers=3, warmup=0, verify=False)]):
+        teacher, seen = wrn("wrn-10-1", channels=3), []
+        teacher.conv1.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(args[0])))
+        options = {"attention": 0} if source is ZSKT else {"generator_every": 1}
+        made = source((3, 8, 8), pseudo_batches=4, batch_size=6, width=4, **options)
+        stream = distill(teacher, wrn("wrn-10-1", channels=3), made, defenses=defenses, device="cpu")
+        next(stream), seen.clear(), next(stream)
+        counts.append(list(seen))
+    assert counts == [[6, 6], [6, 6]]
 
 
 def test_a_first_batch_of_one_image_decides_rightly(wrn):
@@ -160,33 +204,30 @@ def test_shuffled_layers_are_found_by_type(wrn):
             shuffled_layers(vgg(), last)
 
 
-# the last convolutions of each family, in the order in which they run, and how often the teacher's first layer runs for k = 3
+# the last convolutions of each family, in the order in which they run
 FAMILIES = [
-    ("wrn-16-1", 5, [f"stage3.{n}" for n in ("0.conv1", "0.conv2", "0.shortcut", "1.conv1", "1.conv2")], 1),
-    ("wrn-40-1", 4, [f"stage3.{n}" for n in ("4.conv1", "4.conv2", "5.conv1", "5.conv2")], 3),
-    ("resnet-18", 5, [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")], 1),
-    ("resnet-18", 3, [f"layer4.{n}" for n in ("0.downsample.0", "1.conv1", "1.conv2")], 3),
+    ("wrn-16-1", 5, [f"stage3.{n}" for n in ("0.conv1", "0.conv2", "0.shortcut", "1.conv1", "1.conv2")]),
+    ("wrn-40-1", 4, [f"stage3.{n}" for n in ("4.conv1", "4.conv2", "5.conv1", "5.conv2")]),
+    ("resnet-18", 5, [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")]),
+    ("resnet-18", 3, [f"layer4.{n}" for n in ("0.downsample.0", "1.conv1", "1.conv2")]),
     (
         "resnet-34",
         7,
         [f"layer4.{n}" for n in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2", "2.conv1", "2.conv2")],
-        1,
     ),
-    # its shortcuts have no weights: every block's other path goes round the shuffle
-    ("resnet-20", 5, [f"layer3.{n}" for n in ("0.conv2", "1.conv1", "1.conv2", "2.conv1", "2.conv2")], 3),
-    ("resnet-20", 19, None, 1),
-    ("vgg-11", 5, [f"features.{n}" for n in (11, 15, 18, 22, 25)], 1),
-    ("vgg-16", 5, [f"features.{n}" for n in (27, 30, 34, 37, 40)], 1),
+    # its shortcuts have no weights, so that every block's other path goes round the shuffle: passes part before the block
+    ("resnet-20", 5, [f"layer3.{n}" for n in ("0.conv2", "1.conv1", "1.conv2", "2.conv1", "2.conv2")]),
+    ("resnet-20", 19, None),
+    ("vgg-11", 5, [f"features.{n}" for n in (11, 15, 18, 22, 25)]),
+    ("vgg-16", 5, [f"features.{n}" for n in (27, 30, 34, 37, 40)]),
     # expansion and projection of a block; the depthwise convolution between them (conv.1.0) has nothing to shuffle
-    ("mobilenet-v2", 3, [f"features.{n}" for n in ("17.conv.0.0", "17.conv.2", "18.0")], 1),
-    ("mobilenet-v2", 5, [f"features.{n}" for n in ("16.conv.0.0", "16.conv.2", "17.conv.0.0", "17.conv.2", "18.0")], 3),
+    ("mobilenet-v2", 3, [f"features.{n}" for n in ("17.conv.0.0", "17.conv.2", "18.0")]),
+    ("mobilenet-v2", 5, [f"features.{n}" for n in ("16.conv.0.0", "16.conv.2", "17.conv.0.0", "17.conv.2", "18.0")]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "last", "layers", "expected"), FAMILIES, ids=lambda v: str(v) if isinstance(v, (str, int)) else ""
-)
-def test_every_family_is_shuffled_where_it_ends(double, wrn, name, last, layers, expected):
+@pytest.mark.parametrize(("name", "last", "layers"), FAMILIES, ids=lambda v: str(v) if isinstance(v, (str, int)) else "")
+def test_every_family_is_shuffled_where_it_ends(double, wrn, name, last, layers):
     teacher = wrn(name, channels=3, classes=4).requires_grad_(False)
     found = shuffled_layers(teacher, last)
     if layers is None:
@@ -196,7 +237,7 @@ def test_every_family_is_shuffled_where_it_ends(double, wrn, name, last, layers,
     images = torch.rand(3, 3, 16, 16, generator=rng(1))
     copies = literal.shuffled_teachers(teacher, vaccine.permutations)
     torch.testing.assert_close(vaccine(images), literal.shuffled_teacher(copies, images))
-    assert passes(teacher, vaccine, images) == expected
+    assert len(passes(teacher, vaccine, images)) == len(passes(teacher, vaccine.beside, images)) == 1
 
 
 def test_depthwise_convolutions_do_not_count(wrn):

@@ -95,6 +95,11 @@ class Defense:
         """A new student optimiser from pseudo-batch ``index`` on, for ``steps_left`` student steps; None keeps the old one."""
         return None
 
+    def teacher_logits(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits (B, classes) on a source's images, where the defence gets them at little cost with something
+        that its :meth:`synthesis_term` needs; None leaves the pass to the source. Sources that look into the teacher do not ask."""
+        return None
+
     def synthesis_term(self, images: Tensor, teacher_logits: Tensor) -> Tensor | None:
         """A scalar that the source's own networks minimise besides their loss."""
         return None

@@ -52,8 +52,9 @@ class ShuffledTeacher:
         permutations: (k, input channels per group) per layer, instead of drawing.
 
     All copies run in one pass: permuting a kernel's input channels equals permuting the activations that it sees, and the
-    layers before the first shuffled one are shared. Where a model's graph does not allow that (checked once, against
-    copies with permuted weights), the k copies run one by one.
+    layers before the first shuffled one are shared, on request with the teacher itself too (:meth:`beside`). Where a path goes
+    round the first shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none
+    (checked once, against copies with permuted weights), the k copies run one by one.
     """
 
     def __init__(
@@ -71,15 +72,20 @@ class ShuffledTeacher:
             widths = {name: module_at(teacher, name).in_channels // module_at(teacher, name).groups for name in layers}
             permutations = {name: torch.stack([torch.randperm(c, generator=rng) for _ in range(k)]) for name, c in widths.items()}
         self.permutations = {name: value.cpu() for name, value in permutations.items()}
-        self._one_pass: bool | None = None
+        self._parting: list[str] | None = None  # where the passes part, as _part takes it; empty: nowhere
         device = next(teacher.parameters()).device
         self._inputs = {name: self._input_order(name).to(device) for name in layers}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Mean logits (N, classes) of the k copies; differentiable to the images."""
-        if self._one_pass is None:
-            self._one_pass = self._agrees(images[:1].detach().expand(2, *images.shape[1:]))
-        return self._shared(images) if self._one_pass else self.copies(images).mean(0)
+        return self._together(images).mean(0) if self._parts_at(images) else self.copies(images).mean(0)
+
+    def beside(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(the teacher's own logits, the mean logits of the copies), (N, classes) each: as two calls, at less cost."""
+        if not self._parts_at(images):
+            return self.teacher(images), self(images)
+        own, *shuffled = self._together(images, with_teacher=True)
+        return own, torch.stack(shuffled).mean(0)
 
     def copies(self, images: Tensor) -> Tensor:
         """Logits (k, N, classes), each copy run by itself with permuted weights."""
@@ -92,31 +98,55 @@ class ShuffledTeacher:
             for name, order in self.permutations.items()
         }
 
-    def _shared(self, images: Tensor) -> Tensor:
-        handles = []
+    def _together(self, images: Tensor, with_teacher: bool = False) -> Tensor:
+        """Logits (k, N, classes) of the copies, or (k + 1, N, classes) with the teacher's first, in one pass."""
+        passes = [None] * with_teacher + list(range(self.k))
+        block, handles = self._parting[0], []
         try:
+            if block:
+                handles.append(
+                    module_at(self.teacher, block).register_forward_pre_hook(
+                        lambda module, args: (torch.cat([args[0]] * len(passes)), *args[1:])
+                    )
+                )
             for name in self.layers:
 
                 def shuffle(module, args, order=self._inputs[name]):
                     x = args[0]
-                    parts = [x] * self.k if len(x) == len(images) else x.chunk(self.k)
-                    return (torch.cat([part.index_select(1, order[j]) for j, part in enumerate(parts)]), *args[1:])
+                    parts = [x] * len(passes) if not block and len(x) == len(images) else x.chunk(len(passes))
+                    moved = [x if j is None else x.index_select(1, order[j]) for j, x in zip(passes, parts, strict=True)]
+                    return (torch.cat(moved), *args[1:])
 
                 handles.append(module_at(self.teacher, name).register_forward_pre_hook(shuffle))
-            return self.teacher(images).unflatten(0, (self.k, len(images))).mean(0)
+            return self.teacher(images).unflatten(0, (len(passes), len(images)))
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _parts_at(self, images: Tensor) -> list[str]:
+        """Where passes part: [""] at the shuffled layers themselves, or [block], or [] when no place gives the right numbers."""
+        if self._parting is None:
+            first = self.layers[0].split(".")
+            blocks = ["", *(".".join(first[:depth]) for depth in range(len(first) - 1, 0, -1))]
+            probe = images[:1].detach().expand(2, *images.shape[1:])
+            self._parting = next(([block] for block in blocks if self._agrees(probe, block)), [])
+        return self._parting
+
     @torch.no_grad()
-    def _agrees(self, images: Tensor) -> bool:
+    def _agrees(self, images: Tensor, block: str) -> bool:
+        self._parting = [block]
         try:
             with torch.autocast(images.device.type, enabled=False):  # round-off would hide what is compared
-                wanted, got = self.copies(images).mean(0), self._shared(images)
+                wanted = torch.cat([self.teacher(images)[None], self.copies(images)])
+                got = self._together(images, with_teacher=True)
             return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # shapes clash: a path around the first shuffled layer meets the k copies
+        except (
+            RuntimeError,
+            TypeError,
+            IndexError,
+        ):  # shapes clash: a path round the block meets the copies, or it takes no tensor
             return False
 
     def _input_order(self, name: str) -> Tensor:
@@ -253,6 +283,7 @@ class ShufflingVaccine(Defense):
         self.last = round(self.stop * length)
         self.seen: list[Tensor] = []
         self.active = False
+        self.ready: tuple[Tensor | None, Tensor | None] = (None, None)  # images, and the vaccine's logits on them
         self.used: list[str] = []  # forms, in the order in which they were first used
         self.weighed = torch.zeros(2, dtype=torch.long, device=device)  # how many suspicious samples, of how many weighed
 
@@ -280,11 +311,20 @@ class ShufflingVaccine(Defense):
             while sum(map(len, self.seen)) - len(self.seen[0]) >= self.pool:
                 self.seen.pop(0)
 
+    def teacher_logits(self, images):
+        if not self.active or self.form == "weights":
+            return None
+        logits, shuffled = self.vaccine.beside(images)
+        self.ready = images, shuffled
+        return logits
+
     def synthesis_term(self, images, teacher_logits):
         if not self.active or self.form == "weights":
             return None
         self._use("synthesis")
-        shuffled = self.vaccine(images)
+        (seen, shuffled), self.ready = self.ready, (None, None)
+        if seen is not images:
+            shuffled = self.vaccine(images)
         agree = shuffled.argmax(1) == teacher_logits.argmax(1)
         per_sample = kl(teacher_logits, shuffled) if self.reverse else kl(shuffled, teacher_logits)
         per_sample = per_sample.clamp_max(self.cap) if self.cap else per_sample

@@ -96,7 +96,7 @@ class DFAD(Generated):
         if self.made % self.generator_every == 0:
             images = self.generator(self.noise())
             with frozen(self.student):
-                logits = self.teacher(images)
+                logits = self.ask(images, defenses)
                 losses["generator"] = -discrepancy(logits, self.student(images)).mean()
             losses = self.learn(images, logits, losses, defenses)
         with torch.no_grad():

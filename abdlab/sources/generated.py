@@ -88,6 +88,13 @@ class Generated(Source):
         """The next pseudo-batch's noise (batch_size, z), on the device."""
         return torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device)
 
+    def ask(self, images: Tensor, defenses: Sequence[Any]) -> Tensor:
+        """The teacher's logits (B, classes) on images that are then handed to :meth:`learn`, from a pass that a defence shares if one does."""
+        for defense in defenses:
+            if (logits := defense.teacher_logits(images)) is not None:
+                return logits
+        return self.teacher(images)
+
     def learn(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
         """One step of the generator on the sum of ``losses`` and of each defence's ``synthesis_term``.
 

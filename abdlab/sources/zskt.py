@@ -109,7 +109,7 @@ class ZSKT(Generated):
         noise = self.noise()
         images = self.generator(noise)
         with frozen(self.student):
-            logits = self.teacher(images)
+            logits = self.ask(images, defenses)
             losses = {"generator": -self._kd(logits, self.student(images)).mean()}
         losses = self.learn(images, logits, losses, defenses)
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
