@@ -118,6 +118,13 @@ class Engine(Protocol):
         """Let the workers end; ``now`` does not wait for their jobs."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values; also 1e-3, as everybody writes it, is a number, which YAML 1.1 takes for a text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 def read_study(path: str | Path) -> Study:
     """A study from a YAML file.
 
@@ -135,7 +142,7 @@ def read_study(path: str | Path) -> Study:
     if not path.is_file():
         raise FileNotFoundError(f"there is no study {path}: a study is a YAML file, see notebooks/studies")
     try:
-        given = yaml.safe_load(path.read_text())
+        given = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):

@@ -95,6 +95,14 @@ def test_a_list_axis_sets_several_names_and_equal_jobs_are_one(notebook):
     assert [j.parameters for j in study.jobs] == [{"x": 1}, {"x": 2, "mode": "ok"}]
 
 
+def test_1e_3_is_a_number_in_a_study(notebook, tmp_path):
+    # YAML 1.1 wants 1.0e-3, and takes this for a text
+    path = tmp_path / "study.yaml"
+    path.write_text("notebook: trivial.ipynb\ngrid: {seconds: [1e-3, 2E+1, -5e2, .5], mode: [e1, 1e, ok]}\n")
+    seen = {(job.parameters["seconds"], job.parameters["mode"]) for job in studies.read_study(path).jobs}
+    assert seen == {(seconds, mode) for seconds in (0.001, 20.0, -500.0, 0.5) for mode in ("e1", "1e", "ok")}
+
+
 def test_folders_are_addressed_by_content(notebook):
     key = {name: studies.make_study(notebook, **given).jobs[0].key for name, given in {
         "a": {"grid": {"x": [1]}},
