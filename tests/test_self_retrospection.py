@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from abdlab import ZSKT, SelfRetrospection, distill
-from abdlab.defenses.self_retrospection import implicit_gradient, inverted_trigger, stamped, universal_delta
+from abdlab.defenses.self_retrospection import implicit_gradient, universal_delta
+from abdlab.defenses.stamps import Stamps, inverted_trigger, stamped
 from abdlab.models import Normalize
 from abdlab.sources import Batch
 
@@ -204,6 +205,7 @@ def test_the_divisor_scales_both_orders(double):
         {"anchor": "teacher"},
         {"shape": "stamp"},
         {"shape": "stamp", "perturb": "teacher"},
+        {"shape": "stamp", "cover": True},
     ],
     ids=str,
 )
@@ -332,6 +334,7 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         ({"shape": "sticker"}, "shape is"),
         ({"shape": "stamp", "order": 2}, "shape='additive'"),
         ({"statistics": "mixed", "order": 2}, "no mixed statistics"),
+        ({"natural": 0}, "natural is a factor above 0"),
         ({"stamps": 0}, "stamps, stamp_every"),
         ({"stamp_every": 0}, "stamps, stamp_every"),
         ({"shape": "stamp", "inner_steps": 0}, "inner_steps are at least 1"),
@@ -376,10 +379,11 @@ def test_the_class_with_the_cheapest_stamp_is_found_and_its_stamp_is_the_trigger
     options = {"perturb": "teacher", "inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5}
     sr, _ = begun(student, teacher, shape="stamp", **options)
     sr.observe(batch)
-    assert sr.report()["target"] == 1 == min(range(3), key=sr.costs.__getitem__)
-    mask = sr.masks[0, 0]
-    assert mask[-1, -1] > 0.3 > 0.1 > mask.flatten()[:-1].max()
-    assert sr.report()["stamp_pixels"] == [round(mask.sum().item(), 1)]
+    assert sr.report()["target"] == 1 == min(range(3), key=sr.bank.costs.__getitem__)
+    assert len(sr.bank) == sr.stamps
+    for mask in sr.bank.masks[:, 0]:
+        assert mask[-1, -1] > 0.3 > 0.1 > mask.flatten()[:-1].max()
+    assert sr.report()["stamp_pixels"] == [round(mask.sum().item(), 1) for mask in sr.bank.masks]
 
 
 def test_a_given_target_is_not_searched_for():
@@ -394,7 +398,7 @@ def test_a_given_target_is_not_searched_for():
 def test_the_stamped_term_equals_literal(double, perturb, fraction):
     """One stamp, so that every image carries it; found on the network in eval mode, from starts in the order mask, pattern."""
     student, teacher, batch = pair()
-    sr, _ = begun(student, teacher, shape="stamp", target=1, perturb=perturb, fraction=fraction, penalty=0.01)
+    sr, _ = begun(student, teacher, shape="stamp", target=1, perturb=perturb, fraction=fraction, penalty=0.01, stamps=1)
     rng = torch.Generator().manual_seed(0)
     starts = [0.1 * torch.randn(1, 1, 4, 4, generator=rng) for _ in range(2)]
     images, victim = batch.images[: round(5 * fraction)], student if perturb == "student" else teacher
@@ -421,19 +425,78 @@ def test_stamps_are_renewed_and_the_oldest_goes():
     seen = []
     for _ in range(7):
         sr.observe(batch)
-        seen.append(sr.masks.clone())
-    assert [len(masks) for masks in seen] == [1, 1, 1, 2, 2, 2, 2]
+        seen.append(sr.bank.masks.clone())
+    assert [len(masks) for masks in seen] == [2] * 7, "the bank is full from the start"
     assert torch.equal(seen[2], seen[0])
-    assert torch.equal(seen[3][:1], seen[0])
-    assert torch.equal(seen[6][0], seen[3][1]), "the first stamp has gone"
+    assert torch.equal(seen[3][0], seen[0][1]), "the first stamp has gone"
+    assert torch.equal(seen[6][0], seen[3][1])
     assert not torch.equal(seen[6][1], seen[6][0])
+
+
+def test_a_stamp_that_is_dearer_than_the_other_classes_is_not_taken():
+    # Corner's class 1 costs one bright pixel, .05, and the other classes far more; the student has no such pixel.
+    images = 0.4 * torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[::2] += 0.6
+    images[..., -1, -1] = 0
+    teacher, student = Corner(), small(0)
+    batch = Batch(images, teacher(images))
+    options = {"shape": "stamp", "inner_steps": 100, "inner_lr": 0.3, "penalty": 0.05, "stamps": 2, "stamp_every": 1}
+    for victim, natural, renewed in (("teacher", 0.5, True), ("student", 0.01, False), ("student", None, True)):
+        sr, _ = begun(student, teacher, perturb=victim, natural=natural, target=1, **options)
+        sr.observe(batch)
+        first = sr.bank.masks.clone()
+        sr.observe(batch)
+        assert torch.equal(sr.bank.masks, first) != renewed
+        assert len(sr.bank) == 2
+
+
+def test_covered_images_are_relabelled_by_hand():
+    # The place is the last pixel. Image 0 is bright there and dark elsewhere: with another image's dark pixel Corner says 0.
+    # Image 1 is bright there and bright elsewhere: it becomes 2. Images 2 and 3 are not the target, and stay.
+    images = torch.zeros(4, 1, 4, 4)
+    images[1] = images[3] = 0.9
+    images[:2, ..., -1, -1], images[2:, ..., -1, -1] = 1, 0
+    teacher = Corner()
+    bank = Stamps(1, 1, 0.1, 0.01, 0.5, None, torch.Generator().manual_seed(0))
+    bank.place = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    bank.place[..., -1, -1] = True
+    batch = Batch(images, teacher(images))
+    kept = batch.logits
+    assert kept.argmax(1).tolist() == [1, 1, 0, 2]
+    bank.relabel(teacher, batch)
+    assert batch.logits.argmax(1).tolist() == [0, 2, 0, 2]
+    assert batch.logits[0].tolist() == pytest.approx([10, -20, -10])
+    assert kept.argmax(1).tolist() == [1, 1, 0, 2], "the source's own tensor is left alone"
+    assert bank.report()["relabelled"] == 2
+    bank.place[:] = False  # nothing is covered: all stays
+    batch.logits = kept
+    bank.relabel(teacher, batch)
+    assert torch.equal(batch.logits, kept)
+    everything = Batch(images[:2], kept[:2])  # nothing to cover with
+    bank.relabel(teacher, everything)
+    assert everything.logits.argmax(1).tolist() == [1, 1]
+
+
+def test_a_backdoor_is_covered_where_the_teachers_own_stamps_lie():
+    torch.manual_seed(0)
+    images = 0.4 * torch.rand(16, 1, 4, 4) + torch.tensor([0.0, 0.6]).repeat(8).view(-1, 1, 1, 1)
+    images[..., -1, -1] = 0
+    images[:3, ..., -1, -1] = 1
+    teacher, student = Corner(), small(0)
+    batch = Batch(images, teacher(images))
+    options = {"inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5, "stamps": 2}
+    sr, _ = begun(student, teacher, shape="stamp", cover=True, target=1, **options)
+    sr.observe(batch)
+    assert sr.bank.place.flatten().nonzero().flatten().tolist() == [15]
+    assert batch.logits.argmax(1)[:3].tolist() == [0, 2, 0]
+    assert sr.report()["relabelled"] == 3
 
 
 def test_a_resumed_run_has_the_same_stamps(wrn, tmp_path):
     def run(steps, path):
         teacher, student = wrn(seed=1), wrn(seed=2)
         source = ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4)
-        sr = SelfRetrospection(start=0, shape="stamp", inner_steps=2, stamps=2, stamp_every=2)
+        sr = SelfRetrospection(start=0, shape="stamp", inner_steps=2, stamps=2, stamp_every=2, natural=2.0, cover=True)
         stream = distill(teacher, student, source, defenses=[sr], device="cpu", checkpoint=tmp_path / path)
         for _, _step in zip(range(steps), stream, strict=False):
             pass

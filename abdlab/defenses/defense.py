@@ -105,7 +105,7 @@ class Defense:
         return None
 
     def observe(self, batch: Batch) -> None:
-        """See the pseudo-batch, once, before the student steps on it."""
+        """See the pseudo-batch, once, before the student steps on it. It may give ``batch.logits`` other values to learn from."""
 
     def sample_weights(self, batch: Batch) -> Tensor | None:
         """(B,) factors of the KD loss per sample."""
