@@ -273,7 +273,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "init_std": 0.5,
             "stamps": 8,
             "stamp_every": 4,
-            "natural": 1.3,
+            "natural": 1.6,
             "cover": True,
         },
     },
