@@ -31,6 +31,7 @@ TINY = {
     "zskt.batch_size": 16,
     "clean.epochs": 1,
     "sv.verify": False,
+    "sv.alpha": 0.55,
     "sv.layers": 3,
     "sr.inner_steps": 2,
 }

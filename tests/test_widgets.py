@@ -29,6 +29,7 @@ TINY = {
     "zskt.batch_size": 16,
     "clean.epochs": 1,
     "sv.verify": False,
+    "sv.alpha": 0.55,
     "sv.layers": 3,
     "sv.warmup": 0.0,
     "sr.start": 0.5,
@@ -110,8 +111,8 @@ class TestTriggerDesigner:
 
     def test_shows_the_presets_trigger_at_once(self, designer):
         assert designer.picture.png.startswith(b"\x89PNG")
-        assert designer.overrides["attack.params"]["size"] == 4
-        assert 0.15 < designer.sizes["l0"] <= 16 / 64  # some pixels are white already
+        assert designer.overrides["attack.params"]["size"] == 5
+        assert 0.15 < designer.sizes["l0"] <= 25 / 64  # some pixels are white already
         assert not designer.trouble.sentence
 
     def test_a_slider_changes_picture_and_sizes(self, designer):
@@ -297,7 +298,7 @@ class TestDefenceTuner:
         until(lambda: tuner.step == 6)
         tuner.state = "paused"
         tuner.branch()
-        tuner.lr.value = 1e-3
+        tuner.lr.value = 2e-3
         tuner.start()
         assert "branch off earlier" in tuner.trouble.sentence
 
