@@ -512,14 +512,15 @@ def _deadline(seconds: float | None) -> Iterator[None]:
 
 
 def _scores(folder: Path) -> dict:
-    """ACC and ASR of the job's most defended student: the last one with the longest label."""
+    """ACC and ASR of the job's most defended student, the last one with most defences; of its teacher when it has no student."""
     found = runs_table(folder)
     if found.empty or not {"label", "acc"} <= set(found.columns):
         return {}
     found = found[found["label"].notna() & found["acc"].notna()]
     if found.empty:
         return {}
-    row = found.loc[found["label"].str.count(r"\+").sort_values(kind="stable").index[-1]]
+    defences = found["label"].str.count(r"\+").where(found["label"] != "teacher", -1)
+    row = found.loc[defences.sort_values(kind="stable").index[-1]]
     asr = row.get("asr")
     return {"label": row["label"], "acc": float(row["acc"]), "asr": None if pd.isna(asr) else float(asr)}
 

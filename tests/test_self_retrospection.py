@@ -457,7 +457,7 @@ def test_covered_images_are_relabelled_by_hand():
     images[1] = images[3] = 0.9
     images[:2, ..., -1, -1], images[2:, ..., -1, -1] = 1, 0
     teacher = Corner()
-    bank = Stamps(1, 1, 0.1, 0.01, 0.5, None, torch.Generator().manual_seed(0))
+    bank = Stamps(1, 1, 0.1, 0.01, 0.5, None, None, torch.Generator().manual_seed(0))
     bank.place = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     bank.place[..., -1, -1] = True
     batch = Batch(images, teacher(images))

@@ -413,6 +413,23 @@ def test_the_report_reads_without_the_code(by_local, html):
     assert 'src="http' not in page
 
 
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["teacher"], "teacher"),
+        (["clean", "teacher"], "clean"),
+        (["clean", "teacher", "zskt", "zskt+sr", "zskt+sv+sr"], "zskt+sv+sr"),
+    ],
+)
+def test_a_job_shows_its_most_defended_student(tmp_path, labels, shown):
+    for number, label in enumerate(labels):
+        folder = tmp_path / "seed0" / label
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"label": label, "seed": 0, "acc": number / 10, "asr": number / 20}))
+    at = labels.index(shown)
+    assert studies._scores(tmp_path) == {"label": shown, "acc": at / 10, "asr": at / 20}
+
+
 def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
     with pytest.raises(ValueError, match="holds no study"):
         studies.report(tmp_path)

@@ -108,6 +108,9 @@ class SelfRetrospection(Defense):
         natural: a new stamp is kept only while its objective is at most this factor of that of the cheapest class but the target, on
             the teacher. A dearer one is no backdoor but what the target class looks like, and who unlearns that forgets the
             class. None keeps all.
+        margin: stamps of the student may lie no further than so many pixels from where the teacher's own do: the teacher's trigger
+            stays where it is, while a student that has unlearnt it is stamped with whatever else looks like the class. None
+            lets them lie anywhere.
         cover: learn synthetic images that carry the trigger with another label. Those that the teacher calls the target are
             covered where its own inverted triggers lie, with the pixels of another image; where it then calls them something
             else, that is what the student learns from there on. On digits about 4 in 10 of the images that it calls the target
@@ -144,6 +147,7 @@ class SelfRetrospection(Defense):
         stamps: int = 8,
         stamp_every: int = 4,
         natural: float | None = None,
+        margin: int | None = None,
         cover: bool = False,
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
@@ -158,6 +162,8 @@ class SelfRetrospection(Defense):
             raise ValueError(
                 f"stamps, stamp_every and their inner_steps are at least 1, not {stamps}, {stamp_every}, {inner_steps}"
             )
+        if margin is not None and margin < 0:
+            raise ValueError(f"margin is a number of pixels, 0 or more, or None, not {margin}")
         if natural is not None and natural <= 0:
             raise ValueError(f"natural is a factor above 0, or None, not {natural}")
         if per not in ("perturbed", "batch"):
@@ -179,7 +185,7 @@ class SelfRetrospection(Defense):
         self.inner_lr, self.penalty, self.init_std = inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.shape, self.target, self.stamps, self.stamp_every = shape, target, stamps, stamp_every
-        self.natural, self.cover = natural, cover
+        self.natural, self.margin, self.cover = natural, margin, cover
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -191,7 +197,9 @@ class SelfRetrospection(Defense):
         self.first = self.first_of(length)
         self.began: int | None = None
         self.scale: Tensor | None = None
-        self.bank = Stamps(self.target, self.stamps, self.inner_lr, self.penalty, self.init_std, self.natural, self.rng)
+        self.bank = Stamps(
+            self.target, self.stamps, self.inner_lr, self.penalty, self.init_std, self.natural, self.margin, self.rng
+        )
         self.seen = 0  # pseudo-batches since it began
 
     def first_of(self, length: int) -> int:

@@ -26,7 +26,15 @@ def stamp_objective(logits: Tensor, target: int, mask: Tensor, penalty: float) -
 
 
 def inverted_trigger(
-    model: nn.Module, images: Tensor, target: int, mask: Tensor, pattern: Tensor, steps: int, lr: float, penalty: float
+    model: nn.Module,
+    images: Tensor,
+    target: int,
+    mask: Tensor,
+    pattern: Tensor,
+    steps: int,
+    lr: float,
+    penalty: float,
+    region: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, float]:
     """The smallest stamp that turns all images into ``target``, by Adam on :func:`stamp_objective` (Neural Cleanse).
 
@@ -35,6 +43,7 @@ def inverted_trigger(
         images: (B, C, H, W).
         mask, pattern: start, (1, 1, H, W) and (1, C, H, W), before the sigmoid that keeps both in [0, 1].
         steps, lr: of Adam, lr before the sigmoid. penalty: nats per pixel of the mask.
+        region: (1, 1, H, W) of 0 and 1: where the mask may be; by default anywhere.
 
     Returns:
         (mask, pattern, the last step's objective), detached, the first two in [0, 1].
@@ -42,11 +51,11 @@ def inverted_trigger(
     mask, pattern = (x.clone().requires_grad_() for x in (mask, pattern))
     adam = Adam([mask, pattern], lr=lr)
     for _ in range(steps):
-        m = mask.sigmoid()
+        m = mask.sigmoid() * region
         loss = stamp_objective(model(stamped(images, m, pattern.sigmoid())), target, m, penalty)
         mask.grad, pattern.grad = torch.autograd.grad(loss, [mask, pattern])
         adam.step()
-    return mask.detach().sigmoid(), pattern.detach().sigmoid(), loss.item()
+    return mask.detach().sigmoid() * region, pattern.detach().sigmoid(), loss.item()
 
 
 class Stamps:
@@ -58,6 +67,7 @@ class Stamps:
         lr, penalty, init_std: of :func:`inverted_trigger` and its Gaussian start.
         natural: a new stamp is kept only while its objective is at most this factor of the cheapest other class's on the
             teacher. None keeps all.
+        margin: pixels around the teacher's own stamps, beyond which those of the victim may not lie. None lets them lie anywhere.
         rng: draws the starts, which image carries which stamp, and what images are covered with.
     """
 
@@ -69,10 +79,11 @@ class Stamps:
         penalty: float,
         init_std: float,
         natural: float | None,
+        margin: int | None,
         rng: torch.Generator,
     ):
         self.target, self.size, self.lr, self.penalty, self.init_std = target, size, lr, penalty, init_std
-        self.natural, self.rng = natural, rng
+        self.natural, self.margin, self.rng = natural, margin, rng
         self.costs: list[float] = []  # of each class, the objective that the teacher's stamp reached
         self.masks = self.patterns = torch.zeros(0)  # (stamps, 1, H, W) and (stamps, C, H, W)
         self.place = torch.zeros(0)  # (1, 1, H, W) booleans: where the teacher's stamps of the target are
@@ -87,19 +98,26 @@ class Stamps:
             self.costs = [self._invert(teacher, images, label, steps)[2] for label in range(classes)]
         if self.target is None:
             self.target = min(range(classes), key=self.costs.__getitem__)
-        found = [self._invert(victim, images, self.target, steps)[:2] for _ in range(self.size)]
-        self.masks, self.patterns = (torch.cat(parts) for parts in zip(*found, strict=True))
-        if cover:
+        if cover or self.margin is not None:
             masks = [self._invert(teacher, images, self.target, steps)[0] for _ in range(self.size)]
             self.place = torch.cat(masks).amax(0, keepdim=True) > 0.5
+        found = [self._invert(victim, images, self.target, steps, self.region)[:2] for _ in range(self.size)]
+        self.masks, self.patterns = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def renew(self, victim: nn.Module, images: Tensor, steps: int) -> None:
         """One more stamp, from a start of its own; the oldest goes. A stamp that is dearer than ``natural`` is not taken."""
-        mask, pattern, cost = self._invert(victim, images, self.target, steps)
+        mask, pattern, cost = self._invert(victim, images, self.target, steps, self.region)
         others = [other for label, other in enumerate(self.costs) if label != self.target]
         if self.natural is None or cost <= self.natural * min(others):
             self.masks = torch.cat([self.masks, mask])[-self.size :]
             self.patterns = torch.cat([self.patterns, pattern])[-self.size :]
+
+    @property
+    def region(self) -> Tensor | float:
+        """Where the victim's stamps may lie: :attr:`place` with its margin, (1, 1, H, W), or 1 for anywhere."""
+        if self.margin is None:
+            return 1.0
+        return F.max_pool2d(self.place.float(), 2 * self.margin + 1, stride=1, padding=self.margin)
 
     def on(self, images: Tensor) -> Tensor:
         """The images (B, C, H, W), each with one of the stamps."""
@@ -137,8 +155,10 @@ class Stamps:
         costs = [round(cost, 3) for cost in self.costs]
         return {"target": self.target, "costs": costs, "stamp_pixels": areas, "relabelled": self.relabelled}
 
-    def _invert(self, victim: nn.Module, images: Tensor, target: int, steps: int) -> tuple[Tensor, Tensor, float]:
+    def _invert(
+        self, victim: nn.Module, images: Tensor, target: int, steps: int, region: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, float]:
         shapes = (1, 1, *images.shape[2:]), (1, *images.shape[1:])
         start = [self.init_std * torch.randn(shape, generator=self.rng).to(images.device) for shape in shapes]
         with mode(victim, False), frozen(victim):  # as it is used: with batch statistics one stamp on all hides itself
-            return inverted_trigger(victim, images, target, *start, steps, self.lr, self.penalty)
+            return inverted_trigger(victim, images, target, *start, steps, self.lr, self.penalty, region)
