@@ -63,13 +63,14 @@ class NaiveZSKT:
 
     def generator_step(self, noise, alpha=0.1):
         images, t_logits, kd, _ = self.pass_through(noise)
-        loss = -kd
+        loss, losses = -kd, {"generator": -kd.item()}
         if self.copies:
             shuffled = torch.stack([copy(images) for copy in self.copies]).mean(0)
             agree = shuffled.argmax(1) == t_logits.argmax(1)
-            loss = loss - alpha * (kl(shuffled, t_logits) / t_logits.shape[1] * agree).sum() / agree.sum().clamp_min(1)
+            term = -alpha * (kl(shuffled, t_logits) / t_logits.shape[1] * agree).sum() / agree.sum().clamp_min(1)
+            loss, losses["sv_synthesis"] = loss + term, term.item()
         self.step(loss, self.generator, self.adam_g)
-        return {"generator": -kd.item()}
+        return losses
 
     def student_step(self, noise, sr=None):
         """``sr`` returns (value, gradients of the student's weights) on images, see :func:`self_retrospection`."""
