@@ -50,6 +50,30 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
         assert not private or private not in text
 
 
+@pytest.fixture
+def tiny_double(measure, monkeypatch, double):
+    monkeypatch.setattr(measure, "MAIN", measure.Size("wrn-10-1", "wrn-10-1", (3, 8, 8), 8, 4, 3, 4))
+    return measure
+
+
+@pytest.mark.parametrize("vaccine", [False, True])
+def test_the_naive_pseudo_batch_computes_what_ours_does(tiny_double, vaccine):
+    loops = tiny_double.Loops(tiny_double.MAIN, "cpu", vaccine=vaccine)
+    for _ in range(2):
+        ours, theirs = loops.ours(), loops.theirs()
+        assert theirs.keys() == {"generator", "kd", "attention", *(["sv_synthesis"] if vaccine else [])}
+        # the naive loop's learning rates are constant: ours fall by a cosine over a run that is long
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("perturb", "order"), [("teacher", 2), ("student", 1), ("student", 2)])
+def test_the_naive_sr_step_computes_what_ours_does(tiny_double, perturb, order):
+    step = tiny_double.SRStep("cpu", perturb, order)
+    ours, theirs = step.ours()[1], step.theirs()[1]
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-9)
+    torch.testing.assert_close(step.gradients["ours"], step.gradients["naive"], rtol=1e-9, atol=1e-12)
+
+
 def test_losses_that_differ_fail_a_benchmark(measure):
     measure.agree({"kd": 1.001}, {"kd": 1.0}, "cpu", kd=1e-2)
     with pytest.raises(AssertionError, match=r"kd is 1\.02 in ours and 1\.0 in the naive loop"):

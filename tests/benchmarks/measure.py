@@ -132,7 +132,7 @@ class SRStep:
     ``gradients`` are those of the first step, one vector per side, clipped.
     """
 
-    weight = 100.0  # so that SR's gradient shows beside that of attention transfer
+    weight = 1000.0  # so that SR's gradient shows beside that of attention transfer
 
     def __init__(self, device, perturb, order):
         ours = order if perturb == "student" else 1

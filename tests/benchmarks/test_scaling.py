@@ -13,7 +13,7 @@ from measure import DEVICES, MAIN, SCALED, SMALL, THREADS, TINY, Loops, SRStep, 
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.parametrize("device", DEVICES)]
-BATCHES, IMAGES, WIDTHS = ((4, 8), (8, 12), (4, 8)) if TINY else ((32, 64, 128, 256), (16, 32, 64), (8, 16, 32))
+BATCHES, IMAGES, WIDTHS = ((4,), (12,), (8,)) if TINY else ((32, 64, 128, 256), (16, 32, 64), (8, 16, 32))
 AXES = [("batch", value, replace(SCALED, batch=value)) for value in BATCHES]
 AXES += [("image size", value, replace(SCALED, shape=(3, value, value))) for value in IMAGES]
 AXES += [("width", value, replace(SCALED, width=value, generator=2 * value)) for value in WIDTHS]
