@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench quick-preset triggers clean
+.PHONY: demo test lab lint format bench bench-report quick-preset triggers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make lab           open the notebooks in JupyterLab"
 	@echo "make lint          check style"
 	@echo "make format        mend style"
-	@echo "make bench         measure speed against the naive formulas"
+	@echo "make bench         measure speed and memory against the naive formulas, and what sweeps and widgets cost"
+	@echo "make bench-report  the former alone, into tests/benchmarks/README.md: on an idle machine, please"
 	@echo "make quick-preset  the README's figures of the quick preset: seeds 4, 5, 6"
 	@echo "make triggers      the README's figures of all eleven triggers: a teacher each"
 
@@ -43,6 +44,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+bench-report: $(READY)
+	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s -k 'not sweep and not designer'
 
 quick-preset: $(READY)
 	$(BIN)/abdlab run 05_abd_ablation -p run runs/quick-preset -p seeds '[4, 5, 6]'
