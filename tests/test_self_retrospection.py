@@ -335,6 +335,8 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         ({"shape": "stamp", "order": 2}, "shape='additive'"),
         ({"statistics": "mixed", "order": 2}, "no mixed statistics"),
         ({"natural": 0}, "natural is a factor above 0"),
+        ({"balance": 0}, "balance is a factor above 0"),
+        ({"margin": -1}, "margin is a number of pixels"),
         ({"stamps": 0}, "stamps, stamp_every"),
         ({"stamp_every": 0}, "stamps, stamp_every"),
         ({"shape": "stamp", "inner_steps": 0}, "inner_steps are at least 1"),
@@ -431,6 +433,33 @@ def test_stamps_are_renewed_and_the_oldest_goes():
     assert torch.equal(seen[3][0], seen[0][1]), "the first stamp has gone"
     assert torch.equal(seen[6][0], seen[3][1])
     assert not torch.equal(seen[6][1], seen[6][0])
+
+
+def test_the_target_class_counts_more_by_hand(double):
+    # Of four images one is the target: with balance 3 the weights are 3, 1, 1, 1 over their mean of 1.5
+    student, teacher, batch = pair()
+    batch = Batch(batch.images[:4], torch.eye(3)[[1, 0, 2, 0]].double())
+    sr, _ = begun(student, teacher, shape="stamp", target=1, stamps=1, balance=3.0, anchor="teacher", statistics="running")
+    sr.observe(batch)
+    assert sr.sample_weights(batch).tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    term = sr.student_term(batch, student(batch.images))
+    moved = stamped(batch.images, sr.bank.masks, sr.bank.patterns)
+    each = [literal.kl(p, q) for p, q in zip(batch.logits, copy.deepcopy(student).eval()(moved), strict=True)]
+    torch.testing.assert_close(term, 3 * (2 * each[0] + 2 / 3 * sum(each[1:])) / 4)
+    sr.balance = 1
+    assert sr.sample_weights(batch) is None
+
+
+def test_stamps_stay_where_the_teachers_lie():
+    torch.manual_seed(0)
+    images = 0.4 * torch.rand(16, 1, 4, 4) + torch.tensor([0.0, 0.6]).repeat(8).view(-1, 1, 1, 1)
+    images[..., -1, -1] = 0
+    teacher, student = Corner(), small(0)
+    options = {"inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5, "stamps": 2, "target": 1, "shape": "stamp"}
+    for margin, pixels in ((0, {15}), (1, {10, 11, 14, 15})):
+        sr, _ = begun(student, teacher, margin=margin, **options)
+        sr.observe(Batch(images, teacher(images)))
+        assert {i for mask in sr.bank.masks for i in mask.flatten().nonzero().flatten().tolist()} == pixels
 
 
 def test_a_stamp_that_is_dearer_than_the_other_classes_is_not_taken():

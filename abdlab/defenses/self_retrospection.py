@@ -111,6 +111,9 @@ class SelfRetrospection(Defense):
         margin: stamps of the student may lie no further than so many pixels from where the teacher's own do: the teacher's trigger
             stays where it is, while a student that has unlearnt it is stamped with whatever else looks like the class. None
             lets them lie anywhere.
+        balance: with stamps, an image of the target class counts so many times as much as another one, in the term and in the KD
+            loss (both stay means of weight 1). Stamps teach the student what is not the target; of what is, a pseudo-batch has
+            few images, and fewer once the covered ones have another label.
         cover: learn synthetic images that carry the trigger with another label. Those that the teacher calls the target are
             covered where its own inverted triggers lie, with the pixels of another image; where it then calls them something
             else, that is what the student learns from there on. On digits about 4 in 10 of the images that it calls the target
@@ -148,6 +151,7 @@ class SelfRetrospection(Defense):
         stamp_every: int = 4,
         natural: float | None = None,
         margin: int | None = None,
+        balance: float = 1.0,
         cover: bool = False,
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
@@ -164,6 +168,8 @@ class SelfRetrospection(Defense):
             )
         if margin is not None and margin < 0:
             raise ValueError(f"margin is a number of pixels, 0 or more, or None, not {margin}")
+        if balance <= 0:
+            raise ValueError(f"balance is a factor above 0, not {balance}")
         if natural is not None and natural <= 0:
             raise ValueError(f"natural is a factor above 0, or None, not {natural}")
         if per not in ("perturbed", "batch"):
@@ -185,7 +191,7 @@ class SelfRetrospection(Defense):
         self.inner_lr, self.penalty, self.init_std = inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.shape, self.target, self.stamps, self.stamp_every = shape, target, stamps, stamp_every
-        self.natural, self.margin, self.cover = natural, margin, cover
+        self.natural, self.margin, self.balance, self.cover = natural, margin, balance, cover
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -231,6 +237,12 @@ class SelfRetrospection(Defense):
             self.bank.relabel(self.teacher, batch)
         self.seen += 1
 
+    def sample_weights(self, batch: Batch):
+        if self.began is None or self.shape != "stamp" or self.balance == 1:
+            return None
+        weights = torch.where(batch.logits.argmax(1) == self.bank.target, self.balance, 1.0)
+        return weights / weights.mean()
+
     def student_term(self, batch: Batch, logits: Tensor):
         if self.began is None:
             return None
@@ -250,7 +262,9 @@ class SelfRetrospection(Defense):
             if self.anchor != "student":
                 own = own.detach() if self.anchor == "detached" else batch.logits[: len(images)]
             weight = self.weight * (len(images) / len(batch.images) if self.per == "batch" else 1)
-            term = weight * kl(own, perturbed).mean()
+            balance = self.sample_weights(Batch(images, batch.logits[: len(images)]))
+            each = kl(own, perturbed)
+            term = weight * (each if balance is None else balance * each).mean()
             if self.order == 2:
                 term = term + weight * self._implicit(images, self.delta)
         return term
