@@ -203,9 +203,11 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
         sums: dict[str, Tensor] = dict.fromkeys(batch.losses, 0)
         for name, value in batch.losses.items():
             sums[name] = value * source.student_steps
+        dropped = {name for defense in defenses for name in defense.dropped()}
         weights = [w for w in (d.sample_weights(batch) for d in defenses) if w is not None]
         for _ in range(source.student_steps):
             logits, kd, terms = source.student_loss(batch)
+            terms = {name: term for name, term in terms.items() if name not in dropped}
             terms = {"kd": (kd * math.prod(weights)).mean() if weights else kd.mean(), **terms}
             for defense in defenses:
                 term = defense.student_term(batch, logits)

@@ -450,6 +450,15 @@ def test_the_target_class_counts_more_by_hand(double):
     assert sr.sample_weights(batch) is None
 
 
+def test_attention_ends_where_self_retrospection_begins(wrn):
+    teacher, student = wrn(seed=1), wrn(seed=2)
+    source = ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4)
+    sr = SelfRetrospection(start=0.5, inner_steps=1, without=["attention"])
+    steps = list(distill(teacher, student, source, defenses=[sr], device="cpu"))
+    assert ["attention" in step.losses for step in steps] == [True, True, False, False]
+    assert all("kd" in step.losses for step in steps)
+
+
 def test_stamps_stay_where_the_teachers_lie():
     torch.manual_seed(0)
     images = 0.4 * torch.rand(16, 1, 4, 4) + torch.tensor([0.0, 0.6]).repeat(8).view(-1, 1, 1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,10 @@ class Defense:
     def student_term(self, batch: Batch, logits: Tensor) -> Tensor | None:
         """A scalar that the student minimises besides its KD loss; ``logits`` are its own on ``batch.images``."""
         return None
+
+    def dropped(self) -> Collection[str]:
+        """Names of the source's own student terms (never its KD loss) that the student is to learn without, in this pseudo-batch."""
+        return ()
 
     def state(self) -> dict:
         """All that a resumed run needs, as nested dicts of tensors and numbers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -114,6 +116,8 @@ class SelfRetrospection(Defense):
         balance: with stamps, an image of the target class counts so many times as much as another one, in the term and in the KD
             loss (both stay means of weight 1). Stamps teach the student what is not the target; of what is, a pseudo-batch has
             few images, and fewer once the covered ones have another label.
+        without: names of the source's student terms that end where it begins, such as ["attention"]: on images that carry the trigger
+            the teacher attends to the trigger, and a student that copies its attention learns the backdoor again.
         cover: learn synthetic images that carry the trigger with another label. Those that the teacher calls the target are
             covered where its own inverted triggers lie, with the pixels of another image; where it then calls them something
             else, that is what the student learns from there on. On digits about 4 in 10 of the images that it calls the target
@@ -153,6 +157,7 @@ class SelfRetrospection(Defense):
         margin: int | None = None,
         balance: float = 1.0,
         cover: bool = False,
+        without: Sequence[str] = (),
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
             raise ValueError(f"start is a share in [0, 1) and fraction one in (0, 1], not {start} and {fraction}")
@@ -192,6 +197,7 @@ class SelfRetrospection(Defense):
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.shape, self.target, self.stamps, self.stamp_every = shape, target, stamps, stamp_every
         self.natural, self.margin, self.balance, self.cover = natural, margin, balance, cover
+        self.without = tuple(without)
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -236,6 +242,9 @@ class SelfRetrospection(Defense):
         if self.cover:
             self.bank.relabel(self.teacher, batch)
         self.seen += 1
+
+    def dropped(self):
+        return () if self.began is None else self.without
 
     def sample_weights(self, batch: Batch):
         if self.began is None or self.shape != "stamp" or self.balance == 1:
