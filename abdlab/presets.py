@@ -221,7 +221,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "attack": {"trigger": "badnet_sq", "params": {"size": 5}, "rate": 0.1, "target": 0},
         "teacher": {"model": "wrn-10-2", "epochs": 12, "batch_size": 64, "schedule": "onecycle"},
         "student": {"model": "wrn-10-1"},
-        "zskt": {"pseudo_batches": 400, "batch_size": 32, "width": 24},
+        "zskt": {"pseudo_batches": 320, "batch_size": 32, "width": 24},
         "cmi": {
             "rounds": 10,
             "synthesis_steps": 40,
@@ -258,7 +258,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "clean": {"epochs": 100, "batch_size": 64},
         # no shuffle seen on digits had the tail that verification asks for (see the README): the first one is used unseen
         # a strong vaccine for the whole run keeps the target class itself away; in its first half it keeps the backdoor small
-        "sv": {"layers": 2, "alpha": 0.1, "cap": 1.0, "verify": False, "warmup": 0.0, "stop": 0.5},
+        "sv": {"layers": 2, "alpha": 0.3, "cap": 1.0, "verify": False, "warmup": 0.0, "stop": 0.5},
         # ours: on digits the paper's additive delta is unlike any trigger, and unlearning it leaves the backdoor
         "sr": {
             "shape": "stamp",
@@ -275,8 +275,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "stamp_every": 4,
             "natural": 1.6,
             "cover": True,
-            "balance": 3.0,
-            "without": ["attention"],
         },
     },
     # The paper's main table. attack.trigger is one of its ten; badnet_grid stands for them.
@@ -401,7 +399,10 @@ ABOUT: dict[str, About] = {
     ),
     "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
     "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
-    "reduced/cifar10": About("CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph or CMI"),
+    "reduced/cifar10": About(
+        "CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph or CMI",
+        "badnet_sq, seed 0 on a CPU (ACC/ASR in %): teacher 79.9/94.9, OOD 49.3/17.4, OOD+SV+SR 29.4/45.1, CMI 37.7/18.9: too short to inherit much",
+    ),
     "paper/cifar10/cmi": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, contrastive model inversion"),
     "paper/cifar10/ood": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, patches of one photograph"),
     "paper/gtsrb/zskt": About("the paper's GTSRB setting, WRN-16-2 to WRN-16-1, ZSKT"),

@@ -155,7 +155,7 @@ class TestAbout:
         readme = (Path(__file__).parent.parent / "README.md").read_text()
         for figure in re.findall(r"\d+\.\d", ABOUT[preset].verified):
             assert figure in readme
-        if preset != QUICK:
+        if preset not in (QUICK, "reduced/cifar10"):
             assert ABOUT[preset].mark == "not yet verified"  # until somebody has run it; then say on what, with figures
 
 
