@@ -72,7 +72,7 @@ class ShuffledTeacher:
             widths = {name: module_at(teacher, name).in_channels // module_at(teacher, name).groups for name in layers}
             permutations = {name: torch.stack([torch.randperm(c, generator=rng) for _ in range(k)]) for name, c in widths.items()}
         self.permutations = {name: value.cpu() for name, value in permutations.items()}
-        self._parting: list[str] | None = None  # where the passes part, as _part takes it; empty: nowhere
+        self._parting: list[str] | None = None  # where the passes part, see _parts_at; None: not tried yet
         device = next(teacher.parameters()).device
         self._inputs = {name: self._input_order(name).to(device) for name in layers}
 
@@ -142,12 +142,8 @@ class ShuffledTeacher:
             return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            TypeError,
-            IndexError,
-        ):  # shapes clash: a path round the block meets the copies, or it takes no tensor
-            return False
+        except (RuntimeError, TypeError, IndexError):
+            return False  # shapes clash, as a path round the block meets the copies, or the block takes no tensor
 
     def _input_order(self, name: str) -> Tensor:
         """(k, in_channels): the order of the activations that equals the permuted kernels."""

@@ -98,11 +98,12 @@ class Stamps:
             self.costs = [self._invert(teacher, images, label, steps)[2] for label in range(classes)]
         if self.target is None:
             self.target = min(range(classes), key=self.costs.__getitem__)
-        if cover or self.margin is not None:
-            masks = [self._invert(teacher, images, self.target, steps)[0] for _ in range(self.size)]
-            self.place = torch.cat(masks).amax(0, keepdim=True) > 0.5
+        if self.margin is not None:
+            self._find_place(teacher, images, steps)
         found = [self._invert(victim, images, self.target, steps, self.region)[:2] for _ in range(self.size)]
         self.masks, self.patterns = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if cover and self.margin is None:
+            self._find_place(teacher, images, steps)
 
     def renew(self, victim: nn.Module, images: Tensor, steps: int) -> None:
         """One more stamp, from a start of its own; the oldest goes. A stamp that is dearer than ``natural`` is not taken."""
@@ -154,6 +155,10 @@ class Stamps:
         areas = [round(area, 1) for area in self.masks.sum((1, 2, 3)).tolist()] if len(self) else []
         costs = [round(cost, 3) for cost in self.costs]
         return {"target": self.target, "costs": costs, "stamp_pixels": areas, "relabelled": self.relabelled}
+
+    def _find_place(self, teacher: nn.Module, images: Tensor, steps: int) -> None:
+        masks = [self._invert(teacher, images, self.target, steps)[0] for _ in range(self.size)]
+        self.place = torch.cat(masks).amax(0, keepdim=True) > 0.5
 
     def _invert(
         self, victim: nn.Module, images: Tensor, target: int, steps: int, region: Tensor | float = 1.0
