@@ -512,8 +512,11 @@ class Settings:
 
     def training(self, data: Dataset) -> dict:
         """Keywords of :func:`abdlab.train.train` for the teacher."""
-        options = {k: v for k, v in self.values["teacher"].items() if k not in _MODEL}
-        return {**options, "shift": data.shift, "flip": data.flip, "seed": self.seed, "device": self.device}
+        return {**self._beside_model("teacher"), "shift": data.shift, "flip": data.flip, "seed": self.seed, "device": self.device}
+
+    def distilling(self) -> dict:
+        """Keywords of :func:`abdlab.distill.distill` that section "student" names."""
+        return self._beside_model("student")
 
     def source(self, name: str, data: Dataset) -> Source:
         """A fresh source; only clean KD touches real images, the others take their shape.
@@ -541,6 +544,10 @@ class Settings:
             if name not in DEFENSES:
                 raise ValueError(did_you_mean("defence", name, DEFENSES))
         return [DEFENSES[name](**self.values[name]) for name in names]
+
+    def _beside_model(self, role: str) -> dict:
+        """What a network's section says besides the network."""
+        return {k: v for k, v in self.values[role].items() if k not in _MODEL}
 
     def _model(self, role: str, data: Dataset, seed: int) -> nn.Module:
         values = {k: v for k, v in self.values[role].items() if k in _MODEL}

@@ -42,7 +42,7 @@ from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.optimize import optimize, options_of
-from abdlab.presets import Settings, defaults, settings
+from abdlab.presets import Settings, settings
 from abdlab.sources import Source
 from abdlab.train import train
 from abdlab.triggers import Trigger, trigger_from
@@ -463,10 +463,10 @@ def distillation(
         checkpoint_every=every,
         keep=(fork, *range(every, len(src), every)) if keep_all else (fork,),
         resume_from=resume_from,
-        precision=chosen.values["student"].get("precision", defaults("student")["precision"]),
         seed=chosen.seed,
         device=chosen.device,
         card={"label": label},
+        **chosen.distilling(),
     )
     return Distillation(run, label, chosen, student, src, active, exam, stream, resume_from)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from abdlab import Exam, SelfRetrospection, ShufflingVaccine, build, distill, load, train
+from abdlab import Exam, SelfRetrospection, ShufflingVaccine, build, distill, load, runs, train
 from abdlab.features import full, precision
 from abdlab.presets import settings
 from abdlab.sources import SOURCES
@@ -22,7 +22,6 @@ SHORT = {
     "ood.patches": 128,
     "clean.epochs": 1,
     "mixed.pseudo_batches": 4,
-    "student.precision": "bf16",
 }
 
 
@@ -102,6 +101,20 @@ def test_the_vaccine_still_finds_its_one_pass_in_bf16(digits):
     source = chosen.source("zskt", digits)
     list(distill(chosen.teacher(digits), chosen.student(digits), source, defenses=[vaccine], precision="bf16", device="cpu"))
     assert vaccine.vaccine._parting == [""]
+
+
+@pytest.mark.parametrize(("overrides", "dtype"), [({}, torch.float32), ({"student.precision": "bf16"}, torch.bfloat16)])
+def test_a_run_computes_in_the_precision_of_its_settings(digits, tmp_path, overrides, dtype):
+    chosen, inside = settings("quick/digits", {**SHORT, **overrides}, device="cpu"), set()
+    going = runs.distillation(tmp_path, chosen, digits, chosen.teacher(digits), "zskt")
+    stage = going.student.get_submodule(going.student.stages[0])
+    handle = stage.register_forward_hook(
+        lambda module, args, output: inside.add(output.dtype) if torch.is_grad_enabled() else None
+    )
+    next(going.stream)
+    handle.remove()
+    going.stream.close()
+    assert inside == {dtype}
 
 
 def test_an_unknown_precision_is_named(digits):

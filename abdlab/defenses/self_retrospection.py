@@ -234,11 +234,11 @@ class SelfRetrospection(Defense):
         self.steps = 0
         if self.began is None or self.shape != "stamp":
             return
-        images, victim = batch.images[: self._count(batch)], self.student if self.perturb == "student" else self.teacher
+        images = batch.images[: self._count(batch)]
         if self.seen == 0:
-            self.bank.begin(self.teacher, victim, images, batch.logits.shape[1], self.inner_steps, self.cover)
+            self.bank.begin(self.teacher, self._victim, images, batch.logits.shape[1], self.inner_steps, self.cover)
         elif self.seen % self.stamp_every == 0:
-            self.bank.renew(victim, images, self.inner_steps)
+            self.bank.renew(self._victim, images, self.inner_steps)
         if self.cover:
             self.bank.relabel(self.teacher, batch)
         self.seen += 1
@@ -247,10 +247,7 @@ class SelfRetrospection(Defense):
         return () if self.began is None else self.without
 
     def sample_weights(self, batch: Batch):
-        if self.began is None or self.shape != "stamp" or self.balance == 1:
-            return None
-        weights = torch.where(batch.logits.argmax(1) == self.bank.target, self.balance, 1.0)
-        return weights / weights.mean()
+        return None if self.began is None else self._balance(batch.logits)
 
     def student_term(self, batch: Batch, logits: Tensor):
         if self.began is None:
@@ -271,12 +268,23 @@ class SelfRetrospection(Defense):
             if self.anchor != "student":
                 own = own.detach() if self.anchor == "detached" else batch.logits[: len(images)]
             weight = self.weight * (len(images) / len(batch.images) if self.per == "batch" else 1)
-            balance = self.sample_weights(Batch(images, batch.logits[: len(images)]))
-            each = kl(own, perturbed)
+            balance, each = self._balance(batch.logits[: len(images)]), kl(own, perturbed)
             term = weight * (each if balance is None else balance * each).mean()
             if self.order == 2:
                 term = term + weight * self._implicit(images, self.delta)
         return term
+
+    @property
+    def _victim(self) -> nn.Module:
+        """Whose answer the perturbation shall change."""
+        return self.student if self.perturb == "student" else self.teacher
+
+    def _balance(self, logits: Tensor) -> Tensor | None:
+        """(B,) weights of mean 1 for images with these logits of the teacher; None where all count alike."""
+        if self.shape != "stamp" or self.balance == 1:
+            return None
+        weights = torch.where(logits.argmax(1) == self.bank.target, self.balance, 1.0)
+        return weights / weights.mean()
 
     def _count(self, batch: Batch) -> int:
         return max(1, round(self.fraction * len(batch.images)))
@@ -292,7 +300,7 @@ class SelfRetrospection(Defense):
 
     def _delta(self, batch: Batch, images: Tensor) -> Tensor:
         start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
-        victim = self.student if self.perturb == "student" else self.teacher
+        victim = self._victim
         with frozen(victim):
             with torch.no_grad():
                 clean = batch.logits[: len(images)] if victim is self.teacher else victim(images)

@@ -221,6 +221,11 @@ def agree(ours, theirs, device, **tolerances):
         assert abs(a - b) <= SLACK[device] * tolerance * abs(b) + 1e-6, f"{name} is {a} in ours and {b} in the naive loop"
 
 
+def ratio(naive, ours):
+    """The columns of seconds and their ratio, of two :class:`Timed`."""
+    return {"naive_s": f"{naive.best:.3g}", "ours_s": f"{ours.best:.3g}", "ratio": f"{naive.best / ours.best:.2f}x"}
+
+
 class Report:
     """Rows by section, as Markdown."""
 
@@ -238,9 +243,7 @@ class Report:
             what=what,
             size=size,
             device=device,
-            naive_s=f"{naive.best:.3g}",
-            ours_s=f"{ours.best:.3g}",
-            ratio=f"{naive.best / ours.best:.2f}x",
+            **ratio(naive, ours),
             spread=f"{naive.spread:.0%}, {ours.spread:.0%}",
             note=note,
         )
