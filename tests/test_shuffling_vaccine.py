@@ -190,7 +190,34 @@ def test_shuffled_teacher_leaves_the_teacher_alone(teacher):
     for last in (3, 4):
         ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())(torch.rand(2, 1, 8, 8))
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__ for m in teacher.modules())
+
+
+def odd(padding_mode="zeros"):
+    """Padding by name, dilation, a stride, and a bias; optionally padding that is not with zeros."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding="same", padding_mode=padding_mode, dilation=2), nn.ReLU()]
+    layers += [nn.Conv2d(6, 8, 3, 2, padding=1, padding_mode=padding_mode), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("make", [odd, lambda: odd("reflect"), grouped, vgg])
+def test_one_pass_equals_the_copies_in_every_memory_format(double, make, channels_last, last):
+    """Also the gradient that a generator learns from."""
+    teacher, images = make().requires_grad_(False), torch.rand(5, 3, 8, 8, generator=rng())
+    if channels_last:
+        teacher, images = (x.to(memory_format=torch.channels_last) for x in (teacher, images))
+    if make is grouped and last == 3:
+        last = 2  # a depthwise convolution does not count
+    vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, rng())
+    found, wanted = images.clone().requires_grad_(), images.clone().requires_grad_()
+    (own, together), apart = vaccine.beside(found), vaccine.copies(wanted).mean(0)
+    assert vaccine._parting == [""]
+    torch.testing.assert_close(own, teacher(images))
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y, x in ((together, found), (apart, wanted))))
 
 
 def test_shuffled_layers_are_found_by_type(wrn):

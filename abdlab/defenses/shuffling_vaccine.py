@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -13,8 +15,8 @@ from abdlab.defenses.defense import Defense, Plan
 from abdlab.evaluate import kl, log_kl
 from abdlab.features import module_at
 
-#: whose kernels have the input channels in their second dimension (transposed ones have not)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: whose kernels have the input channels in their second dimension (transposed ones have not), and what they call
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 #: alpha of the two forms that weigh the student's loss: the suspicious samples are divided by it, or ascended with it (as in
 #: the official sweeps)
@@ -33,7 +35,7 @@ def shuffled_layers(model: nn.Module, last: int) -> list[str]:
     Raises:
         ValueError: when the model has fewer.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.in_channels > m.groups]
+    names = [n for n, m in model.named_modules() if isinstance(m, tuple(CONVOLUTIONS)) and m.in_channels > m.groups]
     if last < 1 or last > len(names):
         raise ValueError(
             f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled"
@@ -51,8 +53,10 @@ class ShuffledTeacher:
         rng: a CPU generator that draws the permutations.
         permutations: (k, input channels per group) per layer, instead of drawing.
 
-    All copies run in one pass: permuting a kernel's input channels equals permuting the activations that it sees, and the
-    layers before the first shuffled one are shared, on request with the teacher itself too (:meth:`beside`). Where a path goes
+    All copies run in one pass: the layers before the first shuffled one are shared, on request with the teacher itself too
+    (:meth:`beside`); from there on image n of copy j is number n x copies + j of one batch. So the copies of an image lie side
+    by side, and a shuffled layer is one convolution of all of them with permuted kernels in groups, without moving an activation.
+    In channels_last they do not lie so: there activations are permuted, which equals permuting the kernels. Where a path goes
     round the first shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none
     (checked once, against copies with permuted weights), the k copies run one by one.
     """
@@ -74,6 +78,7 @@ class ShuffledTeacher:
         self.permutations = {name: value.cpu() for name, value in permutations.items()}
         self._parting: list[str] | None = None  # where the passes part, see _parts_at; None: not tried yet
         device = next(teacher.parameters()).device
+        self._kernels = {name: order.to(device) for name, order in self.permutations.items()}
         self._inputs = {name: self._input_order(name).to(device) for name in layers}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -93,35 +98,41 @@ class ShuffledTeacher:
 
     def weights(self, copy: int) -> dict[str, Tensor]:
         """The permuted kernels of one copy, by parameter name."""
-        return {
-            f"{name}.weight": module_at(self.teacher, name).weight[:, order[copy].to(self._inputs[name].device)]
-            for name, order in self.permutations.items()
-        }
+        return {f"{name}.weight": module_at(self.teacher, name).weight[:, order[copy]] for name, order in self._kernels.items()}
 
     def _together(self, images: Tensor, with_teacher: bool = False) -> Tensor:
         """Logits (k, N, classes) of the copies, or (k + 1, N, classes) with the teacher's first, in one pass."""
-        passes = [None] * with_teacher + list(range(self.k))
-        block, handles = self._parting[0], []
+        count, (block,) = self.k + with_teacher, self._parting
+        handle, modules = None, {name: module_at(self.teacher, name) for name in self.layers}
         try:
             if block:
-                handles.append(
-                    module_at(self.teacher, block).register_forward_pre_hook(
-                        lambda module, args: (torch.cat([args[0]] * len(passes)), *args[1:])
-                    )
+                handle = module_at(self.teacher, block).register_forward_pre_hook(
+                    lambda module, args: (_beside_each_other(args[0], count), *args[1:])
                 )
-            for name in self.layers:
-
-                def shuffle(module, args, order=self._inputs[name]):
-                    x = args[0]
-                    parts = [x] * len(passes) if not block and len(x) == len(images) else x.chunk(len(passes))
-                    moved = [x if j is None else x.index_select(1, order[j]) for j, x in zip(passes, parts, strict=True)]
-                    return (torch.cat(moved), *args[1:])
-
-                handles.append(module_at(self.teacher, name).register_forward_pre_hook(shuffle))
-            return self.teacher(images).unflatten(0, (len(passes), len(images)))
+            for name, module in modules.items():
+                module.forward = partial(self._convolve, name, module, count, None if block else len(images))
+            return self.teacher(images).unflatten(0, (len(images), count)).transpose(0, 1)
         finally:
-            for handle in handles:
+            if handle is not None:
                 handle.remove()
+            for module in modules.values():
+                module.__dict__.pop("forward", None)
+
+    def _convolve(self, name: str, module: nn.Module, count: int, shared: int | None, x: Tensor) -> Tensor:
+        """A shuffled layer on all passes: on ``shared`` images as they are before the passes part, or on count x as many."""
+        together = shared == len(x)
+        plain = type(module) in CONVOLUTIONS and module.padding_mode == "zeros"
+        if not plain or not x.is_contiguous() or (together and module.groups > 1):
+            x = _beside_each_other(x, count) if together else x
+            passes, own = x.unflatten(0, (-1, count)).unbind(1), count - self.k
+            moved = [y.index_select(1, order) for y, order in zip(passes[own:], self._inputs[name], strict=True)]
+            return type(module).forward(module, torch.stack([*passes[:own], *moved], dim=1).flatten(0, 1))
+        kernels = [module.weight] * (count - self.k) + list(module.weight[:, self._kernels[name]].unbind(1))
+        bias = None if module.bias is None else module.bias.repeat(count)
+        groups, x = (module.groups, x) if together else (count * module.groups, x.unflatten(0, (-1, count)).flatten(1, 2))
+        convolution = CONVOLUTIONS[type(module)]
+        y = convolution(x, torch.cat(kernels), bias, module.stride, module.padding, module.dilation, groups)
+        return y.unflatten(1, (count, -1)).flatten(0, 1)
 
     def _parts_at(self, images: Tensor) -> list[str]:
         """Where passes part: [""] at the shuffled layers themselves, or [block], or [] when no place gives the right numbers."""
@@ -149,6 +160,11 @@ class ShuffledTeacher:
         """(k, in_channels): the order of the activations that equals the permuted kernels."""
         groups, inverse = module_at(self.teacher, name).groups, self.permutations[name].argsort(1)
         return torch.cat([inverse + g * inverse.shape[1] for g in range(groups)], dim=1)
+
+
+def _beside_each_other(x: Tensor, count: int) -> Tensor:
+    """(N, ...) to (N x count, ...), each row ``count`` times in succession, in x's own memory format."""
+    return x.unsqueeze(1).expand(-1, count, *x.shape[1:]).flatten(0, 1) if x.is_contiguous() else x.repeat_interleave(count, 0)
 
 
 def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000, reverse: bool = False) -> Tensor:
@@ -288,7 +304,7 @@ class ShufflingVaccine(Defense):
         if isinstance(self.layers, int):
             return shuffled_layers(teacher, self.layers)
         for name in self.layers:
-            if not isinstance(module_at(teacher, name), CONVOLUTIONS):
+            if not isinstance(module_at(teacher, name), tuple(CONVOLUTIONS)):
                 raise ValueError(f"{name} is no convolution, and only convolutions are shuffled")
         return list(self.layers)
 
