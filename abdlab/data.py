@@ -34,6 +34,13 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
+def deliver(drawn: Tensor, device: str | torch.device) -> Tensor:
+    """What a CPU generator drew, on the device: the one way there. A CUDA device gets it from pinned memory, and nobody waits."""
+    if torch.device(device).type == "cuda" and not drawn.is_cuda:
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Both splits of a data set, on one device.
@@ -393,14 +400,14 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     n, _, height, width = images.shape
     if shift:
         padded = F.pad(images, [shift] * 4)
-        offset = torch.randint(0, 2 * shift + 1, (2, n), generator=generator).to(images.device)
+        offset = deliver(torch.randint(0, 2 * shift + 1, (2, n), generator=generator), images.device)
         rows = offset[0, :, None] + torch.arange(height, device=images.device)
         cols = offset[1, :, None] + torch.arange(width, device=images.device)
         index = torch.arange(n, device=images.device)[:, None, None]
         # contiguous(): strides that look like channels_last would put the whole network in that format (see models.place)
         images = padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
     if flip:
-        mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+        mirrored = deliver(torch.rand(n, generator=generator) < 0.5, images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return images
 
@@ -460,4 +467,4 @@ def random_views(
     tall, wide = (area / shape).sqrt().clamp_max(1) * height, (area * shape).sqrt().clamp_max(1) * width
     moved = torch.randint(-shift, shift + 1, (2, n), generator=generator)
     boxes = torch.stack([y * (height - tall) + moved[0], x * (width - wide) + moved[1], tall, wide], 1)
-    return resized_crops(images, boxes, mirror < 0.5 if flip else None)
+    return resized_crops(images, deliver(boxes, images.device), deliver(mirror < 0.5, images.device) if flip else None)

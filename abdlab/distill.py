@@ -6,19 +6,21 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from abdlab import graphs as cuda_graphs
 from abdlab.checkpoint import load_optimizer, load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.features import precision as computing
+from abdlab.graphs import Phases
 from abdlab.models import place
-from abdlab.sources.source import Source, clip_gradients
+from abdlab.sources.source import Batch, Source, check_finite, take_step
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def distill(
     resume_from: str | Path | None = None,
     card: dict | None = None,
     precision: str = "float32",
+    graphs: bool = False,
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> Iterator[Step]:
@@ -88,14 +91,22 @@ def distill(
         card: more entries for the checkpoint's card.
         precision: of all passes of a pseudo-batch, "float32" or "bf16" (:func:`abdlab.features.precision`). A vaccine is verified, and
             exams are held, in float32.
+        graphs: on a CUDA device, run the student step, and ZSKT's generator step, from CUDA graphs (:mod:`abdlab.graphs`): the same
+            updates up to round-off, for one launch each. They are captured after a few plain calls, and anew when a defence
+            begins, ends or is tuned. A source or a defence that does not say that it can be captured (stamps cannot) makes
+            the run go without, and a Step reports it. Not part of a checkpoint: a run may go on with or without.
         seed: of the run; source and defences draw from generators of their own.
         device: "auto" takes the GPU when there is one.
 
     Raises:
         Diverged: when a loss, a gradient or a weight is not finite; the last good checkpoint is kept.
+        ValueError: for graphs on a device without them.
         CheckpointError: when a checkpoint belongs to another run (source, length, seed or networks differ).
     """
     device = pick_device(device)
+    if graphs:
+        cuda_graphs.check(device)
+    source.phases, uncaptured = Phases(graphs), []
     place(teacher, device).eval().requires_grad_(False)
     place(student, device).train()
     run = {"source": source.name, "length": len(source), "seed": seed}
@@ -166,6 +177,11 @@ def distill(
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
+            if graphs and (plain := [part.name for part in (source, *defenses) if not part.captures]) != uncaptured:
+                uncaptured = plain
+                events += (
+                    [f"CUDA graphs: off from pseudo-batch {index}, {' and '.join(plain)} cannot be captured"] if plain else []
+                )
             with computing(precision, device, teacher, student):
                 losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
             index += 1
@@ -195,40 +211,67 @@ def distill(
 
 
 def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint) -> dict:
-    """One pseudo-batch; returns its mean losses as floats, and its images under "images"."""
-    try:
-        batch = source.batch(defenses)
+    """One pseudo-batch; returns its mean losses as floats, and its images under "images".
+
+    The host reads from the device once, at the end: nothing before asks whether a number is finite.
+    """
+    batch = source.batch(defenses)
+    for defense in defenses:
+        defense.observe(batch)
+    dropped = tuple({name: None for defense in defenses for name in defense.dropped()})
+    weights = [w for w in (d.sample_weights(batch) for d in defenses) if w is not None]
+    shown, batch, weights = batch, *_held(source.phases, batch, weights)
+
+    def step() -> tuple[tuple[str, ...], Tensor, Tensor]:
+        """(names, values of the losses, norm of their gradient)."""
+        logits, kd, terms = source.student_loss(batch)
+        terms = {name: term for name, term in terms.items() if name not in dropped}
+        terms = {"kd": (kd * math.prod(weights)).mean() if weights else kd.mean(), **terms}
         for defense in defenses:
-            defense.observe(batch)
-        sums: dict[str, Tensor] = dict.fromkeys(batch.losses, 0)
-        for name, value in batch.losses.items():
-            sums[name] = value * source.student_steps
-        dropped = {name for defense in defenses for name in defense.dropped()}
-        weights = [w for w in (d.sample_weights(batch) for d in defenses) if w is not None]
-        for _ in range(source.student_steps):
-            logits, kd, terms = source.student_loss(batch)
-            terms = {name: term for name, term in terms.items() if name not in dropped}
-            terms = {"kd": (kd * math.prod(weights)).mean() if weights else kd.mean(), **terms}
-            for defense in defenses:
-                term = defense.student_term(batch, logits)
-                if term is not None:
-                    terms[defense.name] = term
-            optimizer.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()
-            clip_gradients(student, source.clip, terms)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach()
+            term = defense.student_term(batch, logits)
+            if term is not None:
+                terms[defense.name] = term
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        norm = take_step([optimizer], student, source.clip)
+        return tuple(terms), torch.stack([term.detach() for term in terms.values()]), norm
+
+    captured = source.captures and all(defense.captures for defense in defenses)
+    shapes = tuple(x.shape for x in (batch.images, *batch.features.values(), *weights))
+    totals, norms = {}, dict(source.norms)
+    for _ in range(source.student_steps):
+        for defense in defenses:
+            defense.draw(batch)
+        branches = tuple(defense.branch() for defense in defenses)
+        key = ("student", optimizer, source.branch(), shapes, dropped, branches) if captured else None
+        names, values, norm = source.phases.run(key, step, [optimizer])
+        totals[names] = totals.get(names, 0) + values
+        norms["+".join(names)] = norms.get("+".join(names), 0) + norm
+        if schedule is not None:
+            schedule.step()
+    sums = {name: value * source.student_steps for name, value in shown.losses.items()}
+    for names, total in totals.items():
+        for name, value in zip(names, total.unbind(), strict=True):
+            sums[name] = sums[name] + value if name in sums else value
+    read = [value.double() if value.device.type != "mps" else value for value in (*sums.values(), *norms.values())]
+    read = torch.stack(read).tolist()
+    losses = {name: value / source.student_steps for name, value in zip(sums, read, strict=False)}
+    try:
+        check_finite(losses, dict(zip(norms, read[len(sums) :], strict=True)))
     except Diverged as error:
         raise Diverged(f"at step {index + 1} {error}; {_last_good(checkpoint)}") from None
-    values = (torch.stack([v.double() if v.device.type != "mps" else v for v in sums.values()]) / source.student_steps).tolist()
-    losses = dict(zip(sums, values, strict=True))
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise Diverged(f"at step {index + 1} the loss {name!r} is {value}; {_last_good(checkpoint)}")
-    return {**losses, "images": batch.images}
+    return {**losses, "images": shown.images}
+
+
+def _held(phases: Phases, batch: Batch, weights: list[Tensor]) -> tuple[Batch, list[Tensor]]:
+    """What the student steps read, where they find it in every pseudo-batch (without graphs: as it is)."""
+    if not phases.graphs:
+        return batch, weights
+    features = {name: phases.hold(f"feature {name}", feature) for name, feature in batch.features.items()}
+    labels = None if batch.labels is None else phases.hold("labels", batch.labels)
+    images, logits = phases.hold("images", batch.images), phases.hold("logits", batch.logits)
+    weights = [phases.hold(f"weights {i}", weight) for i, weight in enumerate(weights)]
+    return replace(batch, images=images, logits=logits, features=features, labels=labels), weights
 
 
 def _last_good(checkpoint: Path | None) -> str:

@@ -367,6 +367,15 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, **formats)
 
 
+def fusable(model: nn.Module) -> bool | None:
+    """SGD's ``fused`` for this model: True on CUDA, where a step then needs no look at a gradient's norm, else torch's default.
+
+    On a CPU it takes .2 ms instead of .8 ms per step of a WRN-16-2, of half a second, but rounds otherwise: seeds would no
+    longer give the numbers that were reported for them.
+    """
+    return True if next(model.parameters()).is_cuda else None
+
+
 def normalization(model: nn.Module, channels: int) -> tuple[list[float], list[float]]:
     """Per-channel mean and std of the model's own :class:`Normalize` layer; (0.5, 0.25) where it has none."""
     for module in model.modules():

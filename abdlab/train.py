@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from abdlab.data import augment, pick_device
+from abdlab.data import augment, deliver, pick_device
 from abdlab.distill import Step
 from abdlab.errors import Diverged
 from abdlab.features import precision as computing
-from abdlab.models import place
+from abdlab.models import fusable, place
 
 
 def train(
@@ -60,7 +60,9 @@ def train(
     place(model, device).train()
     batch_size = min(batch_size, len(images))
     per_epoch = len(images) // batch_size
-    sgd = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    sgd = SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fusable(model)
+    )
     if schedule == "cosine":
         rate = CosineAnnealingLR(sgd, epochs * per_epoch)
     else:
@@ -68,7 +70,7 @@ def train(
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
     try:
         for epoch in range(1, epochs + 1):
-            order = torch.randperm(len(images), generator=rng).to(images.device)
+            order = deliver(torch.randperm(len(images), generator=rng), images.device)
             total = torch.zeros((), device=device)
             for chosen in order[: per_epoch * batch_size].split(batch_size):
                 inputs = augment(images[chosen], shift, flip, rng).to(device)

@@ -320,7 +320,7 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         sr.observe(batch)
         for _ in range(3):
             sr.student_term(batch, student(images))
-            deltas.append(sr.delta)
+            deltas.append(sr.delta.clone())
     same = [torch.equal(a, b) for a, b in itertools.pairwise(deltas)]
     assert same == [True, False, False, True, False]  # a pseudo-batch begins with a new one
 

@@ -482,7 +482,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(wrn, kind, loss):
     nn.init.constant_(teacher.fc.bias, float("nan"))
     with pytest.raises(Diverged, match=rf"^at step 1 the loss '{loss}' is nan; there is no checkpoint"):
         next(distill(teacher, student, tiny(kind), device="cpu"))
-    assert same(weights(student), weights(wrn(seed=2))) or kind is DFAD
+    if kind is DFAD:
+        return  # the gradient of |NaN| is 0
+    # no weight has moved; batch norms have seen the images before the losses were read back
+    for (name, p), q in zip(student.named_parameters(), wrn(seed=2).parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_clip_limits_the_generators_step(teacher, student):

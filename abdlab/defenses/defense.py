@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class Defense:
 
     #: attributes that may change between pseudo-batches; each takes a :data:`Plan`
     tunable: tuple[str, ...] = ()
+    #: from here on its :meth:`synthesis_term` and :meth:`student_term` may be captured as CUDA graphs: they draw nothing (see
+    #: :meth:`draw`), ask the device nothing, and decide by :meth:`branch` alone
+    captures: bool = False
 
     @property
     def name(self) -> str:
@@ -109,6 +112,13 @@ class Defense:
 
     def sample_weights(self, batch: Batch) -> Tensor | None:
         """(B,) factors of the KD loss per sample."""
+        return None
+
+    def draw(self, batch: Batch) -> None:
+        """Called before each student step: draw the random numbers of its :meth:`student_term`, into tensors that stay where they are."""
+
+    def branch(self) -> Hashable:
+        """All that its terms decide by in Python, as they are about to be computed, the batch's shapes aside."""
         return None
 
     def student_term(self, batch: Batch, logits: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from abdlab.data import deliver
 from abdlab.defenses.defense import Defense, Plan
 from abdlab.defenses.stamps import Stamps
 from abdlab.evaluate import kl
@@ -37,7 +38,8 @@ def universal_delta(
         (1, C, H, W), detached, in normalised units.
     """
     delta = delta.clone().requires_grad_()
-    adam = Adam([delta], lr=lr)
+    # the plain one counts its steps on the host, which a CUDA graph cannot
+    adam = Adam([delta], lr=lr, **({"fused": True, "capturable": True} if delta.is_cuda else {}))
     for _ in range(steps):
         loss = inner_objective(logits, model(images + delta * scale), delta, penalty)
         (delta.grad,) = torch.autograd.grad(loss, [delta])
@@ -68,6 +70,13 @@ def implicit_gradient(
         (pushed,) = torch.autograd.grad(phi, [delta], grad_outputs=v, retain_graph=True)
         v = pushed + outer_grad
     return torch.autograd.grad(phi, weights, grad_outputs=v, allow_unused=True, materialize_grads=True)
+
+
+def _in_place(buffer: Tensor | None, value: Tensor) -> Tensor:
+    """The buffer, holding the value: a new one for a value of another shape, type or device."""
+    if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (value.shape, value.dtype, value.device):
+        return value.clone()
+    return buffer.copy_(value)
 
 
 class SelfRetrospection(Defense):
@@ -213,6 +222,8 @@ class SelfRetrospection(Defense):
             self.target, self.stamps, self.inner_lr, self.penalty, self.init_std, self.natural, self.margin, self.rng
         )
         self.seen = 0  # pseudo-batches since it began
+        self.initial = self.delta = None  # where delta starts, and where it ended: both stay where they are in memory
+        self.steps, self.renews, self.drawn = 0, False, False
 
     def first_of(self, length: int) -> int:
         """The pseudo-batch from which it acts in a run of ``length``: at least the last one."""
@@ -242,6 +253,22 @@ class SelfRetrospection(Defense):
         if self.cover:
             self.bank.relabel(self.teacher, batch)
         self.seen += 1
+
+    @property
+    def captures(self):
+        return self.began is None or self.shape == "additive"
+
+    def draw(self, batch: Batch):
+        if self.began is None or self.shape == "stamp":
+            return
+        self.renews, self.drawn = self.steps % self.delta_every == 0, True
+        self.steps += 1
+        if self.renews:
+            start = self.init_std * torch.randn((1, *batch.images.shape[1:]), generator=self.rng)
+            self.initial = _in_place(self.initial, deliver(start, batch.images.device))
+
+    def branch(self):
+        return self.began is None, self.weight, self.inner_steps, self.renews
 
     def dropped(self):
         return () if self.began is None else self.without
@@ -293,14 +320,15 @@ class SelfRetrospection(Defense):
         """The images, each changed by delta or by one of the stamps."""
         if self.shape == "stamp":
             return self.bank.on(images)
-        if self.steps % self.delta_every == 0:
-            self.delta = self._delta(batch, images)
-        self.steps += 1
+        if not self.drawn:
+            self.draw(batch)
+        self.drawn = False
+        if self.renews:
+            self.delta = _in_place(self.delta, self._delta(batch, images))
         return images + self.delta * self.scale
 
     def _delta(self, batch: Batch, images: Tensor) -> Tensor:
-        start = self.init_std * torch.randn((1, *images.shape[1:]), generator=self.rng).to(images.device)
-        victim = self._victim
+        start, victim = self.initial, self._victim
         with frozen(victim):
             with torch.no_grad():
                 clean = batch.logits[: len(images)] if victim is self.teacher else victim(images)

@@ -241,6 +241,7 @@ class ShufflingVaccine(Defense):
     """
 
     tunable = ("alpha",)
+    captures = True
 
     def __init__(
         self,
@@ -317,9 +318,12 @@ class ShufflingVaccine(Defense):
         self.active = self.vaccine is not None and index < self.last
         return events
 
+    def branch(self):
+        return self.active, self.alpha, self.vaccine
+
     def observe(self, batch):
         if not self.decided and self.verify:
-            self.seen.append(batch.images)
+            self.seen.append(batch.images.clone())
             while sum(map(len, self.seen)) - len(self.seen[0]) >= self.pool:
                 self.seen.pop(0)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.data import augment
+from abdlab.data import augment, deliver
 from abdlab.evaluate import kl
+from abdlab.models import fusable
 from abdlab.sources.source import Batch, Source
 
 
@@ -57,6 +58,8 @@ class CleanKD(Source):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.temperature, self.alpha, self.shift, self.flip = temperature, alpha, shift, flip
 
+    captures = True
+
     @property
     def name(self) -> str:
         return "clean"
@@ -75,14 +78,19 @@ class CleanKD(Source):
 
     def optimizer(self, student):
         sgd = SGD(
-            student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+            student.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.momentum > 0,
+            fused=fusable(student),
         )
         return sgd, CosineAnnealingLR(sgd, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         if self.position == self.per_epoch:
             self.order, self.position = self.pool[torch.randperm(len(self.pool), generator=self.rng)], 0
-        chosen = self.order[self.position * self.batch_size : (self.position + 1) * self.batch_size].to(self.labels.device)
+        chosen = deliver(self.order[self.position * self.batch_size : (self.position + 1) * self.batch_size], self.labels.device)
         self.position += 1
         images = augment(self.images[chosen], self.shift, self.flip, self.rng).to(self.device)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from abdlab.checkpoint import load_optimizer
-from abdlab.data import random_views
+from abdlab.data import deliver, random_views
 from abdlab.features import frozen, full, mode
 from abdlab.models import place, seeded
 from abdlab.sources.generator import Generator
@@ -160,7 +160,7 @@ class CMI(Pooled):
         with norm_inputs(self.teacher) as local_inputs:
             self.teacher(random_views(images, self.rng, scale=self.crop, ratio=(3 / 4, 4 / 3), flip=self.flip))
         local, whole = instance_means(local_inputs), instance_means({k: x.detach() for k, x in inputs.items()})
-        past = self.bank[torch.randperm(len(self.bank), generator=self.rng)[: self.negatives].to(self.device)]
+        past = self.bank[deliver(torch.randperm(len(self.bank), generator=self.rng)[: self.negatives], self.device)]
         with torch.no_grad():
             wholes = self._project(torch.cat([whole, past[:, 1]])).split([len(whole), len(past)])
         locals_ = self._project(torch.cat([local, past[:, 0]])).split([len(local), len(past)])

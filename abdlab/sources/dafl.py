@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam
 
 from abdlab.evaluate import kl
 from abdlab.features import full, last_linear, module_at, record
+from abdlab.models import fusable
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
@@ -103,7 +104,13 @@ class DAFL(Generated):
         return Adam(self.generator.parameters(), lr=self.generator_lr, fused=True), None
 
     def optimizer(self, student):
-        sgd = SGD(student.parameters(), lr=self.student_lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        sgd = SGD(
+            student.parameters(),
+            lr=self.student_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=fusable(student),
+        )
         return sgd, decay(sgd, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:

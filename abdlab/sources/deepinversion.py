@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from abdlab.data import deliver
 from abdlab.features import frozen, mode
 from abdlab.models import normalization
 from abdlab.sources.objectives import total_variation
@@ -116,7 +117,7 @@ class DeepInversion(Pooled):
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in normalization(teacher, self.shape[0]))
 
     def begin(self):
-        start = torch.randn(self.synthesis_batch, *self.shape, generator=self.rng).to(self.device)
+        start = deliver(torch.randn(self.synthesis_batch, *self.shape, generator=self.rng), self.device)
         maker = _Pixels(start, self.mean, self.std)
         return maker, [Adam(maker.parameters(), lr=self.pixel_lr, fused=True)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 from abdlab.features import frozen
+from abdlab.models import fusable
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.source import Batch
 
@@ -87,7 +88,13 @@ class DFAD(Generated):
         return adam, decay(adam, self.milestones, self.horizon // self.generator_every)
 
     def optimizer(self, student):
-        sgd = SGD(student.parameters(), lr=self.student_lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        sgd = SGD(
+            student.parameters(),
+            lr=self.student_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=fusable(student),
+        )
         return sgd, decay(sgd, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.evaluate import kl
 from abdlab.features import frozen
+from abdlab.models import fusable
 from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import batch_norm_loss, class_balance, disagreement, norm_inputs
 from abdlab.sources.source import Batch
@@ -112,6 +113,7 @@ class DFQ(Generated):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0,
+            fused=fusable(student),
         )
         return sgd, CosineAnnealingLR(sgd, len(self))
 

@@ -11,10 +11,11 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from abdlab.checkpoint import load_optimizer
+from abdlab.data import deliver
 from abdlab.features import frozen
 from abdlab.models import normalization, place, seeded
 from abdlab.sources.generator import Generator
-from abdlab.sources.source import Source, clip_gradients, image_shape
+from abdlab.sources.source import Source, image_shape, take_step
 
 
 def shares_of_run(milestones: Sequence[float]) -> tuple[float, ...]:
@@ -45,6 +46,7 @@ class Generated(Source):
             :class:`~abdlab.models.Normalize` layer, or 0.5 and 0.25. A generator that emits pixels does not use them.
     """
 
+    captures = True
     #: what stands at the generator's end, see :class:`~abdlab.sources.generator.Generator`
     output = "batchnorm"
 
@@ -86,7 +88,7 @@ class Generated(Source):
 
     def noise(self) -> Tensor:
         """The next pseudo-batch's noise (batch_size, z), on the device."""
-        return torch.randn(self.batch_size, self.z, generator=self.rng).to(self.device)
+        return deliver(torch.randn(self.batch_size, self.z, generator=self.rng), self.device)
 
     def ask(self, images: Tensor, defenses: Sequence[Any]) -> Tensor:
         """The teacher's logits (B, classes) on images that are then handed to :meth:`learn`, from a pass that a defence shares if one does."""
@@ -103,22 +105,27 @@ class Generated(Source):
             losses: the source's own terms by name, scalars, weights included.
 
         Returns:
-            all terms, detached.
-
-        Raises:
-            Diverged: when the gradient is not finite; the step is then not taken.
+            all terms, detached. Where their gradient is not finite no step was taken, and ``norms`` say so.
         """
+        losses = self.improve(images, logits, losses, defenses)
+        self.advance()
+        return losses
+
+    def improve(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
+        """:meth:`learn` without the schedule's step, which is the host's: what a CUDA graph can hold of it."""
         for defense in defenses:
             term = defense.synthesis_term(images, logits)
             if term is not None:
                 losses[f"{defense.name}_synthesis"] = term
         self.generator_optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        clip_gradients(self.generator, self.clip, losses)
-        self.generator_optimizer.step()
+        self.norms["+".join(losses)] = take_step([self.generator_optimizer], self.generator, self.clip)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def advance(self) -> None:
+        """The step of the generator's schedule that follows each of :meth:`improve`."""
         if self.generator_schedule is not None:
             self.generator_schedule.step()
-        return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
     def synthesize(self, n: int, seed: int = 0) -> Tensor:

@@ -63,6 +63,7 @@ class Mixed(Source):
         super().start(teacher, student, device, seed)
         order = torch.cat([torch.full((count,), i, dtype=torch.int16) for i, count in enumerate(self.counts())])
         self.order, self.position = order[torch.randperm(len(order), generator=self.rng)], 0
+        self.turns = self.order.tolist()
         for member, drawn in zip(self.members, self.counts(), strict=True):
             member.drawn = max(drawn, 1)  # a schedule over nothing cannot be made
             member.start(teacher, student, device, int(torch.randint(2**62, (), generator=self.rng)))
@@ -70,7 +71,7 @@ class Mixed(Source):
     @property
     def member(self) -> Source:
         """Whose pseudo-batch the current one is; before the first one, the member that trains the student."""
-        return self.members[int(self.order[self.position - 1]) if self.position else self.first]
+        return self.members[self.turns[self.position - 1] if self.position else self.first]
 
     @property
     def student_steps(self) -> int:
@@ -81,7 +82,7 @@ class Mixed(Source):
         return self.member.clip
 
     def steps_left(self, index: int) -> int:
-        return sum(self.members[i].student_steps for i in self.order[index:].tolist())
+        return sum(self.members[i].student_steps for i in self.turns[index:])
 
     def optimizer(self, student):
         optimizer, _ = self.members[self.first].optimizer(student)
@@ -89,9 +90,19 @@ class Mixed(Source):
             group["lr"] = group.pop("initial_lr", group["lr"])
         return optimizer, CosineAnnealingLR(optimizer, self.steps_left(0))
 
+    @property
+    def captures(self) -> bool:
+        return self.member.captures
+
+    def branch(self):
+        return self.members.index(self.member), self.member.branch()
+
     def batch(self, defenses: Sequence = ()) -> Batch:
         self.position += 1
-        return self.member.batch(defenses)
+        self.member.phases = self.phases
+        batch = self.member.batch(defenses)
+        self.norms = self.member.norms
+        return batch
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return self.member.student_loss(batch)
@@ -107,5 +118,6 @@ class Mixed(Source):
     def restore(self, state):
         super().restore(state)
         self.order, self.position = state["order"].cpu(), state["position"]
+        self.turns = self.order.tolist()
         for member, saved in zip(self.members, state["members"], strict=True):
             member.restore(saved)

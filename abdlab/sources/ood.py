@@ -13,7 +13,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms import v2
 
-from abdlab.data import augment
+from abdlab.data import augment, deliver
 from abdlab.evaluate import kl
 from abdlab.models import seeded
 from abdlab.sources.source import Batch, Source
@@ -96,7 +96,7 @@ def cutmix(images: Tensor, beta: float, rng: torch.Generator) -> tuple[Tensor, f
     height, width = images.shape[-2:]
     # torch has no Beta distribution that takes a generator
     share = np.random.default_rng(int(torch.randint(2**62, (), generator=rng))).beta(beta, beta)
-    order = torch.randperm(len(images), generator=rng).to(images.device)
+    order = deliver(torch.randperm(len(images), generator=rng), images.device)
     box = []
     for side in (height, width):
         half, centre = round(side * math.sqrt(1 - share)) / 2, int(torch.randint(side, (), generator=rng))
@@ -174,6 +174,8 @@ class OOD(Source):
         self.scale, self.degrees, self.jitter = scale, degrees, jitter
         self.cutmix_beta, self.cutmix_share, self.shift, self.flip = cutmix_beta, cutmix_share, shift, flip
 
+    captures = True
+
     @property
     def per_epoch(self) -> int:
         return self.patches // self.batch_size
@@ -220,7 +222,7 @@ class OOD(Source):
         self.order, self.position = state["order"].cpu(), state["position"]
 
     def _mixed(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
-        images = self.pool[chosen.to(self.pool.device)].float() / 255
+        images = self.pool[deliver(chosen, self.pool.device)].float() / 255
         images = augment(images, self.shift, self.flip, rng)
         if self.cutmix_share and torch.rand((), generator=rng) < self.cutmix_share:
             images, _ = cutmix(images, self.cutmix_beta, rng)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.data import augment
+from abdlab.data import augment, deliver
 from abdlab.evaluate import kl
 from abdlab.features import mode
+from abdlab.models import fusable
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
-from abdlab.sources.source import Batch, Source, clip_gradients, image_shape
+from abdlab.sources.source import Batch, Source, image_shape, take_step
 
 
 def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:
@@ -50,6 +50,8 @@ class Pooled(Source):
     Raises:
         ValueError: for impossible settings; on :meth:`start`, when the teacher has no batch norm with running statistics.
     """
+
+    captures = True
 
     def __init__(
         self,
@@ -95,11 +97,11 @@ class Pooled(Source):
         """
         raise NotImplementedError
 
-    def terms(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
+    def terms(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
         """(what the teacher was shown, its logits, the weighed loss terms, what :meth:`remember` gets if this batch is kept)."""
         raise NotImplementedError
 
-    def remember(self, memory: Any) -> None:
+    def remember(self, memory: Tensor | None) -> None:
         """Learn at the end of a round what the kept batch's :meth:`terms` handed on."""
 
     def start(self, teacher, student, device, seed):
@@ -112,7 +114,9 @@ class Pooled(Source):
         self.losses: dict[str, Tensor] = {}
 
     def optimizer(self, student):
-        sgd = SGD(student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        sgd = SGD(
+            student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fusable(student)
+        )
         return sgd, CosineAnnealingLR(sgd, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
@@ -151,8 +155,8 @@ class Pooled(Source):
 
     def _round(self, defenses: Sequence) -> None:
         maker, optimizers = self.begin()
-        targets = torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng).to(self.device)
-        lowest = None
+        targets = deliver(torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device)
+        best, norm = None, torch.zeros((), device=self.device)
         for _ in range(self.synthesis_steps):
             images = maker()
             view, logits, losses, memory = self.terms(images, targets)
@@ -161,17 +165,18 @@ class Pooled(Source):
                 if term is not None:
                     losses[f"{defense.name}_synthesis"] = term
             total = sum(losses.values())
-            if lowest is None or total < lowest:
-                lowest, kept = total.detach(), images.detach()
-                self.losses, remembered = {k: v.detach() for k, v in losses.items()}, memory
+            now = [total.detach(), images.detach(), *(value.detach() for value in losses.values())]
+            now += [memory] if memory is not None else []
+            # the host does not wait to learn whether this batch is better
+            best = now if best is None else [torch.where(total < best[0], *pair) for pair in zip(now, best, strict=True)]
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             total.backward()
-            clip_gradients(maker, None, losses)
-            for optimizer in optimizers:
-                optimizer.step()
-        self.pool = latest(self.pool, kept.clamp(0, 1).mul(255).round().to(torch.uint8), self.pool_size)
-        self.remember(remembered)
+            norm = norm + take_step(optimizers, maker, None)
+        self.norms["+".join(losses)] = norm
+        self.losses = dict(zip(losses, best[2:], strict=False))
+        self.pool = latest(self.pool, best[1].clamp(0, 1).mul(255).round().to(torch.uint8), self.pool_size)
+        self.remember(best[2 + len(losses)] if memory is not None else None)
         self._shuffle()
 
     def _shuffle(self) -> None:
@@ -181,7 +186,7 @@ class Pooled(Source):
         size = min(self.batch_size, len(self.pool))
         if self.position + size > len(self.order):
             self._shuffle()
-        chosen = self.order[self.position : self.position + size].to(self.device)
+        chosen = deliver(self.order[self.position : self.position + size], self.device)
         self.position += size
         return self.pool[chosen] / 255
 

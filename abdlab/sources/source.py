@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from abdlab.errors import Diverged
+from abdlab.graphs import Phases
 
 
 @dataclass
@@ -43,18 +45,42 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return tuple(shape)
 
 
-def clip_gradients(model: nn.Module, norm: float | None, losses: Mapping[str, Tensor]) -> None:
-    """Clip to a norm; raise :class:`Diverged` naming the first loss that is not finite, when the gradient is not.
+def take_step(optimizers: Iterable[Optimizer], model: nn.Module, clip: float | None) -> Tensor:
+    """One step of the optimisers on a model's gradients, clipped to a norm; none where the gradients are not finite.
 
-    Scaling by an infinite norm would turn every weight into NaN: the step is never taken.
+    Scaling by an infinite norm would turn every weight into NaN: then weights and moments stay as they are. Fused optimisers
+    see that on the device, so that the host goes on without a look and :func:`check_finite` can say it later. For others
+    the host looks.
+
+    Args:
+        model: holds all that the optimisers train. clip: None leaves the norm.
+
+    Returns:
+        the gradients' norm before clipping, a scalar on the device: not finite when no step was taken.
     """
-    limit = float("inf") if norm is None else norm
-    total = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    if not torch.isfinite(total):
-        bad = next((name for name, value in losses.items() if not torch.isfinite(value)), None)
-        raise Diverged(
-            f"the loss {bad!r} is {losses[bad].item()}" if bad else f"the gradient of {'+'.join(losses)} is not finite"
-        )
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    for optimizer in optimizers:
+        if norm.device.type in ("cpu", "cuda") and all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+            continue
+        if not norm.isfinite():
+            optimizer.zero_grad(set_to_none=True)  # a step of nothing, which its schedule counts
+        optimizer.step()
+    return norm
+
+
+def check_finite(losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
+    """Raise :class:`Diverged` naming the first loss that is not finite; else the losses whose gradient has no finite norm."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise Diverged(f"the loss {name!r} is {value}")
+    for names, value in norms.items():
+        if not math.isfinite(value):
+            raise Diverged(f"the gradient of {names} is not finite")
 
 
 class Source:
@@ -70,6 +96,11 @@ class Source:
     clip: float | None = None
     #: pseudo-batches that a run takes of it, where that is not its own length: it is a member of a mix
     drawn: int | None = None
+    #: its :meth:`student_loss` may be captured as a CUDA graph: it draws nothing, asks the device nothing, and decides by
+    #: :meth:`branch` alone
+    captures: bool = False
+    #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are CUDA graphs
+    phases: Phases = Phases()
 
     @property
     def name(self) -> str:
@@ -91,6 +122,12 @@ class Source:
         """Bind to one run and make what it needs (generator, optimisers), drawing from ``seed`` alone."""
         self.teacher, self.student, self.device = teacher, student, device
         self.rng = torch.Generator().manual_seed(seed)
+        #: norms of its own networks' gradients, by the names of the losses: what :func:`take_step` returned last
+        self.norms: dict[str, Tensor] = {}
+
+    def branch(self) -> Hashable:
+        """All that :meth:`student_loss` decides by in Python, the batch's shapes aside."""
+        return None
 
     def optimizer(self, student: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
         """The student's optimiser and its schedule, which steps once per student step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,19 @@ class ZSKT(Generated):
         return adam, CosineAnnealingLR(adam, len(self) * self.student_steps)
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        noise = self.noise()
+        noise = self.phases.hold("noise", self.noise())
+        key = ("generator", *(d.branch() for d in defenses)) if all(d.captures for d in defenses) else None
+        batch = self.phases.run(key, lambda: self._make(noise, defenses), [self.generator_optimizer])
+        self.advance()
+        return replace(batch, losses=dict(batch.losses))
+
+    def _make(self, noise: Tensor, defenses: Sequence) -> Batch:
+        """The generator's step and the batch that follows it, of noise that is drawn."""
         images = self.generator(noise)
         with frozen(self.student):
             logits = self.ask(images, defenses)
             losses = {"generator": -self._kd(logits, self.student(images)).mean()}
-        losses = self.learn(images, logits, losses, defenses)
+        losses = self.improve(images, logits, losses, defenses)
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
             images = self.generator(noise)
             logits = self.teacher(images)
