@@ -253,14 +253,18 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
     for names, total in totals.items():
         for name, value in zip(names, total.unbind(), strict=True):
             sums[name] = sums[name] + value if name in sums else value
-    read = [value.double() if value.device.type != "mps" else value for value in (*sums.values(), *norms.values())]
-    read = torch.stack(read).tolist()
+    read = _read([*sums.values(), *norms.values()])
     losses = {name: value / source.student_steps for name, value in zip(sums, read, strict=False)}
     try:
         check_finite(losses, dict(zip(norms, read[len(sums) :], strict=True)))
     except Diverged as error:
         raise Diverged(f"at step {index + 1} {error}; {_last_good(checkpoint)}") from None
     return {**losses, "images": shown.images}
+
+
+def _read(values: list[Tensor]) -> list[float]:
+    """Scalars from the device: where the host waits for it."""
+    return torch.stack([value.double() if value.device.type != "mps" else value for value in values]).tolist()
 
 
 def _held(phases: Phases, batch: Batch, weights: list[Tensor]) -> tuple[Batch, list[Tensor]]:

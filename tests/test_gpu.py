@@ -1,11 +1,24 @@
 """The same calls on an accelerator: chosen by "auto", and close to the CPU's numbers."""
 
 import copy
+import itertools
+import sys
 
 import pytest
 import torch
 
-from abdlab import ZSKT, Exam, SelfRetrospection, ShuffledTeacher, ShufflingVaccine, distill, pick_device, suspicion, train
+from abdlab import (
+    ZSKT,
+    Diverged,
+    Exam,
+    SelfRetrospection,
+    ShuffledTeacher,
+    ShufflingVaccine,
+    distill,
+    pick_device,
+    suspicion,
+    train,
+)
 from abdlab.defenses.shuffling_vaccine import shuffled_layers
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +82,96 @@ def test_training_learns_there(wrn, digits):
     assert {p.device.type for p in model.parameters()} == {device.type}
     assert steps[-1].losses["cross_entropy"] < 0.3 * steps[0].losses["cross_entropy"]
     assert steps[-1].acc > 0.6
+
+
+def begun(teacher, student, defenses, **settings):
+    """A run of 20 pseudo-batches of 3 student steps; the vaccine from the seventh on, self-retrospection from the thirteenth."""
+    known = {
+        "sv": lambda: ShufflingVaccine(layers=3, warmup=0.3, verify=False),
+        "sr": lambda: SelfRetrospection(start=0.6, inner_steps=3),
+        "sr2": lambda: SelfRetrospection(start=0.6, inner_steps=3, order=2),
+    }
+    source = ZSKT((1, 8, 8), pseudo_batches=20, batch_size=32, student_steps=3, z=5, width=8)
+    return distill(copy.deepcopy(teacher), student, source, defenses=[known[name]() for name in defenses], **settings)
+
+
+@pytest.fixture
+def no_tf32():
+    """Convolutions and products in float32, so that two runs stay together."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic = before
+
+
+def cuda():
+    if pick_device("auto").type != "cuda":
+        pytest.skip("CUDA graphs, streams and synchronisations are CUDA's")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("defenses", [(), ("sv",), ("sr",), ("sv", "sr"), ("sr2",)], ids=lambda names: "+".join(names) or "plain")
+def test_graphs_compute_what_python_does(teacher, student, no_tf32, defenses, precision):
+    cuda()
+    found = []
+    for graphs in (False, True):
+        mine = copy.deepcopy(student)
+        found.append((list(begun(teacher, mine, defenses, graphs=graphs, precision=precision)), mine))
+    # bf16 rounds to 8 bits, and training amplifies it
+    loose = precision == "bf16"
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        assert b.losses == pytest.approx(a.losses, rel=0.2 if loose else 1e-2, abs=2e-2 if loose else 1e-4)
+        assert a.events == b.events
+    for p, q in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=0.2 if loose else 1e-2, atol=2e-2 if loose else 1e-3)
+
+
+def test_a_run_with_graphs_resumes_without_and_the_other_way_round(teacher, student, no_tf32, tmp_path):
+    cuda()
+    whole = copy.deepcopy(student)
+    list(begun(teacher, whole, ("sv", "sr")))
+    for first in (True, False):
+        path = tmp_path / f"{first}.safetensors"
+        stream = begun(teacher, copy.deepcopy(student), ("sv", "sr"), checkpoint=path, graphs=first)
+        list(itertools.islice(stream, 15))
+        stream.close()
+        rest = copy.deepcopy(student)
+        assert len(list(begun(teacher, rest, ("sv", "sr"), checkpoint=path, graphs=not first))) == 5
+        for p, q in zip(whole.parameters(), rest.parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_host_waits_once_per_pseudo_batch(teacher, student, monkeypatch, graphs):
+    cuda()
+    module, reads = sys.modules["abdlab.distill"], []
+    read = module._read
+
+    def waits(values):
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(values))
+        found = read(values)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    stream = begun(teacher, student, ("sv", "sr"), graphs=graphs)
+    list(itertools.islice(stream, 17))  # both defences have begun, and with graphs their pieces are captured
+    monkeypatch.setattr(module, "_read", waits)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 1
+    stream.close()
+
+
+def test_a_gradient_that_is_not_finite_is_seen_there(teacher, student):
+    broken = copy.deepcopy(teacher)
+    torch.nn.init.constant_(broken.fc.bias, float("nan"))
+    before = copy.deepcopy(student)
+    with pytest.raises(Diverged, match=r"at step 1 the loss 'generator' is nan"):
+        next(defended(broken, student, "auto"))
+    for p, q in zip(before.parameters(), student.parameters(), strict=True):
+        assert torch.equal(p, q.cpu())
