@@ -33,6 +33,7 @@ from abdlab.runs import (
     vaccine_of,
     vaccine_trials,
 )
+from abdlab.side_by_side import side_by_side
 from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
@@ -95,6 +96,7 @@ __all__ = [
     "record",
     "save_model",
     "settings",
+    "side_by_side",
     "suspicion",
     "synthesize",
     "table",

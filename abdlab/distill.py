@@ -20,6 +20,7 @@ from abdlab.errors import CheckpointError, Diverged
 from abdlab.features import precision as computing
 from abdlab.graphs import Phases
 from abdlab.models import place
+from abdlab.side_by_side import claimed
 from abdlab.sources.source import Batch, Source, check_finite, take_step
 
 
@@ -100,20 +101,21 @@ def distill(
 
     Raises:
         Diverged: when a loss, a gradient or a weight is not finite; the last good checkpoint is kept.
-        ValueError: for graphs on a device without them.
+        ValueError: for graphs on a device without them; when another thread is using the teacher or the student.
         CheckpointError: when a checkpoint belongs to another run (source, length, seed or networks differ).
     """
     device = pick_device(device)
     if graphs:
         cuda_graphs.check(device)
     source.phases, uncaptured = Phases(graphs), []
-    place(teacher, device).eval().requires_grad_(False)
-    place(student, device).train()
     run = {"source": source.name, "length": len(source), "seed": seed}
-    source.start(teacher, student, device, seed_of(seed, "source", source.name))
-    for defense in defenses:
-        defense.start(teacher, student, device, seed_of(seed, "defense", defense.name), len(source))
-    optimizer, schedule = source.optimizer(student)
+    with claimed(teacher=teacher, student=student):
+        place(teacher, device).eval().requires_grad_(False)
+        place(student, device).train()
+        source.start(teacher, student, device, seed_of(seed, "source", source.name))
+        for defense in defenses:
+            defense.start(teacher, student, device, seed_of(seed, "defense", defense.name), len(source))
+        optimizer, schedule = source.optimizer(student)
     index = 0
 
     checkpoint = Path(checkpoint) if checkpoint else None
@@ -173,7 +175,8 @@ def distill(
         while index < total:
             events = []
             for defense in defenses:
-                events += [*defense.follow(index), *defense.before(index)]
+                with claimed(teacher=teacher):
+                    events += [*defense.follow(index), *defense.before(index)]
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
@@ -182,7 +185,7 @@ def distill(
                 events += (
                     [f"CUDA graphs: off from pseudo-batch {index}, {' and '.join(plain)} cannot be captured"] if plain else []
                 )
-            with computing(precision, device, teacher, student):
+            with claimed(teacher=teacher, student=student), computing(precision, device, teacher, student):
                 losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
             index += 1
             last, measured, shown = index == total, {}, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -304,15 +305,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+#: there is one global generator, whichever thread draws from it
+_SEEDED = threading.RLock()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU's global generator is seeded inside the block, where layers draw their weights, and restored after it."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    """The CPU's global generator is seeded inside the block, where layers draw their weights, and restored after it.
+
+    Other threads wait with blocks of their own.
+    """
+    with _SEEDED:
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def build(
