@@ -22,9 +22,10 @@ import json
 import multiprocessing
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
@@ -43,6 +44,7 @@ from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.optimize import optimize, options_of
 from abdlab.presets import Settings, settings
+from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.train import train
 from abdlab.triggers import Trigger, trigger_from
@@ -126,17 +128,27 @@ class Run:
         return load_state(path)[0] if path.exists() else {}
 
     def watch(self, stream: Iterable[Step], label: str, every: int = 10, tell: Callable[[str, Step], None] | None = None) -> Step:
-        """Consume a stream with a progress bar; keep its history and samples in the folder; return the last Step.
+        """Consume a stream with a progress bar; keep its history and samples in the folder, see :meth:`keep`; return the last Step.
 
-        A stream that resumes replaces the lines of the steps that it repeats. An interrupt closes the stream, which saves
-        its checkpoint, keeps the history so far, and goes on upwards.
+        An interrupt closes the stream, which saves its checkpoint, keeps the history so far, and goes on upwards.
 
         Args:
             label: stands before the bar and in the history's column "label".
             every: report each so-many-th step, besides those with an exam or an event.
             tell: called with label and Step instead of drawing a bar.
         """
-        rows, shown, step = None, self.samples(), None
+        with closing(self.keep(progress(stream, label, tell), label, every)) as steps:
+            last = deque(steps, maxlen=1)
+        if not last:
+            raise ValueError(f"{label}: the stream had no steps")
+        return last.pop()
+
+    def keep(self, stream: Iterable[Step], label: str, every: int = 10) -> Iterator[Step]:
+        """The stream, while its history and samples are kept in the folder, at the latest when it ends or is closed.
+
+        A stream that resumes replaces the lines of the steps that it repeats. Arguments are those of :meth:`watch`.
+        """
+        rows, shown = None, self.samples()
 
         def keep() -> None:
             lines = (json.dumps({k: v for k, v in row.items() if not _missing(v)}) for row in rows)
@@ -145,7 +157,7 @@ class Run:
                 save_state(self.file("samples.safetensors"), shown)
 
         try:
-            for step in progress(stream, label, tell):
+            for step in stream:
                 if rows is None:
                     rows = [r for r in self.history().to_dict("records") if not (r["label"] == label and r["step"] >= step.index)]
                 if step.images is not None:
@@ -155,12 +167,12 @@ class Run:
                     rows[-1] |= {"acc": step.acc, "asr": step.asr, "events": list(step.events) or None}
                 if step.acc is not None:
                     keep()  # what a killed run leaves behind
+                yield step
         finally:
+            if hasattr(stream, "close"):
+                stream.close()
             if rows:
                 keep()
-        if step is None:
-            raise ValueError(f"{label}: the stream had no steps")
-        return step
 
     def _check(self, config: dict) -> None:
         """A folder's results belong to one config: going on with another would mix them."""
@@ -523,13 +535,13 @@ def distill_all(
 ) -> dict[str, dict]:
     """Several students of one teacher, as :func:`distilled` makes each; label -> metrics, in the order asked for.
 
-    On a CPU with several cores, methods that share no trunk run side by side in processes of their own, each with its part
-    of the threads; on an accelerator, and with ``workers=1``, one after the other in this process. Numbers depend on the
-    number of threads in the last digits, which training amplifies: it is in each student's metrics.
+    Methods that share no trunk can run side by side: on a CPU with several cores in processes of their own, each with its part
+    of the threads; on an accelerator, which one small network cannot fill, in this process, see :func:`abdlab.side_by_side`.
+    Numbers depend on the number of threads in the last digits, which training amplifies: it is in each student's metrics.
 
     Args:
         with_teacher: put the teacher's own metrics first, under "teacher".
-        workers: processes at most; by default one per thread that torch may use on a CPU, else 1.
+        workers: methods at once, at most; by default one per thread that torch may use on a CPU, else 1 (not measured).
     """
     teacher = poisoned_teacher(root, chosen, data)
     trunks: dict[str, list[str]] = {}
@@ -538,9 +550,12 @@ def distill_all(
     # the longest first, so that short ones fill the gaps
     groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
     cores = torch.get_num_threads()  # this process's share of the machine: in a sweep, other jobs have the rest
-    workers = min(len(groups), workers or (cores if data.train_images.device.type == "cpu" else 1))
-    if workers > 1:
-        _side_by_side(root, chosen, groups, workers, max(1, cores // workers))
+    on_cpu = data.train_images.device.type == "cpu"
+    workers = min(len(groups), workers or (cores if on_cpu else 1))
+    if workers > 1 and on_cpu:
+        _in_processes(root, chosen, groups, workers, max(1, cores // workers))
+    elif workers > 1:
+        _in_threads(root, chosen, data, groups, workers)
     results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
@@ -592,10 +607,64 @@ def vaccine_trials(root: str | Path, chosen: Settings, data: Dataset, labels: Se
     return rows
 
 
-def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int) -> None:
-    """Run groups of labels in spawned processes; one bar counts the steps of all, and tells the latest scores."""
-    context = multiprocessing.get_context("spawn")
-    done, total, latest, bar = {}, {}, {}, None
+class _Board:
+    """One bar that counts the steps of several students, and tells their latest scores."""
+
+    def __init__(self):
+        self.done, self.total, self.latest, self.bar = {}, {}, {}, None
+
+    def show(self, label: str, step: Step) -> None:
+        self.bar = self.bar or _bar("students", 0)
+        # a student that goes on from a checkpoint has only the rest before it
+        self.total.setdefault(label, step.total - step.index + 1)
+        new = step.index - self.done.get(label, step.index - 1)
+        self.bar.total = sum(self.total.values())
+        for event in step.events:
+            self.bar.write(f"{label}: {event}")
+        if step.acc is not None:
+            self.latest[label] = _scores(step.acc, step.asr)
+            self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self.latest.items()), refresh=False)
+        self.done[label] = step.index
+        self.bar.update(new)
+        if step.index == step.total:
+            self.bar.write(f"{label}: {self.latest.pop(label, 'done')} after {step.seconds:.0f} s")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _in_threads(root: str | Path, chosen: Settings, data: Dataset, groups: list[list[str]], workers: int) -> None:
+    """Run groups of labels side by side in this process, each group with a teacher of its own."""
+    waiting, board = deque(groups), _Board()
+
+    def stream() -> Iterator[tuple[str, Step]]:
+        while waiting:
+            try:
+                labels = waiting.popleft()
+            except IndexError:
+                return  # another stream was faster
+            path = Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors")
+            teacher = load_model(path, device=data.train_images.device)
+            for label in labels:
+                going = distillation(root, chosen, data, teacher, label)
+                if not going.done:
+                    for step in going.run.keep(going.stream, label):
+                        yield label, step
+                    going.finish(step)
+
+    together = side_by_side(stream() for _ in range(workers))
+    try:
+        for _, (label, step) in together:
+            board.show(label, step)
+    finally:
+        together.close()
+        board.close()
+
+
+def _in_processes(root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int) -> None:
+    """Run groups of labels in spawned processes."""
+    context, board = multiprocessing.get_context("spawn"), _Board()
     with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
         queue = manager.Queue()
         jobs = [pool.submit(_work, str(root), chosen, group, threads, queue) for group in groups]
@@ -605,21 +674,7 @@ def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], w
                     label, step = queue.get(timeout=0.5)
                 except Empty:
                     continue
-                if bar is None:
-                    bar = _bar("students", 0)
-                # a student that goes on from a checkpoint has only the rest before it
-                total.setdefault(label, step.total - step.index + 1)
-                new = step.index - done.get(label, step.index - 1)
-                bar.total = sum(total.values())
-                for event in step.events:
-                    bar.write(f"{label}: {event}")
-                if step.acc is not None:
-                    latest[label] = _scores(step.acc, step.asr)
-                    bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in latest.items()), refresh=False)
-                done[label] = step.index
-                bar.update(new)
-                if step.index == step.total:
-                    bar.write(f"{label}: {latest.pop(label, 'done')} after {step.seconds:.0f} s")
+                board.show(label, step)
             for job in jobs:
                 job.result()
         except BaseException:
@@ -628,8 +683,7 @@ def _side_by_side(root: str | Path, chosen: Settings, groups: list[list[str]], w
                 process.terminate()
             raise
         finally:
-            if bar is not None:
-                bar.close()
+            board.close()
 
 
 def _work(root: str, chosen: Settings, labels: list[str], threads: int, queue) -> None:

@@ -1,11 +1,13 @@
 import json
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from abdlab.checkpoint import read_card
+from abdlab import runs
+from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
 from abdlab.distill import Step
 from abdlab.errors import CheckpointError
@@ -478,6 +480,25 @@ def test_distill_all_gives_every_method_in_the_order_asked_for(tmp_path, data):
     assert list(found) == ["teacher", *labels]
     assert {name: metrics["label"] for name, metrics in found.items()} == {name: name for name in found}
     assert sorted(table(tmp_path)["label"]) == sorted(found)
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+def test_methods_side_by_side_in_one_process_have_the_numbers_of_each_alone(tmp_path, data):
+    """What an accelerator has for several workers, on a CPU."""
+    labels = ["zskt", "zskt+sr", "clean", "zskt+sv"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    expected = distill_all(alone, tiny(), data, labels, workers=1)
+    poisoned_teacher(together, tiny(), data)
+    runs._in_threads(together, tiny(), data, [["zskt", "zskt+sr"], ["zskt+sv"], ["clean"]], 2)
+    found = distill_all(together, tiny(), data, labels, workers=1)  # only reads
+    assert found.keys() == expected.keys()
+    for label in labels:
+        assert {k: found[label][k] for k in ("acc", "asr")} == {k: expected[label][k] for k in ("acc", "asr")}
+        one, other = (load_model(root / "seed0" / label / "student.safetensors").state_dict() for root in (alone, together))
+        assert all(torch.equal(v, other[k]) for k, v in one.items())
+        histories = [Run(root / "seed0" / label).history().drop(columns="seconds") for root in (alone, together)]
+        pd.testing.assert_frame_equal(*histories)
+    assert found["zskt+sr"]["branched_from"]
 
 
 def test_table_has_one_row_per_run(tmp_path):
