@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,8 +14,8 @@ from abdlab.defenses.defense import Defense, Plan
 from abdlab.evaluate import kl, log_kl
 from abdlab.features import module_at
 
-#: whose kernels have the input channels in their second dimension (transposed ones have not), and what they call
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+#: whose kernels have the input channels in their second dimension (transposed ones have not)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 #: alpha of the two forms that weigh the student's loss: the suspicious samples are divided by it, or ascended with it (as in
 #: the official sweeps)
@@ -35,7 +34,7 @@ def shuffled_layers(model: nn.Module, last: int) -> list[str]:
     Raises:
         ValueError: when the model has fewer.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, tuple(CONVOLUTIONS)) and m.in_channels > m.groups]
+    names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and m.in_channels > m.groups]
     if last < 1 or last > len(names):
         raise ValueError(
             f"the last {last} convolutions were asked for, but {type(model).__name__} has {len(names)} that can be shuffled"
@@ -54,10 +53,8 @@ class ShuffledTeacher:
         permutations: (k, input channels per group) per layer, instead of drawing.
 
     All copies run in one pass: the layers before the first shuffled one are shared, on request with the teacher itself too
-    (:meth:`beside`); from there on image n of copy j is number n x copies + j of one batch. So the copies of an image lie side
-    by side, and a shuffled layer is one convolution of all of them with permuted kernels in groups, without moving an activation.
-    In channels_last they do not lie so: there activations are permuted, which equals permuting the kernels. Where a path goes
-    round the first shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none
+    (:meth:`beside`); from there on all of them are one batch, and only a shuffled layer takes it apart, for the permuted kernels
+    of each; the first ones, whose input is shared, are one convolution with the kernels of all. Where a path goes round the first shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none
     (checked once, against copies with permuted weights), the k copies run one by one.
     """
 
@@ -107,11 +104,11 @@ class ShuffledTeacher:
         try:
             if block:
                 handle = module_at(self.teacher, block).register_forward_pre_hook(
-                    lambda module, args: (_beside_each_other(args[0], count), *args[1:])
+                    lambda module, args: (torch.cat([args[0]] * count), *args[1:])
                 )
             for name, module in modules.items():
                 module.forward = partial(self._convolve, name, module, count, None if block else len(images))
-            return self.teacher(images).unflatten(0, (len(images), count)).transpose(0, 1)
+            return self.teacher(images).unflatten(0, (count, len(images)))
         finally:
             if handle is not None:
                 handle.remove()
@@ -120,19 +117,16 @@ class ShuffledTeacher:
 
     def _convolve(self, name: str, module: nn.Module, count: int, shared: int | None, x: Tensor) -> Tensor:
         """A shuffled layer on all passes: on ``shared`` images as they are before the passes part, or on count x as many."""
-        together = shared == len(x)
-        plain = type(module) in CONVOLUTIONS and module.padding_mode == "zeros"
-        if not plain or not x.is_contiguous() or (together and module.groups > 1):
-            x = _beside_each_other(x, count) if together else x
-            passes, own = x.unflatten(0, (-1, count)).unbind(1), count - self.k
-            moved = [y.index_select(1, order) for y, order in zip(passes[own:], self._inputs[name], strict=True)]
-            return type(module).forward(module, torch.stack([*passes[:own], *moved], dim=1).flatten(0, 1))
-        kernels = [module.weight] * (count - self.k) + list(module.weight[:, self._kernels[name]].unbind(1))
-        bias = None if module.bias is None else module.bias.repeat(count)
-        groups, x = (module.groups, x) if together else (count * module.groups, x.unflatten(0, (-1, count)).flatten(1, 2))
-        convolution = CONVOLUTIONS[type(module)]
-        y = convolution(x, torch.cat(kernels), bias, module.stride, module.padding, module.dilation, groups)
-        return y.unflatten(1, (count, -1)).flatten(0, 1)
+        own, together = count - self.k, shared == len(x)
+        parts = [x] * count if together else x.chunk(count)
+        if type(module) not in CONVOLUTIONS:  # whatever else it does with its input, it gets that shuffled
+            moved = [part.index_select(1, order) for part, order in zip(parts[own:], self._inputs[name], strict=True)]
+            return type(module).forward(module, torch.cat([*parts[:own], *moved]))
+        kernels = [module.weight] * own + list(module.weight[:, self._kernels[name]].unbind(1))
+        if together and module.groups == 1:
+            bias = None if module.bias is None else module.bias.repeat(count)
+            return torch.cat(module._conv_forward(x, torch.cat(kernels), bias).chunk(count, 1))
+        return torch.cat([module._conv_forward(part, k, module.bias) for part, k in zip(parts, kernels, strict=True)])
 
     def _parts_at(self, images: Tensor) -> list[str]:
         """Where passes part: [""] at the shuffled layers themselves, or [block], or [] when no place gives the right numbers."""
@@ -160,11 +154,6 @@ class ShuffledTeacher:
         """(k, in_channels): the order of the activations that equals the permuted kernels."""
         groups, inverse = module_at(self.teacher, name).groups, self.permutations[name].argsort(1)
         return torch.cat([inverse + g * inverse.shape[1] for g in range(groups)], dim=1)
-
-
-def _beside_each_other(x: Tensor, count: int) -> Tensor:
-    """(N, ...) to (N x count, ...), each row ``count`` times in succession, in x's own memory format."""
-    return x.unsqueeze(1).expand(-1, count, *x.shape[1:]).flatten(0, 1) if x.is_contiguous() else x.repeat_interleave(count, 0)
 
 
 def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000, reverse: bool = False) -> Tensor:
@@ -305,7 +294,7 @@ class ShufflingVaccine(Defense):
         if isinstance(self.layers, int):
             return shuffled_layers(teacher, self.layers)
         for name in self.layers:
-            if not isinstance(module_at(teacher, name), tuple(CONVOLUTIONS)):
+            if not isinstance(module_at(teacher, name), CONVOLUTIONS):
                 raise ValueError(f"{name} is no convolution, and only convolutions are shuffled")
         return list(self.layers)
 
