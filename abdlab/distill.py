@@ -110,8 +110,8 @@ def distill(
     source.phases, uncaptured = Phases(graphs), []
     run = {"source": source.name, "length": len(source), "seed": seed}
     with claimed(teacher=teacher, student=student):
-        place(teacher, device).eval().requires_grad_(False)
-        place(student, device).train()
+        place(teacher, device, precision).eval().requires_grad_(False)
+        place(student, device, precision).train()
         source.start(teacher, student, device, seed_of(seed, "source", source.name))
         for defense in defenses:
             defense.start(teacher, student, device, seed_of(seed, "defense", defense.name), len(source))

@@ -57,7 +57,7 @@ def train(
     if len(images) != len(labels) or len(images) == 0:
         raise ValueError(f"images and labels must be as many and not none, got {len(images)} and {len(labels)}")
     device = pick_device(device)
-    place(model, device).train()
+    place(model, device, precision).train()
     batch_size = min(batch_size, len(images))
     per_epoch = len(images) // batch_size
     sgd = SGD(

@@ -9,7 +9,7 @@ from torch import nn
 
 from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, distill, load_model, save_model, settings
 from abdlab.features import record
-from abdlab.models import MODELS, VGG, BasicBlock, Normalize, WideResNet, build, normalization
+from abdlab.models import MODELS, VGG, BasicBlock, Normalize, WideResNet, build, memory_format, normalization, place
 
 FAMILIES = ["wrn-10-2", "resnet-18", "resnet-20", "resnet-34", "vgg-11", "vgg-16", "mobilenet-v2"]
 
@@ -330,6 +330,38 @@ def test_no_convolution_is_strided_and_1x1(name):
     assert not [
         m for m in build(name, width=2).modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
     ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_cpu_colour_networks_train_in_channels_last_in_float32_alone(name):
+    formats = {
+        (channels, precision): memory_format(place(build(name, width=4, channels=channels), torch.device("cpu"), precision))
+        for channels in (1, 3)
+        for precision in (None, "float32", "bf16")
+    }
+    assert {key for key, found in formats.items() if found == torch.channels_last} == {(3, "float32")}
+
+
+def test_strided_1x1_convolutions_and_strangers_stay_contiguous():
+    cpu, model = torch.device("cpu"), build("wrn-10-1")
+    model.stage2[0].shortcut = nn.Conv2d(16, 32, 1, 2, bias=False)
+    assert memory_format(place(model, cpu, "float32")) == torch.contiguous_format
+    assert memory_format(place(nn.Sequential(nn.Conv2d(3, 4, 3)), cpu, "float32")) == torch.contiguous_format
+    last = build("wrn-10-1").to(memory_format=torch.channels_last)
+    assert memory_format(place(last, cpu, "bf16")) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_training_step_is_the_same_in_either_memory_format(name):
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for precision in (None, "float32"):
+        model = place(build(name, width=4, classes=3), torch.device("cpu"), precision).train()
+        logits = model(images)
+        F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * max(1, one.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,7 @@ from torch.optim import Adam
 from abdlab.checkpoint import load_optimizer
 from abdlab.data import deliver, random_views
 from abdlab.features import frozen, full, mode
-from abdlab.models import place, seeded
+from abdlab.models import memory_format, seeded
 from abdlab.sources.generator import Generator
 from abdlab.sources.objectives import disagreement, norm_inputs
 from abdlab.sources.pooled import Pooled, latest
@@ -145,7 +145,7 @@ class CMI(Pooled):
         with seeded(int(torch.randint(2**62, (1,), generator=self.rng))):
             generator = Generator(self.shape, self.z, self.width, [0.0] * channels, [1.0] * channels, output="sigmoid")
         z = torch.randn(self.synthesis_batch, self.z, generator=self.rng)
-        maker = place(_Maker(generator, z, self.head), self.device).train()
+        maker = _Maker(generator, z, self.head).to(self.device, memory_format=memory_format(self.student)).train()
         adam = Adam([*maker.generator.parameters(), maker.z], lr=self.generator_lr, betas=(0.5, 0.999), fused=True)
         return maker, [adam, self.head_optimizer]
 

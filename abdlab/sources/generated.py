@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from abdlab.checkpoint import load_optimizer
 from abdlab.data import deliver
 from abdlab.features import frozen
-from abdlab.models import normalization, place, seeded
+from abdlab.models import memory_format, normalization, seeded
 from abdlab.sources.generator import Generator
 from abdlab.sources.source import Source, image_shape, take_step
 
@@ -78,7 +78,7 @@ class Generated(Source):
         mean, std = normalization(teacher, self.shape[0])
         with seeded(seed):
             self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output)
-        place(self.generator, device).train()
+        self.generator.to(device, memory_format=memory_format(student)).train()
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
 
     def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:

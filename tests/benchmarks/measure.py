@@ -101,7 +101,9 @@ class Loops:
         settings = {"pseudo_batches": ENDLESS, "batch_size": size.batch, "width": size.generator, "student_steps": student_steps}
         teacher, self.student = size.networks()
         self.steps = student_steps
-        twins = [place(copy.deepcopy(net), device).requires_grad_(True) for net in (teacher.eval(), self.student.train())]
+        twins = [
+            place(copy.deepcopy(net), device, "float32").requires_grad_(True) for net in (teacher.eval(), self.student.train())
+        ]
         source, self.clock = ZSKT(size.shape, **settings), Clock()
         source.start(*twins, device, seed_of(0, "source", "zskt"))
         self.naive = NaiveZSKT(source, *twins)

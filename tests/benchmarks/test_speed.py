@@ -18,7 +18,7 @@ SIZES = {"main": MAIN, "small": SMALL}
 
 def trainable(model, device):
     """A copy on the device, every weight of which takes a gradient."""
-    return place(copy.deepcopy(model), torch.device(device)).requires_grad_(True)
+    return place(copy.deepcopy(model), torch.device(device), "float32").requires_grad_(True)
 
 
 @pytest.mark.parametrize("size", SIZES)
