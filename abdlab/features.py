@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,6 +87,33 @@ def precision(name: str, device: torch.device, *models: nn.Module) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def compiled(model: nn.Module, recorded: Collection[str] = (), wanted: bool = True) -> Iterator[nn.Module]:
+    """Inside the block the model runs through torch.compile, in place; not at all unless ``wanted``.
+
+    Compiled code calls the hooks that there were when it was compiled, and no later ones. So what is compiled are the largest
+    modules without a ``recorded`` layer inside, and nobody may record another one in the block.
+    """
+    looked_at = [module_at(model, name) for name in recorded]
+
+    def parts(module: nn.Module) -> Iterator[nn.Module]:
+        if not any(layer in looked_at for layer in module.modules()):
+            yield module
+        else:
+            for child in module.children():
+                if next(child.children(), None) is not None:  # a single layer is as fast as it is
+                    yield from parts(child)
+
+    chosen = list(parts(model)) if wanted else []
+    for module in chosen:
+        module.compile()
+    try:
+        yield model
+    finally:
+        for module in chosen:
+            module._compiled_call_impl = None
 
 
 @contextmanager

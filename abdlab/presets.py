@@ -48,7 +48,7 @@ SECTIONS: dict[str, list[str]] = {
     "data": ["name", "root", "size", "download"],
     "attack": [*ATTACK, "more"],  # more: a list of further attacks on the same teacher, each a dict of the same keys
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
-    "student": [*_MODEL, "precision", "graphs"],  # and how the distillation computes
+    "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     "zskt": _free(SOURCES["zskt"]),
     "dafl": _free(SOURCES["dafl"]),
     "dfad": _free(SOURCES["dfad"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from abdlab.data import augment, deliver, pick_device
 from abdlab.distill import Step
 from abdlab.errors import Diverged
+from abdlab.features import compiled
 from abdlab.features import precision as computing
 from abdlab.models import fusable, place
 
@@ -32,6 +34,7 @@ def train(
     shift: int = 0,
     flip: bool = False,
     precision: str = "float32",
+    compile: bool = False,
     exam: Callable[[nn.Module], dict[str, float]] | None = None,
     exam_every: int | None = None,
     seed: int = 0,
@@ -45,6 +48,7 @@ def train(
         schedule: "cosine" (to 0, per step) or "onecycle" (``lr`` is its peak).
         shift, flip: augmentation, as in the data set's own fields.
         precision: of the passes, "float32" or "bf16" (:func:`abdlab.features.precision`); exams are held in float32.
+        compile: run the model through torch.compile, which takes a minute or more first: the same numbers up to round-off.
         exam: measures the model, every ``exam_every`` epochs and at the end.
         seed: of order and augmentation.
 
@@ -68,7 +72,9 @@ def train(
     else:
         rate = OneCycleLR(sgd, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False)
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
+    faster = ExitStack()
     try:
+        faster.enter_context(compiled(model, wanted=compile))
         for epoch in range(1, epochs + 1):
             order = deliver(torch.randperm(len(images), generator=rng), images.device)
             total = torch.zeros((), device=device)
@@ -98,4 +104,5 @@ def train(
                 seconds=time.perf_counter() - began,
             )
     finally:
+        faster.close()
         model.eval()

@@ -94,6 +94,10 @@ class Mixed(Source):
     def captures(self) -> bool:
         return self.member.captures
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        return tuple(name for member in self.members for name in member.recorded)
+
     def branch(self):
         return self.members.index(self.member), self.member.branch()
 

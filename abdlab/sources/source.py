@@ -99,6 +99,8 @@ class Source:
     #: its :meth:`student_loss` may be captured as a CUDA graph: it draws nothing, asks the device nothing, and decides by
     #: :meth:`branch` alone
     captures: bool = False
+    #: names of the student's layers that :meth:`student_loss` records, once it is started
+    recorded: tuple[str, ...] = ()
     #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are CUDA graphs
     phases: Phases = Phases()
 

@@ -101,6 +101,7 @@ class ZSKT(Generated):
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
         self.pairs = self._pairs(teacher, student) if self.attention else {}
+        self.recorded = tuple(self.pairs.values())
 
     def optimizer(self, student):
         adam = Adam(student.parameters(), lr=self.student_lr, fused=True)
