@@ -44,6 +44,15 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
     assert re.search(r"^\| SV \|.*[+-][\d.]+% \|$", parts["What an option adds"], re.M)
     for source in ("zskt", "cmi", "ood"):
         assert f"| {source} | quick/digits | trained |" in parts["Implicit term of SR"]
+    gpu = [line for line in parts["On a GPU"].splitlines() if line.startswith("|")][2:]
+    for what in ("student steps, graphs, bf16", "80,000 pseudo-batches", "CIFAR-10 teacher", "warm start", "side by side"):
+        assert sum(what in line for line in gpu) == 1, what
+    if not torch.cuda.is_available():
+        assert all("| not measured | torch sees no GPU here |" in line for line in gpu)
+    for method in ("zskt", "zskt+sv+sr"):
+        assert re.search(
+            rf"^\| {re.escape(method)} \| bf16 \| 0, 1, 2 \| [\d.]+ ± [\d.]+ \|", parts["bf16 against float32"], re.M
+        )
     assert "these figures mean nothing" in text
     assert ("not measured" in text) == (not torch.cuda.is_available())
     for private in (platform.node(), str(Path.home()), str(BENCHMARKS), str(tmp_path)):

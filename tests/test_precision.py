@@ -1,10 +1,12 @@
 """bf16: what is computed in it, what stays float32, and that training still learns."""
 
+import statistics
+
 import pytest
 import torch
 from torch import nn
 
-from abdlab import Exam, SelfRetrospection, ShufflingVaccine, build, distill, load, runs, train
+from abdlab import CleanKD, Exam, SelfRetrospection, ShufflingVaccine, build, distill, load, runs, train
 from abdlab.features import full, precision
 from abdlab.presets import settings
 from abdlab.sources import SOURCES
@@ -92,6 +94,23 @@ def test_every_source_with_both_defences_trains_in_bf16_with_float32_losses(digi
     assert last.images.dtype == torch.float32
     moved = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
     assert len(moved) > len(before) / 2
+
+
+def test_students_distilled_in_bf16_end_where_those_in_float32_do(digits):
+    """Over seeds: the difference of the means is within the noise that seeds make, or two points."""
+    images, labels = digits.train_images, digits.train_labels
+    teacher = build("wrn-10-1", channels=1, seed=1)
+    list(train(teacher, images, labels, epochs=5, batch_size=64, device="cpu"))
+    exam, found = Exam.of(digits.test_images, digits.test_labels), {"float32": [], "bf16": []}
+    for name, accs in found.items():
+        for seed in range(3):
+            student = build("wrn-10-1", channels=1, width=8, seed=seed + 2)
+            source = CleanKD(images, labels, share=0.3, epochs=8, batch_size=64)
+            *_, last = distill(teacher, student, source, exam=exam, precision=name, seed=seed, device="cpu")
+            accs.append(last.acc)
+    noise = max(statistics.stdev(accs) for accs in found.values())
+    assert min(map(min, found.values())) > 0.8
+    assert abs(statistics.fmean(found["float32"]) - statistics.fmean(found["bf16"])) < max(2 * noise, 0.02)
 
 
 def test_the_vaccine_still_finds_its_one_pass_in_bf16(digits):
