@@ -16,6 +16,7 @@ from abdlab.features import module_at
 
 #: whose kernels have the input channels in their second dimension (transposed ones have not)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 #: alpha of the two forms that weigh the student's loss: the suspicious samples are divided by it, or ascended with it (as in
 #: the official sweeps)
@@ -101,6 +102,8 @@ class ShuffledTeacher:
         """Logits (k, N, classes) of the copies, or (k + 1, N, classes) with the teacher's first, in one pass."""
         count, (block,) = self.k + with_teacher, self._parting
         handle, modules = None, {name: module_at(self.teacher, name) for name in self.layers}
+        norms = [m for m in self.teacher.modules() if type(m) in NORMS and not m.training and m.running_var is not None]
+        norms = norms if images.device.type == "cpu" else []
         try:
             if block:
                 handle = module_at(self.teacher, block).register_forward_pre_hook(
@@ -108,11 +111,13 @@ class ShuffledTeacher:
                 )
             for name, module in modules.items():
                 module.forward = partial(self._convolve, name, module, count, None if block else len(images))
+            for module in norms:
+                module.forward = partial(_normalized, module)
             return self.teacher(images).unflatten(0, (count, len(images)))
         finally:
             if handle is not None:
                 handle.remove()
-            for module in modules.values():
+            for module in (*modules.values(), *norms):
                 module.__dict__.pop("forward", None)
 
     def _convolve(self, name: str, module: nn.Module, count: int, shared: int | None, x: Tensor) -> Tensor:
@@ -154,6 +159,21 @@ class ShuffledTeacher:
         """(k, in_channels): the order of the activations that equals the permuted kernels."""
         groups, inverse = module_at(self.teacher, name).groups, self.permutations[name].argsort(1)
         return torch.cat([inverse + g * inverse.shape[1] for g in range(groups)], dim=1)
+
+
+def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
+    """A batch norm in eval mode as what it is, one factor and one summand per channel.
+
+    torch's own gradient of it takes nine times as long on a CPU in channels_last, also where no weight wants one.
+    """
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    if x.dtype != factor.dtype:
+        return type(norm).forward(norm, x)
+    summand = -norm.running_mean * factor
+    summand = summand if norm.bias is None else summand + norm.bias
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return torch.addcmul(summand.view(shape), x, factor.view(shape))
 
 
 def suspicion(vaccine: ShuffledTeacher, teacher: nn.Module, images: Tensor, batch: int = 1000, reverse: bool = False) -> Tensor:
