@@ -221,6 +221,7 @@ def distill(
         raise
     finally:
         faster.close()
+        source.phases = Phases()  # graphs hold memory of their own
         student.eval()
 
 
@@ -232,7 +233,7 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
     batch = source.batch(defenses)
     for defense in defenses:
         defense.observe(batch)
-    dropped = tuple({name: None for defense in defenses for name in defense.dropped()})
+    dropped = tuple(dict.fromkeys(name for defense in defenses for name in defense.dropped()))
     weights = [w for w in (d.sample_weights(batch) for d in defenses) if w is not None]
     shown, batch, weights = batch, *_held(source.phases, batch, weights)
 

@@ -354,15 +354,13 @@ def test_a_defence_that_says_nothing_is_not_captured(wrn, taped):
     assert not Source.captures
 
 
-def test_graphs_keep_a_bounded_number_of_pieces(wrn, taped):
-    source = zskt(pseudo_batches=40, student_steps=4)
-    plan = [[i, 1.0 + i] for i in range(0, 40, 2)]
-    list(
-        distill(
-            wrn(), wrn(), source, defenses=[SelfRetrospection(start=0, inner_steps=1, weight=plan)], graphs=True, device="cpu"
-        )
-    )
-    assert len(source.phases._pieces) <= graphs.KEPT
+def test_graphs_keep_a_bounded_number_of_pieces_until_the_run_ends(wrn, taped):
+    source, kept = zskt(pseudo_batches=40, student_steps=4), []
+    defenses = [SelfRetrospection(start=0, inner_steps=1, weight=[[i, 1.0 + i] for i in range(0, 40, 2)])]
+    for _ in distill(wrn(), wrn(), source, defenses=defenses, graphs=True, device="cpu"):
+        kept.append(len(source.phases._pieces))
+    assert max(kept) == graphs.KEPT
+    assert not source.phases.graphs
 
 
 def test_graphs_on_a_cpu_are_one_clear_error(wrn):
@@ -381,3 +379,18 @@ def test_held_values_stay_where_they_are():
     assert phases.hold("x", x[:1]) is not held
     assert phases.hold("y", x) is not held
     assert tree_map(type, phases.run(None, lambda: {"a": held})) == {"a": torch.Tensor}
+
+
+def test_a_piece_that_is_replayed_again_still_says_what_its_gradient_was(double, wrn, taped):
+    """The vaccine's weight goes up and comes back: the first piece runs again."""
+    source, norms = zskt(pseudo_batches=18), []
+    plan = [[0, 0.1], [6, 5.0], [12, 0.1]]
+    defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=plan)]
+    for _ in distill(wrn(seed=1), wrn(seed=2), source, defenses=defenses, graphs=True, device="cpu"):
+        norms.append(source.norms["generator+sv_synthesis"].item())
+    plain, expected = zskt(pseudo_batches=18), []
+    defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=plan)]
+    for _ in distill(wrn(seed=1), wrn(seed=2), plain, defenses=defenses, device="cpu"):
+        expected.append(plain.norms["generator+sv_synthesis"].item())
+    assert norms == pytest.approx(expected, rel=1e-6)
+    assert len(set(norms)) == 18

@@ -110,7 +110,9 @@ class ZSKT(Generated):
     def batch(self, defenses: Sequence = ()) -> Batch:
         noise = self.phases.hold("noise", self.noise())
         key = ("generator", *(d.branch() for d in defenses)) if all(d.captures for d in defenses) else None
-        batch = self.phases.run(key, lambda: self._make(noise, defenses), [self.generator_optimizer])
+        # the norms too are a piece's own: one that was captured earlier may be replayed again
+        batch, norms = self.phases.run(key, lambda: (self._make(noise, defenses), self.norms.copy()), [self.generator_optimizer])
+        self.norms = norms.copy()
         self.advance()
         return replace(batch, losses=dict(batch.losses))
 
