@@ -84,15 +84,20 @@ class _Piece:
             return beside(function)
         if self.replay is None:
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            devices = [group["params"][0].device for group in groups]
-            rates = [torch.tensor(group["lr"], device=device) for group, device in zip(groups, devices, strict=True)]
-            self.rates = list(zip(groups, rates, strict=True))
+            self.rates = [(group, _rate(group["params"][0].device)) for group in groups]
+            for group, rate in self.rates:
+                rate.fill_(group["lr"])
             with _steered(self.rates):
                 self.result, self.replay = capture(function)
         for group, rate in self.rates:
             rate.fill_(group["lr"])
         self.replay()
         return self.result
+
+
+def _rate(device: torch.device) -> Tensor:
+    """A learning rate on the device; CUDA's fused optimisers read it as float32, whatever the default is."""
+    return torch.zeros((), device=device, dtype=torch.float32 if device.type == "cuda" else None)
 
 
 @contextmanager

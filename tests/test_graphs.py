@@ -15,6 +15,7 @@ from abdlab import DFAD, OOD, ZSKT, CleanKD, Diverged, Mixed, SelfRetrospection,
 from abdlab.checkpoint import load_state
 from abdlab.data import deliver
 from abdlab.defenses import Defense, self_retrospection
+from abdlab.presets import defaults, settings
 from abdlab.sources.source import Source, check_finite, take_step
 
 SHAPE = (1, 8, 8)
@@ -394,3 +395,11 @@ def test_a_piece_that_is_replayed_again_still_says_what_its_gradient_was(double,
         expected.append(plain.norms["generator+sv_synthesis"].item())
     assert norms == pytest.approx(expected, rel=1e-6)
     assert len(set(norms)) == 18
+
+
+def test_graphs_and_compile_are_settings():
+    assert settings("quick/digits", device="cpu").distilling() == {}
+    assert {"graphs": False, "compile": False}.items() <= defaults("student").items()
+    chosen = settings("quick/digits", {"student.graphs": True, "student.compile": True, "teacher.compile": True}, device="cpu")
+    assert chosen.distilling() == {"graphs": True, "compile": True}
+    assert chosen.training(chosen.dataset())["compile"]
