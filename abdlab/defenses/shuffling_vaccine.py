@@ -55,8 +55,9 @@ class ShuffledTeacher:
 
     All copies run in one pass: the layers before the first shuffled one are shared, on request with the teacher itself too
     (:meth:`beside`); from there on all of them are one batch, and only a shuffled layer takes it apart, for the permuted kernels
-    of each; the first ones, whose input is shared, are one convolution with the kernels of all. Where a path goes round the first shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none
-    (checked once, against copies with permuted weights), the k copies run one by one.
+    of each; the first ones, whose input is shared, are one convolution with the kernels of all. Where a path goes round the first
+    shuffled layer, the passes part at the smallest block around it that has no such path. Where there is none (checked once,
+    against copies with permuted weights), the k copies run one by one.
     """
 
     def __init__(
