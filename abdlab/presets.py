@@ -215,7 +215,7 @@ _PAPER_SR = {
 
 #: name -> section -> values. :data:`ABOUT` says what each is, and on what it was verified.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # A laptop's CPU, minutes. Tuned on seed 0's teacher; the README has the figures over seeds 4 to 6, and what was tried.
+    # A laptop's CPU, minutes. Tuned on seed 0's teacher; the README has the figures over seeds 7 to 9, and what was tried.
     "quick/digits": {
         "data": {"name": "digits"},
         "attack": {"trigger": "badnet_sq", "params": {"size": 5}, "rate": 0.1, "target": 0},
@@ -257,8 +257,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mixed": {"members": {"zskt": 0.5, "ood": 0.5}, "pseudo_batches": 400},
         "clean": {"epochs": 100, "batch_size": 64},
         # no shuffle seen on digits had the tail that verification asks for (see the README): the first one is used unseen
-        # a strong vaccine for the whole run keeps the target class itself away; in its first half it keeps the backdoor small
-        "sv": {"layers": 2, "alpha": 0.3, "cap": 1.0, "verify": False, "warmup": 0.0, "stop": 0.5},
+        # a stronger or a longer vaccine keeps the target class itself away, and self-retrospection then unlearns the class
+        "sv": {"layers": 2, "alpha": 0.01, "cap": 1.0, "verify": False, "warmup": 0.0, "stop": 0.25},
         # ours: on digits the paper's additive delta is unlike any trigger, and unlearning it leaves the backdoor
         "sr": {
             "shape": "stamp",
@@ -275,6 +275,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "stamp_every": 4,
             "natural": 1.6,
             "cover": True,
+            "balance": 4.0,
+            "without": ["attention"],
         },
     },
     # The paper's main table. attack.trigger is one of its ten; badnet_grid stands for them.
@@ -315,11 +317,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "student": {"model": "wrn-16-1", "precision": "bf16"},  # [paper]
         "ood": {
             **_PAPER_OOD,
-            "epochs": 6,  # [paper] 300
+            "epochs": 24,  # [paper] 300
             "batch_size": 128,  # [paper] 512
             "lr": 3e-3,  # [paper] 1e-3
             "drops": [0.6, 0.85],  # [paper] .5 and the end
             "gamma": 0.2,  # [paper] .5
+            "temperature": 4.0,  # [paper] 8
         },
         "cmi": {
             **_PAPER_CMI,
@@ -394,8 +397,8 @@ class About:
 ABOUT: dict[str, About] = {
     "quick/digits": About(
         "embedded digits, WRN-10-2 to WRN-10-1, minutes on a laptop's CPU",
-        "seeds 4, 5, 6 on a CPU (ACC/ASR in %): teacher 99.7/100.0, clean KD 99.4/0.7, ZSKT 94.9/95.4, ZSKT+SR 90.9/13.5, "
-        "ZSKT+SV+SR 89.9/35.9, so the defence removes most of the backdoor, and some of the target class with it",
+        "seeds 7, 8, 9 on a CPU (ACC/ASR in %): teacher 99.9/100.0, clean KD 99.3/0.7, ZSKT 90.1/95.8, ZSKT+SR 93.1/48.0, "
+        "ZSKT+SV+SR 90.6/26.5, so the defence removes most of the backdoor, not on every seed, and some of the target class with it",
     ),
     "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
     "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
