@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         images: (B, C, H, W), detached; synthetic ones may leave [0, 1].
         logits: the teacher's (B, classes), detached.
-        features: the teacher's activations by layer name, detached, when the source compares them.
+        features: what the source compares of the teacher's layers (ZSKT: attention maps), by layer name, detached.
         labels: (B,), only for sources with real data.
         losses: detached scalars to report (the generator's, say).
         synthesised: the source made the images, and the defences' ``synthesis_term`` had its say in that. False where they

@@ -27,7 +27,12 @@ def attention(feature: Tensor) -> Tensor:
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer for one pair of layers: mean over batch and positions of (a_S - a_T)^2; a scalar."""
-    return (attention(student) - attention(teacher)).square().mean()
+    return _apart(attention(student), attention(teacher))
+
+
+def _apart(student: Tensor, teacher: Tensor) -> Tensor:
+    """:func:`attention_loss` of two maps (B, H*W)."""
+    return (student - teacher).square().mean()
 
 
 class ZSKT(Generated):
@@ -126,7 +131,8 @@ class ZSKT(Generated):
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
             images = self.generator(noise)
             logits = self.teacher(images)
-        return Batch(images, logits, dict(features), losses=losses)
+            maps = {layer: attention(feature) for layer, feature in features.items()}  # once, for all student steps
+        return Batch(images, logits, maps, losses=losses)
 
     def student_loss(self, batch: Batch):
         with record(self.student, list(self.pairs.values())) as features:
@@ -134,7 +140,7 @@ class ZSKT(Generated):
         terms = {}
         if self.pairs:
             terms["attention"] = self.attention * sum(
-                attention_loss(features[s], batch.features[t]) for t, s in self.pairs.items()
+                _apart(attention(features[s]), batch.features[t]) for t, s in self.pairs.items()
             )
         return logits, self._kd(batch.logits, logits), terms
 
