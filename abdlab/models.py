@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from abdlab.errors import did_you_mean
 
@@ -399,6 +400,12 @@ def fusable(model: nn.Module) -> bool | None:
     longer give the numbers that were reported for them.
     """
     return True if next(model.parameters()).is_cuda else None
+
+
+def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> SGD:
+    """SGD on all weights of a model, fused where that is wanted; ``nesterov`` holds only with momentum."""
+    nesterov = nesterov and momentum > 0
+    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fusable(model))
 
 
 def normalization(model: nn.Module, channels: int) -> tuple[list[float], list[float]]:

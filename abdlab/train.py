@@ -9,7 +9,6 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from abdlab.data import augment, deliver, pick_device
@@ -17,7 +16,7 @@ from abdlab.distill import Step
 from abdlab.errors import Diverged
 from abdlab.features import compiled
 from abdlab.features import precision as computing
-from abdlab.models import fusable, place
+from abdlab.models import place, sgd
 
 
 def train(
@@ -64,13 +63,11 @@ def train(
     place(model, device, precision).train()
     batch_size = min(batch_size, len(images))
     per_epoch = len(images) // batch_size
-    sgd = SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fusable(model)
-    )
+    optimizer = sgd(model, lr, momentum, weight_decay, nesterov=True)
     if schedule == "cosine":
-        rate = CosineAnnealingLR(sgd, epochs * per_epoch)
+        rate = CosineAnnealingLR(optimizer, epochs * per_epoch)
     else:
-        rate = OneCycleLR(sgd, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False)
+        rate = OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False)
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
     faster = ExitStack()
     try:
@@ -83,9 +80,9 @@ def train(
                 with computing(precision, device, model):
                     logits = model(inputs)
                 loss = F.cross_entropy(logits, labels[chosen].to(device))
-                sgd.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                sgd.step()
+                optimizer.step()
                 rate.step()
                 total += loss.detach()
             mean = total.item() / per_epoch

@@ -97,8 +97,7 @@ def test_a_pseudo_batch_reads_from_the_device_once(wrn, monkeypatch, sr, precisi
 @pytest.mark.parametrize("kind", [OOD, CleanKD, DFAD, Mixed])
 def test_other_sources_read_once_too(wrn, digits, kind, monkeypatch):
     # SGD as it is on CUDA
-    monkeypatch.setattr("abdlab.sources.clean.fusable", lambda model: True)
-    monkeypatch.setattr("abdlab.sources.dfad.fusable", lambda model: True)
+    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)
     made = {
         OOD: lambda: OOD(SHAPE, patches=32, epochs=3, batch_size=8, cutmix_share=0),
         CleanKD: lambda: CleanKD(digits.train_images, digits.train_labels, epochs=3, batch_size=10, shift=1),
@@ -297,8 +296,7 @@ def test_in_less_precision_too(wrn, taped, precision):
 
 @pytest.mark.parametrize("kind", ["ood", "clean", "dfad", "mixed"])
 def test_the_student_steps_of_other_sources_are_replayed(wrn, taped, digits, kind, monkeypatch):
-    monkeypatch.setattr("abdlab.sources.clean.fusable", lambda model: True)  # as on CUDA
-    monkeypatch.setattr("abdlab.sources.dfad.fusable", lambda model: True)
+    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)  # as on CUDA
     dfad = lambda: DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=2)  # noqa: E731
     make = {
         "ood": lambda: OOD(SHAPE, patches=64, epochs=2, batch_size=8),

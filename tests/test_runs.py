@@ -570,7 +570,7 @@ def test_vaccines_are_tried_on_both_teachers(control, data):
 
 
 def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
-    small = {"ood__patches": 16, "ood__batch_size": 8, "ood__epochs": 2, "mixed__pseudo_batches": 4}
+    small = {"ood__patches": 16, "ood__batch_size": 8, "ood__epochs": 2, "mixed__pseudo_batches": 4, "sv__stop": 1.0}
     chosen = tiny(**small)
     teacher = chosen.teacher(data)
     for label in ("ood+sv+sr", "mixed+sv"):

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, deliver
 from abdlab.evaluate import kl
-from abdlab.models import fusable
+from abdlab.models import sgd
 from abdlab.sources.source import Batch, Source
 
 
@@ -77,15 +76,8 @@ class CleanKD(Source):
         self.order, self.position = self.pool[:0], self.per_epoch
 
     def optimizer(self, student):
-        sgd = SGD(
-            student.parameters(),
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-            fused=fusable(student),
-        )
-        return sgd, CosineAnnealingLR(sgd, len(self))
+        optimizer = sgd(student, self.lr, self.momentum, self.weight_decay, nesterov=True)
+        return optimizer, CosineAnnealingLR(optimizer, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         if self.position == self.per_epoch:

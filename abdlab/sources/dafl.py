@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 
 from abdlab.evaluate import kl
 from abdlab.features import full, last_linear, module_at, record
-from abdlab.models import fusable
+from abdlab.models import sgd
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
@@ -104,14 +104,8 @@ class DAFL(Generated):
         return Adam(self.generator.parameters(), lr=self.generator_lr, fused=True), None
 
     def optimizer(self, student):
-        sgd = SGD(
-            student.parameters(),
-            lr=self.student_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=fusable(student),
-        )
-        return sgd, decay(sgd, self.milestones, len(self))
+        optimizer = sgd(student, self.student_lr, self.momentum, self.weight_decay)
+        return optimizer, decay(optimizer, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         images = self.generator(self.noise())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 
 from abdlab.features import frozen
-from abdlab.models import fusable
+from abdlab.models import sgd
 from abdlab.sources.generated import Generated, decay, shares_of_run
 from abdlab.sources.source import Batch
 
@@ -88,14 +88,8 @@ class DFAD(Generated):
         return adam, decay(adam, self.milestones, self.horizon // self.generator_every)
 
     def optimizer(self, student):
-        sgd = SGD(
-            student.parameters(),
-            lr=self.student_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=fusable(student),
-        )
-        return sgd, decay(sgd, self.milestones, len(self))
+        optimizer = sgd(student, self.student_lr, self.momentum, self.weight_decay)
+        return optimizer, decay(optimizer, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         losses = {}

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.evaluate import kl
 from abdlab.features import frozen
-from abdlab.models import fusable
+from abdlab.models import sgd
 from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import batch_norm_loss, class_balance, disagreement, norm_inputs
 from abdlab.sources.source import Batch
@@ -107,15 +107,8 @@ class DFQ(Generated):
         return Adam(self.generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.999), fused=True), None
 
     def optimizer(self, student):
-        sgd = SGD(
-            student.parameters(),
-            lr=self.student_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-            fused=fusable(student),
-        )
-        return sgd, CosineAnnealingLR(sgd, len(self))
+        optimizer = sgd(student, self.student_lr, self.momentum, self.weight_decay, nesterov=True)
+        return optimizer, CosineAnnealingLR(optimizer, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         images = self.generator(self.noise())

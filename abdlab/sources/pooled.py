@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, deliver
 from abdlab.evaluate import kl
 from abdlab.features import mode
-from abdlab.models import fusable
+from abdlab.models import sgd
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
 from abdlab.sources.source import Batch, Source, image_shape, take_step
 
@@ -114,10 +114,8 @@ class Pooled(Source):
         self.losses: dict[str, Tensor] = {}
 
     def optimizer(self, student):
-        sgd = SGD(
-            student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fusable(student)
-        )
-        return sgd, CosineAnnealingLR(sgd, len(self))
+        optimizer = sgd(student, self.lr, self.momentum, self.weight_decay)
+        return optimizer, CosineAnnealingLR(optimizer, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         if self.made % self.kd_steps == 0:
