@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from abdlab.data import deliver
 from abdlab.features import frozen, mode
 from abdlab.sources.source import Batch
 
@@ -122,7 +123,7 @@ class Stamps:
 
     def on(self, images: Tensor) -> Tensor:
         """The images (B, C, H, W), each with one of the stamps."""
-        which = torch.randint(len(self.masks), (len(images),), generator=self.rng).to(images.device)
+        which = deliver(torch.randint(len(self.masks), (len(images),), generator=self.rng), images.device)
         return stamped(images, self.masks[which], self.patterns[which])
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class Stamps:
         suspects, donors = called.nonzero().flatten(), (~called).nonzero().flatten()
         if len(suspects) == 0 or len(donors) == 0:
             return
-        drawn = donors[torch.randint(len(donors), (len(suspects),), generator=self.rng).to(donors.device)]
+        drawn = donors[deliver(torch.randint(len(donors), (len(suspects),), generator=self.rng), donors.device)]
         covered = teacher(torch.where(self.place, batch.images[drawn], batch.images[suspects]))
         triggered = covered.argmax(1) != self.target
         self.relabelled += int(triggered.sum())
@@ -164,6 +165,6 @@ class Stamps:
         self, victim: nn.Module, images: Tensor, target: int, steps: int, region: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor, float]:
         shapes = (1, 1, *images.shape[2:]), (1, *images.shape[1:])
-        start = [self.init_std * torch.randn(shape, generator=self.rng).to(images.device) for shape in shapes]
+        start = [self.init_std * deliver(torch.randn(shape, generator=self.rng), images.device) for shape in shapes]
         with mode(victim, False), frozen(victim):  # as it is used: with batch statistics one stamp on all hides itself
             return inverted_trigger(victim, images, target, *start, steps, self.lr, self.penalty, region)

@@ -86,9 +86,9 @@ class Generated(Source):
         adam = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
         return adam, CosineAnnealingLR(adam, self.horizon)
 
-    def noise(self) -> Tensor:
-        """The next pseudo-batch's noise (batch_size, z), on the device."""
-        return deliver(torch.randn(self.batch_size, self.z, generator=self.rng), self.device)
+    def noise(self, rng: torch.Generator | None = None) -> Tensor:
+        """The next pseudo-batch's noise (batch_size, z), on the device; of the run's own random numbers, unless others are given."""
+        return deliver(torch.randn(self.batch_size, self.z, generator=rng or self.rng), self.device)
 
     def ask(self, images: Tensor, defenses: Sequence[Any]) -> Tensor:
         """The teacher's logits (B, classes) on images that are then handed to :meth:`learn`, from a pass that a defence shares if one does."""
@@ -135,8 +135,7 @@ class Generated(Source):
         """
         rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
         with frozen(self.generator):
-            batches = [self.generator(torch.randn(self.batch_size, self.z, generator=rng).to(self.device)) for _ in range(count)]
-        return torch.cat(batches)[:n]
+            return torch.cat([self.generator(self.noise(rng)) for _ in range(count)])[:n]
 
     def state(self):
         return {

@@ -139,7 +139,7 @@ class Pooled(Source):
             raise ValueError(f"the pool of {self.name} is empty: it fills with the first round")
         rng, times = torch.Generator().manual_seed(seed), -(-n // len(self.pool))
         chosen = torch.cat([torch.randperm(len(self.pool), generator=rng) for _ in range(times)])[:n]
-        return self.pool[chosen.to(self.device)] / 255
+        return self.pool[deliver(chosen, self.device)] / 255
 
     def inversion(self, view: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """(teacher's logits, what entered its batch norms, the terms "batch_norm" and "one_hot") on ``view`` (B, C, H, W)."""
