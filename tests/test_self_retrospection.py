@@ -337,6 +337,7 @@ def test_delta_is_found_anew_every_so_many_student_steps(wrn):
         ({"natural": 0}, "natural is a factor above 0"),
         ({"balance": 0}, "balance is a factor above 0"),
         ({"margin": -1}, "margin is a number of pixels"),
+        ({"renewals": -1}, "renewals is a number of stamps"),
         ({"stamps": 0}, "stamps, stamp_every"),
         ({"stamp_every": 0}, "stamps, stamp_every"),
         ({"shape": "stamp", "inner_steps": 0}, "inner_steps are at least 1"),
@@ -433,6 +434,17 @@ def test_stamps_are_renewed_and_the_oldest_goes():
     assert torch.equal(seen[3][0], seen[0][1]), "the first stamp has gone"
     assert torch.equal(seen[6][0], seen[3][1])
     assert not torch.equal(seen[6][1], seen[6][0])
+
+
+@pytest.mark.parametrize(("renewals", "at"), [(0, []), (1, [5]), (2, [3, 6]), (3, [2, 4, 6]), (20, list(range(1, 10)))])
+def test_renewals_are_so_many_in_a_run_of_ten(renewals, at):
+    student, teacher, batch = pair()
+    sr, _ = begun(student, teacher, shape="stamp", target=0, stamps=1, stamp_every=7, renewals=renewals)
+    banks = []
+    for _ in range(10):
+        sr.observe(batch)
+        banks.append(sr.bank.masks.clone())
+    assert [i for i in range(1, 10) if not torch.equal(banks[i], banks[i - 1])] == at
 
 
 def test_the_target_class_counts_more_by_hand(double):

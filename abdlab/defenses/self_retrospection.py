@@ -116,6 +116,8 @@ class SelfRetrospection(Defense):
             pseudo-batch (the report says which).
         stamps: so many stamps are kept, all found when it begins; an image carries one of them.
         stamp_every: pseudo-batches between new stamps, each from a start of its own; the oldest then goes.
+        renewals: how many new stamps there are after the first ones, evenly over what is left of the run, in place of
+            stamp_every: one setting for runs of 300 and of 10,000 pseudo-batches, of the same cost in both. None takes stamp_every.
         natural: a new stamp is kept only while its objective is at most this factor of that of the cheapest class but the target, on
             the teacher. A dearer one is no backdoor but what the target class looks like, and who unlearns that forgets the
             class. None keeps all.
@@ -162,6 +164,7 @@ class SelfRetrospection(Defense):
         target: int | None = None,
         stamps: int = 8,
         stamp_every: int = 4,
+        renewals: int | None = None,
         natural: float | None = None,
         margin: int | None = None,
         balance: float = 1.0,
@@ -180,6 +183,8 @@ class SelfRetrospection(Defense):
             raise ValueError(
                 f"stamps, stamp_every and their inner_steps are at least 1, not {stamps}, {stamp_every}, {inner_steps}"
             )
+        if renewals is not None and renewals < 0:
+            raise ValueError(f"renewals is a number of stamps, 0 or more, or None, not {renewals}")
         if margin is not None and margin < 0:
             raise ValueError(f"margin is a number of pixels, 0 or more, or None, not {margin}")
         if balance <= 0:
@@ -204,7 +209,7 @@ class SelfRetrospection(Defense):
         self.weight, self.inner_steps = self.plan("weight", weight), self.plan("inner_steps", inner_steps)
         self.inner_lr, self.penalty, self.init_std = inner_lr, penalty, init_std
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
-        self.shape, self.target, self.stamps, self.stamp_every = shape, target, stamps, stamp_every
+        self.shape, self.target, self.stamps, self.stamp_every, self.renewals = shape, target, stamps, stamp_every, renewals
         self.natural, self.margin, self.balance, self.cover = natural, margin, balance, cover
         self.without = tuple(without)
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
@@ -222,6 +227,9 @@ class SelfRetrospection(Defense):
             self.target, self.stamps, self.inner_lr, self.penalty, self.init_std, self.natural, self.margin, self.rng
         )
         self.seen = 0  # pseudo-batches since it began
+        self.every = self.stamp_every
+        if self.renewals is not None:
+            self.every = max(1, (length - self.first) // (self.renewals + 1))
         self.initial = self.delta = None  # where delta starts, and where it ended: both stay where they are in memory
         self.steps, self.renews, self.drawn = 0, False, False
 
@@ -248,7 +256,7 @@ class SelfRetrospection(Defense):
         images = batch.images[: self._count(batch)]
         if self.seen == 0:
             self.bank.begin(self.teacher, self._victim, images, batch.logits.shape[1], self.inner_steps, self.cover)
-        elif self.seen % self.stamp_every == 0:
+        elif self.seen % self.every == 0 and (self.renewals is None or self.seen // self.every <= self.renewals):
             self.bank.renew(self._victim, images, self.inner_steps)
         if self.cover:
             self.bank.relabel(self.teacher, batch)
