@@ -214,7 +214,7 @@ class TestOverrides:
         for order in (1, -1):
             pairs = [("attack.trigger", "sig"), ("attack.rate", 0.01), ("attack.params", {})][::order]
             assert settings(QUICK, dict(pairs)).attacks[0] == Attack(Trigger("sig"), 0, 0.01)
-        assert settings(QUICK).attacks[0].rate == PRESETS[QUICK]["attack"]["rate"]
+        assert settings(QUICK).attacks[0].rate == 0.1
 
     def test_the_same_trigger_keeps_them(self):
         chosen = settings(QUICK)
@@ -269,7 +269,7 @@ class TestSeveralAttacks:
             {"trigger": "blend", "target": 3, "rate": 0.2},
             {"trigger": "badnet_sq", "params": {"corner": "top_left"}, "covers": 0.05},
         ]
-        chosen = settings(QUICK, {"attack.more": more, "attack.rate": 0.1}, device="cpu")
+        chosen = settings(QUICK, {"attack.more": more}, device="cpu")
         main, blend, square = chosen.attacks
         assert (main.trigger, main.target) == (chosen.trigger, chosen.target)
         assert blend == Attack(Trigger("blend"), 3, 0.2)
