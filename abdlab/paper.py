@@ -103,6 +103,8 @@ ablation  cifar10  wrn-16-2  wrn-16-1  trojan_wm    zskt+sv+sr  78.2   22.5
 
 #: settings whose number says how long something was trained: below the paper's, a run is shortened
 _LENGTHS = frozenset({"epochs", "pseudo_batches", "student_steps", "rounds", "synthesis_steps", "kd_steps", "patches"})
+#: a folder of images whose classes have these names is CIFAR-10 to :func:`runs`, whatever the folder is called
+CIFAR10_CLASSES = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 #: settings that tell the cell
 _ASIDE = frozenset({"data.name", "attack.trigger", "teacher.model", "student.model"})
 
@@ -209,11 +211,13 @@ def preset_of(cell: Mapping[str, str]) -> str | None:
 
 
 def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """:data:`CELL` of a run. A folder named cifar10 or gtsrb (or cifar10-...) is taken for that data set; changed says so."""
+    """:data:`CELL` of a run. A folder named cifar10 or gtsrb (or cifar10-...), or with CIFAR-10's classes, is taken for that data
+    set; changed says so."""
     source, *defenses = label.split("+")
     section = {name: config.get(name) or {} for name in ("data", "attack", "teacher", "student")}
     name, attack = str(section["data"].get("name", "-")), section["attack"]
-    stem = Path(name.removeprefix("folder:")).name.split("-")[0]
+    folder = Path(name.removeprefix("folder:")).expanduser()
+    stem = "cifar10" if _is_cifar10(folder) else folder.name.split("-")[0]
     return {
         "data": stem if stem in ("cifar10", "gtsrb") else name,
         "teacher": section["teacher"].get("model", "-"),
@@ -221,6 +225,12 @@ def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
         "trigger": _name(attack.get("trigger", "-")),
         "method": "+".join([source, *sorted(defenses, key=("sv", "sr").index if {*defenses} <= {"sv", "sr"} else None)]),
     }
+
+
+def _is_cifar10(folder: Path) -> bool:
+    """Whether a ``folder:`` data set, if it is still there, has the classes of CIFAR-10."""
+    train = folder / "train"
+    return train.is_dir() and {path.name for path in train.iterdir() if path.is_dir()} == CIFAR10_CLASSES
 
 
 def _name(trigger: str | Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import json
 import nbformat
 import pytest
 
-from abdlab import batch
+from abdlab import batch, load
 
 TINY = {
     "teacher.epochs": 2,
@@ -82,6 +82,7 @@ def test_04_compares_three_models_side_by_side(walk):
     metrics, figures, _ = walk[1]["04"]
     assert figures == {"channel_change", "attention_maps", "grad_cam"}
     assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+SR"]
+    assert set(metrics["grad_cam_classes"]) == {"0"}, "the target"
 
 
 def test_05_reuses_the_chain_and_adds_what_is_missing(walk):
@@ -132,6 +133,15 @@ def test_a_notebook_stands_alone(name, tmp_path):
         ]
     else:
         assert set(metrics["asr"]) == {"zskt", "zskt+sv"}
+
+
+def test_04_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_path):
+    overrides = {**TINY, "attack.relabel": "all_to_all"}
+    metrics, figures, book = execute("04", tmp_path, defended="zskt+sr", images=4, overrides=overrides)
+    assert figures == {"channel_change", "attention_maps", "grad_cam"}
+    assert set(metrics["asr"]) == {"zskt", "zskt+sr"}
+    labels = load("digits").test_labels[:4].tolist()
+    assert metrics["grad_cam_classes"] == [str((label + 1) % 10) for label in labels]
 
 
 def test_every_figure_is_shown_once(walk):

@@ -245,6 +245,17 @@ class TestCompare:
         row = only(paper.compare(tmp_path))
         assert (row.paper_acc, row.changed) == (67.2, "data.name folder:/data/cifar10-jpeg, not cifar10")
 
+    def test_a_folder_with_the_classes_of_cifar10_is_its_cell_whatever_its_name(self, tmp_path):
+        folder = tmp_path / "data"
+        overrides = {"data.name": f"folder:{folder}"}
+        write(tmp_path / "runs", "zskt+sv", 0, 0.7, 0.1, overrides=overrides)
+        for name in [*paper.CIFAR10_CLASSES][1:]:
+            (folder / "train" / name).mkdir(parents=True)
+        assert pd.isna(only(paper.compare(tmp_path / "runs")).paper_acc), "a class is missing"
+        (folder / "train" / [*paper.CIFAR10_CLASSES][0]).mkdir()
+        row = only(paper.compare(tmp_path / "runs"))
+        assert (row.data, row.paper_acc, row.changed) == ("cifar10", 67.2, f"data.name folder:{folder}, not cifar10")
+
     @pytest.mark.parametrize(
         ("preset", "overrides", "label"),
         [
