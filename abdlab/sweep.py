@@ -519,7 +519,8 @@ def _scores(folder: Path) -> dict:
     found = found[found["label"].notna() & found["acc"].notna()]
     if found.empty:
         return {}
-    defences = found["label"].str.count(r"\+").where(found["label"] != "teacher", -1)
+    rank = found["label"].map({"teacher": -1, "clean_teacher": -2})  # the latter is what an attack was optimised against
+    defences = rank.fillna(found["label"].str.count(r"\+"))
     row = found.loc[defences.sort_values(kind="stable").index[-1]]
     asr = row.get("asr")
     return {"label": row["label"], "acc": float(row["acc"]), "asr": None if pd.isna(asr) else float(asr)}

@@ -418,6 +418,7 @@ def test_the_report_reads_without_the_code(by_local, html):
     [
         (["teacher"], "teacher"),
         (["clean", "teacher"], "clean"),
+        (["clean_teacher", "teacher"], "teacher"),
         (["clean", "teacher", "zskt", "zskt+sr", "zskt+sv+sr"], "zskt+sv+sr"),
     ],
 )
