@@ -137,7 +137,7 @@ def test_a_notebook_stands_alone(name, tmp_path):
 
 def test_04_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_path):
     overrides = {**TINY, "attack.relabel": "all_to_all"}
-    metrics, figures, book = execute("04", tmp_path, defended="zskt+sr", images=4, overrides=overrides)
+    metrics, figures, _ = execute("04", tmp_path, defended="zskt+sr", images=4, overrides=overrides)
     assert figures == {"channel_change", "attention_maps", "grad_cam"}
     assert set(metrics["asr"]) == {"zskt", "zskt+sr"}
     labels = load("digits").test_labels[:4].tolist()
