@@ -1,12 +1,14 @@
 """DAFL, DFAD and DFQ: terms by hand and against the literal formulas, whole pseudo-batches, and what they may touch."""
 
 import copy
+import itertools
 import math
 
 import literal
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from abdlab import DAFL, DFAD, DFQ, ZSKT, Diverged, SelfRetrospection, ShufflingVaccine, distill
 from abdlab.defenses import Defense
@@ -433,6 +435,23 @@ def test_a_defences_synthesis_term_reaches_the_generator(wrn, kind):
         means.append(upper(source.synthesize(20)))
     assert "darkens_synthesis" in steps[1].losses
     assert means[1] < means[0] - 0.01
+
+
+@pytest.mark.parametrize("kind", [*ONLINE, ZSKT])
+def test_a_generator_that_is_held_learns_no_more(wrn, kind):
+    generators, students = {}, {}
+    for hold in (False, True):
+        source, student = tiny(kind, pseudo_batches=6, generator_lr=0.01), wrn(seed=2)
+        sr = SelfRetrospection(start=0.5, inner_steps=1, hold=hold)
+        generators[hold], students[hold] = [], []
+        for _ in distill(wrn(seed=1), student, source, defenses=[sr], device="cpu"):
+            generators[hold].append(parameters_to_vector(source.generator.parameters()))
+            students[hold].append(parameters_to_vector(student.parameters()))
+    for held, free in zip(generators[True][:3], generators[False], strict=False):
+        assert torch.equal(held, free), "self-retrospection begins with the fourth pseudo-batch"
+    assert all(torch.equal(later, generators[True][2]) for later in generators[True][3:])
+    assert not torch.equal(generators[False][5], generators[False][2])
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(students[True])), "the student goes on"
 
 
 @pytest.mark.parametrize("kind", ONLINE)

@@ -26,6 +26,8 @@ class Defense:
     #: from here on its :meth:`synthesis_term` and :meth:`student_term` may be captured as CUDA graphs: they draw nothing (see
     #: :meth:`draw`), ask the device nothing, and decide by :meth:`branch` alone
     captures: bool = False
+    #: whether the generator of a source stays as it is for the next pseudo-batch; sources without one do not ask
+    holds: bool = False
 
     @property
     def name(self) -> str:

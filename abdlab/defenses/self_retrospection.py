@@ -133,6 +133,9 @@ class SelfRetrospection(Defense):
             covered where its own inverted triggers lie, with the pixels of another image; where it then calls them something
             else, that is what the student learns from there on. On digits about 4 in 10 of the images that it calls the target
             are such, and no clean test image is taken for one.
+        hold: a source's generator learns no more where it begins (ours). It is paid for images on which student and teacher
+            disagree: from there on those with the trigger, by which the teacher would teach the backdoor again. Sources that invert
+            the teacher into a pool go on.
 
     Raises:
         ValueError: for shares outside their ranges, order 2 with stamps or mixed statistics, or order 2 with the teacher
@@ -170,6 +173,7 @@ class SelfRetrospection(Defense):
         balance: float = 1.0,
         cover: bool = False,
         without: Sequence[str] = (),
+        hold: bool = False,
     ):
         if not 0 <= start < 1 or not 0 < fraction <= 1:
             raise ValueError(f"start is a share in [0, 1) and fraction one in (0, 1], not {start} and {fraction}")
@@ -211,7 +215,7 @@ class SelfRetrospection(Defense):
         self.perturb, self.order, self.statistics, self.per = perturb, order, statistics, per
         self.shape, self.target, self.stamps, self.stamp_every, self.renewals = shape, target, stamps, stamp_every, renewals
         self.natural, self.margin, self.balance, self.cover = natural, margin, balance, cover
-        self.without = tuple(without)
+        self.without, self.hold = tuple(without), hold
         self.implicit_steps, self.implicit_lr, self.delta_every, self.anchor = implicit_steps, implicit_lr, delta_every, anchor
 
     @property
@@ -265,6 +269,10 @@ class SelfRetrospection(Defense):
     @property
     def captures(self):
         return self.began is None or self.shape == "additive"
+
+    @property
+    def holds(self):
+        return self.hold and self.began is not None
 
     def draw(self, batch: Batch):
         if self.began is None or self.shape == "stamp":

@@ -112,7 +112,13 @@ class Generated(Source):
         return losses
 
     def improve(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
-        """:meth:`learn` without the schedule's step, which is the host's: what a CUDA graph can hold of it."""
+        """:meth:`learn` without the schedule's step, which is the host's: what a CUDA graph can hold of it.
+
+        While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there is no step, and no norm to check.
+        """
+        if any(defense.holds for defense in defenses):
+            self.norms = {}
+            return {name: value.detach() for name, value in losses.items()}
         for defense in defenses:
             term = defense.synthesis_term(images, logits)
             if term is not None:
