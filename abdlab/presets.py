@@ -411,7 +411,7 @@ ABOUT: dict[str, About] = {
     "quick/digits": About(
         "embedded digits, WRN-10-2 to WRN-10-1, minutes on a laptop's CPU",
         "seeds 13, 14, 15 on a CPU (ACC/ASR in %): teacher 99.9/100.0, clean KD 99.3/1.8, ZSKT 98.0/91.0, ZSKT+SR 97.5/24.6, "
-        "ZSKT+SV+SR 95.9/22.8, so the defence removes most of the backdoor, not as much of it on every seed",
+        "ZSKT+SV+SR 95.9/22.7, so the defence removes most of the backdoor, not as much of it on every seed",
     ),
     "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
     "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
