@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -182,9 +184,16 @@ def report(
     against: Annotated[
         str | None, typer.Option(help="Numbers to set beside ours, averaged over seeds: paper, those of the ABD paper.")
     ] = None,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="A study as ACC/ASR, triggers and defences against sources; means over seeds and all other axes."
+        ),
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="A study's figures and tables as one HTML file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="The printed table as CSV.")] = None,
     latex: Annotated[Path | None, typer.Option(help="The printed table as LaTeX.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The printed table as Markdown.")] = None,
 ) -> None:
     """Print ACC and ASR of every run below a folder; of a study's folder, mean and standard deviation of every cell."""
     if against not in (None, "paper"):
@@ -192,16 +201,25 @@ def report(
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     study = (folder / "study.json").is_file()
-    if html and not study:
-        raise ValueError(f"--html is the report of a study, and {folder} holds none (no study.json): see abdlab sweep")
+    if against and matrix:
+        raise ValueError("--matrix and --against are two tables: ask for one of them")
+    for option in ("--html",) * bool(html) + ("--matrix",) * matrix:
+        if not study:
+            raise ValueError(f"{option} is the report of a study, and {folder} holds none (no study.json): see abdlab sweep")
     if against == "paper":
-        _beside_the_paper(folder)
+        table = _beside_the_paper(folder)
+    elif study:
+        table = _study_cells(folder, matrix)
     else:
-        table = _study_cells(folder) if study else _runs(folder)
-        if csv:
-            _export(csv, table.to_csv(index=False))
-        if latex:
-            _export(latex, table.to_latex(index=False, na_rep=""))
+        table = _runs(folder)
+    if csv:
+        _export(csv, table.to_csv(index=False))
+    if latex:
+        _export(latex, table.to_latex(index=False, na_rep=""))
+    if markdown:
+        page = Console(file=io.StringIO(), width=sys.maxsize)
+        page.print(_grid(table, box=MARKDOWN), markup=False)
+        _export(markdown, page.file.getvalue().strip() + "\n")
     if html:
         from abdlab.sweep import report as study_report
 
@@ -218,22 +236,31 @@ def _export(path: Path, text: str) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _study_cells(folder: Path):
+def _grid(table, **look) -> Table:
+    """A data frame for the terminal: text to the left, numbers to the right, nothing where there is none."""
+    from pandas.api.types import is_numeric_dtype
+
+    grid = Table(title_justify="left", **look)
+    for heading in table.columns:
+        grid.add_column(heading, justify="right" if is_numeric_dtype(table[heading]) else "left", overflow="fold")
+    for row in table.to_dict("records"):
+        grid.add_row(*("" if value != value or value is None else str(value) for value in row.values()))
+    return grid
+
+
+def _study_cells(folder: Path, matrix: bool = False):
     """Print a study's cells and its failures; the cells as a table."""
     from abdlab import sweep as studies
-    from abdlab.plots import study_summary
+    from abdlab.plots import study_matrix, study_summary
 
     state, results = studies.status(folder), studies.results(folder)
     if results.empty:
         raise ValueError(f"no job of the study in {folder} is done yet: there is nothing to report")
-    cells = study_summary(results).reset_index()
+    cells = (study_matrix if matrix else study_summary)(results).reset_index()
     counts = ", ".join(f"{n} {name}" for name, n in state["state"].value_counts().items())
-    grid = Table(title=f"{studies.open_study(folder).title}: {counts}", title_justify="left", box=None)
-    for heading in cells.columns:
-        grid.add_column(heading, justify="left" if cells[heading].dtype == object else "right", overflow="fold")
-    for row in cells.to_dict("records"):
-        grid.add_row(*("" if value != value or value is None else str(value) for value in row.values()))
-    console.print(grid, markup=False)
+    shown = cells.replace("/", " / ", regex=True) if matrix else cells  # a narrow terminal breaks lines there
+    look = {"box": None, "pad_edge": False, "collapse_padding": True}
+    console.print(_grid(shown, title=f"{studies.open_study(folder).title}: {counts}", **look), markup=False)
     for row in state[state["state"] == "failed"].to_dict("records"):
         console.print(f"failed: {row['name']}: {row['error']}", markup=False, highlight=False)
     return cells
@@ -319,8 +346,8 @@ def demo(
     console.print(f"\n{time.perf_counter() - began:.0f} s. Executed notebooks, figures and metrics.json: {out}", highlight=False)
 
 
-def _beside_the_paper(folder: Path) -> None:
-    """One table per data set, trigger and teacher; what differs from the paper's settings stands under it, numbered."""
+def _beside_the_paper(folder: Path):
+    """Print one table per data set, trigger and teacher, under it, numbered, what differs from the paper's settings; all as one table."""
     from abdlab.paper import SOURCE, TOLERANCE, compare
 
     found = compare(folder)
@@ -357,6 +384,7 @@ def _beside_the_paper(folder: Path) -> None:
         markup=False,
         highlight=False,
     )
+    return found
 
 
 def _mark(row: dict, notes: dict[str, int]) -> str:

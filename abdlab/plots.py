@@ -505,6 +505,23 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(level=[0, 1], sort_remaining=False)
 
 
+def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
+    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a column per source, in the study's order.
+
+    A cell that was not run is empty, and "-" stands for the ASR of a model without attack. The teacher is a source without a defence.
+
+    Args:
+        results: what :func:`abdlab.sweep.results` returns; each model counts once.
+    """
+    rows = ["trigger", "defence"]
+    once = results.drop_duplicates(["label", "model"])
+    means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[["acc", "asr"]].mean().astype(float)
+    text = pd.Series([f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index)
+    order = once.set_index(rows).index.unique()
+    sources = sorted(once["source"].unique(), key=lambda name: name != "teacher")  # the teacher first, then as they come
+    return text.unstack("source", fill_value="").reindex(order)[sources]
+
+
 def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
     """ASR (ACC below it) in percent, triggers against sources, before and after a defence; empty cells were not run.
 

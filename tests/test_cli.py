@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -82,6 +83,9 @@ def test_report_prints_acc_and_asr_of_every_run(tmp_path):
         (["report", "--against", "papr", "."], "unknown reference 'papr': did you mean 'paper'?"),
         (["report", "--against", "paper", "no/such/folder"], "there is no folder no/such/folder"),
         (["report", "--against", "paper", "."], "holds no finished run (no metrics.json beside a config.json)"),
+        (["report", "--matrix", "."], "--matrix is the report of a study, and . holds none (no study.json): see abdlab sweep"),
+        (["report", "--html", "page.html", "."], "--html is the report of a study, and . holds none"),
+        (["report", "--matrix", "--against", "paper", "."], "--matrix and --against are two tables: ask for one of them"),
         (["presets", "paper/cifar/zskt"], "unknown preset 'paper/cifar/zskt': did you mean 'paper/cifar10/zskt'?"),
     ],
 )
@@ -150,6 +154,22 @@ def test_a_shortened_run_is_marked_on_a_narrow_terminal_too(here, tmp_path):
     assert code == 0
     assert "shortened (1)" in out
     assert "4,000 of 80,000" in out
+
+
+def test_every_table_that_is_printed_can_be_exported(here, tmp_path):
+    _write(tmp_path / "runs", "zskt", 0, 0.72, 0.88)
+    for words, first in ((["--against", "paper"], "data"), ([], "run")):
+        files = {kind: tmp_path / f"{first}.{kind}" for kind in ("csv", "latex", "markdown")}
+        options = [word for kind, file in files.items() for word in (f"--{kind}", file)]
+        code, _, err = here("report", tmp_path / "runs", *words, *options, columns=40)
+        assert code == 0, err
+        table = pd.read_csv(files["csv"])
+        assert table.columns[0] == first
+        assert table["asr"].tolist() == pytest.approx([88.0 if words else 0.88] * len(table))
+        assert "tabular" in files["latex"].read_text()
+        lines = files["markdown"].read_text().splitlines()
+        assert lines[0].startswith(f"| {first} ")
+        assert len(lines) == 2 + len(table)  # a row is a line, however narrow the terminal
 
 
 def test_parameters_are_typed_by_the_notebooks_own_defaults():

@@ -164,6 +164,17 @@ def test_a_study_counts_each_model_once():
     assert summary.loc["sv+sr", "ASR std (%)"] == pytest.approx(11.5)  # of 20, 20, 40, 40
 
 
+def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
+    frame = study_results()
+    frame.loc[frame["label"] == "zskt", "acc"] = 0.875
+    teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {"defence": "none", "trigger": "badnet_sq", "acc": 1.0}
+    matrix = plots.study_matrix(pd.concat([frame, pd.DataFrame([teacher])]))
+    assert list(matrix.columns) == ["teacher", "zskt", "cmi"]
+    assert list(matrix.index) == [("badnet_sq", "none"), ("badnet_sq", "sv+sr"), ("blend", "none"), ("blend", "sv+sr")]
+    assert matrix.loc[("badnet_sq", "none")].tolist() == ["100.0/-", "87.5/85.0", "90.0/85.0"]
+    assert matrix.loc[("blend", "sv+sr")].tolist() == ["", "90.0/30.0", "90.0/30.0"]
+
+
 def test_heatmaps_before_and_after():
     figure = plots.study_heatmaps(study_results())
     before, after = figure.axes[:2]

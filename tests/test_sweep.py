@@ -19,6 +19,7 @@ import yaml
 from chromium import CHROMIUM, SHOTS
 from rich.console import Console
 
+from abdlab import cli
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
 
@@ -411,6 +412,23 @@ def test_the_report_reads_without_the_code(by_local, html):
     assert "study_heatmaps(" not in page  # code is hidden
     assert page.count("data:image/png;base64") >= 2
     assert 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, tmp_path, monkeypatch, capsys):
+    page, csv = tmp_path / "table.md", tmp_path / "table.csv"
+    words = ["abdlab", "report", str(by_local), "--matrix", "--markdown", str(page), "--csv", str(csv)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+    score = {label: f"{100 * acc:.1f}/{100 * asr:.1f}" for label, _, acc, asr in numbers(by_local)}
+    heading, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines())
+    assert heading == ["trigger", "defence", "teacher", "zskt"]
+    assert {character for cell in rule for character in cell} == {"-"}
+    assert rows == [["badnet_sq", "none", score["teacher"], score["zskt"]], ["badnet_sq", "sv", "", score["zskt+sv"]]]
+    assert csv.read_text().splitlines() == [",".join(row) for row in (heading, *rows)]
+    assert score["zskt+sv"].replace("/", " / ") in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
