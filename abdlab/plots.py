@@ -508,13 +508,14 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
 def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
     """ACC/ASR in percent as text, means over models: a row per trigger and defence, a column per source, in the study's order.
 
-    A cell that was not run is empty, and "-" stands for the ASR of a model without attack. The teacher is a source without a defence.
+    A cell that was not run is empty, and "-" stands for the ASR of a model without attack. The teacher is a source without a defence;
+    its clean twin, on which triggers are optimised, is left out, since triggers share it.
 
     Args:
         results: what :func:`abdlab.sweep.results` returns; each model counts once.
     """
     rows = ["trigger", "defence"]
-    once = results.drop_duplicates(["label", "model"])
+    once = results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model"])
     means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[["acc", "asr"]].mean().astype(float)
     text = pd.Series([f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index)
     order = once.set_index(rows).index.unique()

@@ -168,7 +168,8 @@ def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
     frame = study_results()
     frame.loc[frame["label"] == "zskt", "acc"] = 0.875
     teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {"defence": "none", "trigger": "badnet_sq", "acc": 1.0}
-    matrix = plots.study_matrix(pd.concat([frame, pd.DataFrame([teacher])]))
+    twin = teacher | dict.fromkeys(("label", "source", "model"), "clean_teacher")
+    matrix = plots.study_matrix(pd.concat([frame, pd.DataFrame([teacher, twin])]))
     assert list(matrix.columns) == ["teacher", "zskt", "cmi"]
     assert list(matrix.index) == [("badnet_sq", "none"), ("badnet_sq", "sv+sr"), ("blend", "none"), ("blend", "sv+sr")]
     assert matrix.loc[("badnet_sq", "none")].tolist() == ["100.0/-", "87.5/85.0", "90.0/85.0"]
