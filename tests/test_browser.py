@@ -254,6 +254,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.slider("SV: alpha").focus()
     for _ in range(5):
         b.page.keyboard.press("ArrowLeft")
+    b.page.wait_for_timeout(2000)  # a slider sends its latest value only once the kernel has answered the one before
     b.button("Start").click()
     b.text("^Done: zskt.sv.sr@2").wait_for()
     b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
