@@ -203,9 +203,9 @@ def report(
     study = (folder / "study.json").is_file()
     if against and matrix:
         raise ValueError("--matrix and --against are two tables: ask for one of them")
-    for option in ("--html",) * bool(html) + ("--matrix",) * matrix:
-        if not study:
-            raise ValueError(f"{option} is the report of a study, and {folder} holds none (no study.json): see abdlab sweep")
+    if (html or matrix) and not study:
+        option = "--html" if html else "--matrix"
+        raise ValueError(f"{option} is the report of a study, and {folder} holds none (no study.json): see abdlab sweep")
     if against == "paper":
         table = _beside_the_paper(folder)
     elif study:
@@ -217,9 +217,7 @@ def report(
     if latex:
         _export(latex, table.to_latex(index=False, na_rep=""))
     if markdown:
-        page = Console(file=io.StringIO(), width=sys.maxsize)
-        page.print(_grid(table, box=MARKDOWN), markup=False)
-        _export(markdown, page.file.getvalue().strip() + "\n")
+        _export(markdown, _markdown(table))
     if html:
         from abdlab.sweep import report as study_report
 
@@ -246,6 +244,12 @@ def _grid(table, **look) -> Table:
     for row in table.to_dict("records"):
         grid.add_row(*("" if value != value or value is None else str(value) for value in row.values()))
     return grid
+
+
+def _markdown(table) -> str:
+    page = Console(file=io.StringIO(), width=sys.maxsize)  # a row is a line, whatever the terminal
+    page.print(_grid(table, box=MARKDOWN), markup=False)
+    return page.file.getvalue().strip() + "\n"
 
 
 def _study_cells(folder: Path, matrix: bool = False):
@@ -347,7 +351,7 @@ def demo(
 
 
 def _beside_the_paper(folder: Path):
-    """Print one table per data set, trigger and teacher, under it, numbered, what differs from the paper's settings; all as one table."""
+    """Print one table per data set, trigger and teacher, each with what differs from the paper's settings, numbered; all as one table."""
     from abdlab.paper import SOURCE, TOLERANCE, compare
 
     found = compare(folder)

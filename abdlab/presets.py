@@ -267,7 +267,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "clip": 5.0,
         },
         "dfq": {"pseudo_batches": 400, "batch_size": 64, "width": 24, "z": 100},
-        # a photograph is far from digits: seed 0 ends at ACC 71 %, ASR 100 % after 2,560 steps, and longer runs are still better
+        # a photograph is far from digits: seed 0 ends at ACC 80 %, ASR 100 % after 2,560 steps
         "ood": {"image": "flower", "patches": 4096, "epochs": 20, "batch_size": 32, "lr": 5e-3, "temperature": 2.0},
         "mixed": {"members": {"zskt": 0.5, "ood": 0.5}, "pseudo_batches": 400},
         "clean": {"epochs": 100, "batch_size": 64},

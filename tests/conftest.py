@@ -1,6 +1,7 @@
 """What many tests share: one thread, tiny networks on real digits of 8x8 pixels, and a reason for every skipped GPU test."""
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the tests' own kernels and processes share the cores with the other workers
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +29,23 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Tiny networks are fastest on one thread, and sums then have one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The command line in this process, which saves the seconds of an import: (exit code, standard output, standard error)."""
+    from rich.console import Console  # the core's tests do without the command line and what it needs
+
+    from abdlab import cli
+
+    def call(*arguments, columns=160):
+        monkeypatch.setattr(cli, "console", Console(width=columns))
+        monkeypatch.setattr(sys, "argv", ["abdlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from abdlab import batch, cli
 from abdlab.presets import ABOUT, PRESETS, SECTIONS, settings
@@ -17,20 +16,6 @@ def abdlab(*arguments):
     return subprocess.run(
         [sys.executable, "-c", "from abdlab.cli import main; main()", *arguments], capture_output=True, text=True
     )
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """The same in this process, which saves the seconds of an import: (exit code, standard output, standard error)."""
-
-    def call(*arguments, columns=160):
-        monkeypatch.setattr(cli, "console", Console(width=columns))
-        monkeypatch.setattr(sys, "argv", ["abdlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        return done.value.code, *capsys.readouterr()
-
-    return call
 
 
 def test_notebooks_lists_names_parameters_and_defaults():

@@ -19,7 +19,6 @@ import yaml
 from chromium import CHROMIUM, SHOTS
 from rich.console import Console
 
-from abdlab import cli
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
 
@@ -415,20 +414,17 @@ def test_the_report_reads_without_the_code(by_local, html):
 
 
 @pytest.mark.slow
-def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, tmp_path, monkeypatch, capsys):
+def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, here, tmp_path):
     page, csv = tmp_path / "table.md", tmp_path / "table.csv"
-    words = ["abdlab", "report", str(by_local), "--matrix", "--markdown", str(page), "--csv", str(csv)]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert done.value.code == 0
+    code, out, _ = here("report", by_local, "--matrix", "--markdown", page, "--csv", csv)
+    assert code == 0
     score = {label: f"{100 * acc:.1f}/{100 * asr:.1f}" for label, _, acc, asr in numbers(by_local)}
     heading, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines())
     assert heading == ["trigger", "defence", "teacher", "zskt"]
     assert {character for cell in rule for character in cell} == {"-"}
     assert rows == [["badnet_sq", "none", score["teacher"], score["zskt"]], ["badnet_sq", "sv", "", score["zskt+sv"]]]
     assert csv.read_text().splitlines() == [",".join(row) for row in (heading, *rows)]
-    assert score["zskt+sv"].replace("/", " / ") in " ".join(capsys.readouterr().out.split())
+    assert score["zskt+sv"].replace("/", " / ") in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
