@@ -505,6 +505,11 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(level=[0, 1], sort_remaining=False)
 
 
+def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:
+    """Each model once (per value of ``axes``), without the clean teachers on which triggers are optimised: those belong to no trigger."""
+    return results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model", *axes])
+
+
 def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
     """ACC/ASR in percent as text, means over models: a row per trigger and defence, a column per source, in the study's order.
 
@@ -515,7 +520,7 @@ def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
         results: what :func:`abdlab.sweep.results` returns; each model counts once.
     """
     rows = ["trigger", "defence"]
-    once = results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model"])
+    once = _models(results)
     means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[["acc", "asr"]].mean().astype(float)
     text = pd.Series([f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index)
     order = once.set_index(rows).index.unique()
@@ -530,7 +535,7 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
         results: what :func:`abdlab.sweep.results` returns.
         defence: by default the one with the most parts among those that were run.
     """
-    students = results[~results["source"].isin(["teacher", "clean"])].drop_duplicates(["label", "model"])
+    students = _models(results[~results["source"].isin(["teacher", "clean"])])
     defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
     defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
     shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
@@ -557,6 +562,7 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
         )  # fmt: skip
         ax.set(title=title, xlabel="source", ylabel="trigger" if ax is axes[0][0] else "")
         ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
+        ax.tick_params(axis="y", labelrotation=0)  # turned names run into each other
     return figure
 
 
@@ -566,7 +572,7 @@ def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
     The front joins the students that no other one beats in both ACC and ASR: down and to the right is better.
     """
     ax = _axes(ax, 7.2, 4.6)
-    students = results[results["label"] != "teacher"].drop_duplicates(["label", "model"])
+    students = _models(results[results["label"] != "teacher"])
     markers = _markers(students["source"])
     for label, part in students.groupby("label", sort=False):
         ax.scatter(
@@ -608,7 +614,7 @@ def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
     """
     if axis not in results or not pd.api.types.is_numeric_dtype(results[axis]):
         raise ValueError(f"{axis} is no numeric axis of this study: its columns are {', '.join(map(str, results.columns))}")
-    students = results[~results["label"].isin(["teacher", "clean"])].drop_duplicates(["label", "model", axis])
+    students = _models(results[~results["label"].isin(["teacher", "clean"])], axis)
     markers = _markers(students["source"])
     dashes = dict(zip(markers, itertools.cycle(["-", "--", ":", "-."])))
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", sharex=True)

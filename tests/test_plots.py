@@ -185,6 +185,18 @@ def test_heatmaps_before_and_after():
     plt.close(figure)
 
 
+def test_a_clean_teacher_is_no_student_in_a_studys_figures():
+    twin = dict.fromkeys(("label", "source", "model"), "clean_teacher") | {"defence": "none", "trigger": "blend", "acc": 1.0}
+    results = pd.concat([study_results(), pd.DataFrame([twin])])
+    figure = plots.study_heatmaps(results)
+    for ax in figure.axes[:2]:
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["ZSKT", "CMI"]
+        assert {t.get_rotation() for t in ax.get_yticklabels()} == {0}
+    shown = {t.get_text() for t in plots.tradeoff_figure(results).get_legend().get_texts()}
+    assert shown == {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"}
+    plt.close("all")
+
+
 def test_pareto_front_by_hand():
     frame = pd.DataFrame({"acc": [0.9, 0.8, 0.95, 0.9, 0.7], "asr": [0.2, 0.1, 0.5, 0.3, 0.1]})
     # .9/.3 is beaten by .9/.2, and .7/.1 by .8/.1
