@@ -27,7 +27,8 @@ class Held:
     @classmethod
     def now(cls):
         gc.collect()
-        alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        # exactly these types: whoever compiled something in this process before has left torch's own memory-less FakeTensors
+        alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive if t.layout == torch.strided}
         return cls(len(alive), sum(storages.values()), psutil.Process().memory_info().rss / 2**20)
 
