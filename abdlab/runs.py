@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.defenses import Defense, ShuffledTeacher, suspicion
+from abdlab.defenses.defense import steps_of
 from abdlab.defenses.shuffling_vaccine import tail_share
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.optimize import optimize, options_of
-from abdlab.presets import Settings, settings
+from abdlab.presets import Settings, keyword_default, settings
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.train import train
@@ -417,7 +418,10 @@ class Distillation:
         """Record what was tuned while the run went on in its config, so that it resumes to the same numbers, and can be repeated."""
         config = self.run.config
         for defense in self.defenses:
-            config[defense.name] |= {k: [list(step) for step in v] for k, v in defense.plans.items() if len(v) > 1}
+            given = config[defense.name]
+            for name, steps in defense.plans.items():
+                if steps != steps_of(given.get(name, keyword_default(type(defense), name))):
+                    given[name] = [list(step) for step in steps] if len(steps) > 1 else steps[0][1]
         self.run.save_config(config)
 
     def _metrics(self, last: Step) -> dict:

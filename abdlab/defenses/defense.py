@@ -18,6 +18,11 @@ from abdlab.sources.source import Batch
 Plan = float | Sequence[Sequence[float]]
 
 
+def steps_of(plan: Plan) -> list[tuple]:
+    """The steps of a plan, (from that pseudo-batch on, value) each: a plain number has one."""
+    return [tuple(step) for step in plan] if isinstance(plan, Sequence) else [(0, plan)]
+
+
 class Defense:
     """Base class. A defence sees the teacher, the student and the source's images; never clean or triggered data."""
 
@@ -44,7 +49,7 @@ class Defense:
         Raises:
             ValueError: for a plan that does not begin at 0 and go up.
         """
-        steps = [(0, value)] if not isinstance(value, Sequence) else [tuple(step) for step in value]
+        steps = steps_of(value)
         starts = [step[0] if len(step) == 2 else None for step in steps]
         if not starts or None in starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
             raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abdlab.checkpoint import read_card, save_state, write_atomically
+from abdlab.defenses.defense import steps_of
 from abdlab.errors import CheckpointError
 from abdlab.runs import Run
 
@@ -82,5 +83,4 @@ def then(plan: Any, index: int, value: Any) -> Any:
 
 def until(plan: Any, index: int) -> list[list]:
     """The steps of a plan (or of a plain number) before pseudo-batch ``index``."""
-    steps = [list(step) for step in plan] if isinstance(plan, (list, tuple)) else [[0, plan]]
-    return [step for step in steps if step[0] < index]
+    return [list(step) for step in steps_of(plan) if step[0] < index]

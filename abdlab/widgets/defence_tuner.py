@@ -305,13 +305,26 @@ class DefenceTuner(w.VBox):
         self.copy_button.disabled = not self.folder or not self._place(self.folder).is_dir()
 
     def _turned(self, name: str, value: Any) -> None:
-        if self._quiet or name not in LIVE or self.state not in ("running", "paused") or self.going is None:
+        if self._quiet or self.state not in ("preparing", "running", "paused"):
             return
+        if name not in LIVE:  # locked; but a value that the page sent before it heard of Start may come after it
+            begun = self._begun[name]
+            if value != begun:
+                self.knob(name).value = begun
+                looks.say(self.status, f"{KNOBS[name]} is {begun:g} in this run, which had begun when the knob was turned.")
+        elif self.going is None:
+            looks.say(self.status, f"{KNOBS[name]} is {value:g} from the student's next step on.")
+        elif self._tune(name, value):
+            looks.say(self.status, f"{KNOBS[name]} is {value:g} from the next step on.")
+
+    def _tune(self, name: str, value: float) -> bool:
+        """Turn the defence that the knob belongs to; False where the run has none."""
         section, _, key = KNOBS[name].partition(".")
         for defense in self.going.defenses:
             if defense.name == section:
                 defense.tune(**{key: value})
-                looks.say(self.status, f"{KNOBS[name]} is {value:g} from the next step on.")
+                return True
+        return False
 
     # --- what the buttons do
 
@@ -396,17 +409,16 @@ class DefenceTuner(w.VBox):
             raise RuntimeError("a run is under way")
         origin: Origin = self.origin.value
         chosen, label, root = self.chosen, self.method.value, self.root
+        # what the run's settings have; a knob that stands elsewhere once it trains is turned then
+        self._begun = {name: self.knob(name).value for name in KNOBS}
+        resume_from = None
         if origin.folder and not origin.checkpoint:
-            folder, resume_from, asked = (
-                origin.folder,
-                None,
-                {n: self.knob(n).value for n in LIVE if self.knob(n).value != self._before[n]},
-            )
-            chosen = self._base
+            folder, chosen = origin.folder, self._base
+            self._begun |= {name: self._before[name] for name in LIVE}
         else:
             beside = root / f"seed{chosen.seed}"
             numbers = [number_of(p.name) for p in beside.glob(f"{label}@*")] if beside.is_dir() else []
-            folder, asked, resume_from = f"{label}@{max(numbers, default=0) + 1}", {}, None
+            folder = f"{label}@{max(numbers, default=0) + 1}"
             if origin.checkpoint:
                 self._check_branch(origin, chosen, label)
                 resume_from = beside / folder / f"checkpoint-{origin.index}.safetensors"
@@ -420,7 +432,7 @@ class DefenceTuner(w.VBox):
         self.state = "preparing"
 
         def job(worker: Worker) -> None:
-            self._train(worker, root, chosen, label, folder, origin, resume_from, asked)
+            self._train(worker, root, chosen, label, folder, origin, resume_from)
 
         self.worker = Worker(job, self._ended, needs_page=not self.keep_on.value)
         self.worker.root, self.worker.folder = self._top, root / f"seed{chosen.seed}" / folder
@@ -450,7 +462,6 @@ class DefenceTuner(w.VBox):
         folder: str,
         origin: Origin,
         resume_from: Path | None,
-        asked: dict,
     ) -> None:
         def tell(what: str, step: Step) -> None:
             worker.wait()
@@ -489,12 +500,10 @@ class DefenceTuner(w.VBox):
         )
         # what the folder holds already, for a run that goes on, or a branch's trunk
         self._rows = going.run.history().to_dict("records")
-        for name, value in asked.items():
-            section, _, key = KNOBS[name].partition(".")
-            for defense in going.defenses:
-                if defense.name == section:
-                    defense.tune(**{key: value})
         self.going = going
+        for name in LIVE:
+            if self.knob(name).value != self._begun[name]:
+                self._tune(name, self.knob(name).value)
         if self.state == "preparing":
             self.state = "running"
         last = going.run.watch(worker.gate(going.stream, lambda: going.exam(going.student)), label, tell=self._tell)
