@@ -493,11 +493,16 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
 def study_summary(results: pd.DataFrame) -> pd.DataFrame:
     """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label; each model counts once.
 
+    Clean teachers, on which triggers are optimised, are left out, since triggers share them.
+
     Args:
         results: what :func:`abdlab.sweep.results` returns.
     """
-    once = results.drop_duplicates(["label", "model"])
-    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]].agg(["mean", "std", "count"])
+    out = (
+        _models(results)
+        .groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]]
+        .agg(["mean", "std", "count"])
+    )
     columns = {}
     for name in ("acc", "asr"):
         columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)

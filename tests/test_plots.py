@@ -185,9 +185,10 @@ def test_heatmaps_before_and_after():
     plt.close(figure)
 
 
-def test_a_clean_teacher_is_no_student_in_a_studys_figures():
+def test_a_clean_teacher_is_no_student_in_a_studys_table_and_figures():
     twin = dict.fromkeys(("label", "source", "model"), "clean_teacher") | {"defence": "none", "trigger": "blend", "acc": 1.0}
     results = pd.concat([study_results(), pd.DataFrame([twin])])
+    assert list(plots.study_summary(results).index.unique("source")) == ["cmi", "zskt"]
     figure = plots.study_heatmaps(results)
     for ax in figure.axes[:2]:
         assert [t.get_text() for t in ax.get_xticklabels()] == ["ZSKT", "CMI"]
