@@ -498,11 +498,8 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
     Args:
         results: what :func:`abdlab.sweep.results` returns.
     """
-    out = (
-        _models(results)
-        .groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]]
-        .agg(["mean", "std", "count"])
-    )
+    once = _models(results)
+    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]].agg(["mean", "std", "count"])
     columns = {}
     for name in ("acc", "asr"):
         columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from abdlab.checkpoint import load_model, load_state, save_model, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.defenses import Defense, ShuffledTeacher, suspicion
-from abdlab.defenses.defense import steps_of
+from abdlab.defenses.defense import plan_of, steps_of
 from abdlab.defenses.shuffling_vaccine import tail_share
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError
@@ -421,7 +421,7 @@ class Distillation:
             given = config[defense.name]
             for name, steps in defense.plans.items():
                 if steps != steps_of(given.get(name, keyword_default(type(defense), name))):
-                    given[name] = [list(step) for step in steps] if len(steps) > 1 else steps[0][1]
+                    given[name] = plan_of(steps)
         self.run.save_config(config)
 
     def _metrics(self, last: Step) -> dict:

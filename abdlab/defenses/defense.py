@@ -23,6 +23,11 @@ def steps_of(plan: Plan) -> list[tuple]:
     return [tuple(step) for step in plan] if isinstance(plan, Sequence) else [(0, plan)]
 
 
+def plan_of(steps: Sequence[Sequence[float]]) -> Plan:
+    """The plan with these steps, as a config has it: a plain number where there is but one."""
+    return [list(step) for step in steps] if len(steps) > 1 else steps[0][1]
+
+
 class Defense:
     """Base class. A defence sees the teacher, the student and the source's images; never clean or triggered data."""
 

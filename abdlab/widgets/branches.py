@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abdlab.checkpoint import read_card, save_state, write_atomically
-from abdlab.defenses.defense import steps_of
+from abdlab.defenses.defense import plan_of, steps_of
 from abdlab.errors import CheckpointError
 from abdlab.runs import Run
 
@@ -77,10 +77,9 @@ def inherit(trunk: Run, branch: Run, index: int) -> None:
 
 def then(plan: Any, index: int, value: Any) -> Any:
     """A plan that goes as the old one did, and has another value from pseudo-batch ``index`` on."""
-    past = until(plan, index)
-    return [*past, [index, value]] if past else value
+    return plan_of([*until(plan, index), (index, value)])
 
 
-def until(plan: Any, index: int) -> list[list]:
+def until(plan: Any, index: int) -> list[tuple]:
     """The steps of a plan (or of a plain number) before pseudo-batch ``index``."""
-    return [list(step) for step in steps_of(plan) if step[0] < index]
+    return [step for step in steps_of(plan) if step[0] < index]

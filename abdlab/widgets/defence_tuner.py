@@ -22,6 +22,7 @@ from abdlab import plots
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
 from abdlab.defenses import DEFENSES
+from abdlab.defenses.defense import plan_of, steps_of
 from abdlab.distill import Step
 from abdlab.presets import Settings, keyword_default, settings
 from abdlab.runs import HEADLESS, Distillation, Run, distillation, distilled, poisoned_teacher, prepare
@@ -183,7 +184,7 @@ class DefenceTuner(w.VBox):
         """The value that settings give a knob; of a plan, its last one."""
         section, _, key = KNOBS[name].partition(".")
         value = chosen.values[section].get(key, keyword_default(DEFENSES[section], key))
-        return value[-1][1] if name in LIVE and isinstance(value, (list, tuple)) else value
+        return steps_of(value)[-1][1] if name in LIVE else value
 
     @property
     def chosen(self) -> Settings:
@@ -210,10 +211,8 @@ class DefenceTuner(w.VBox):
         if origin.checkpoint:  # weights that the old run changed later on are none of the branch's
             for name in LIVE:
                 section, _, key = KNOBS[name].partition(".")
-                plan = base.values[section].get(key)
-                if isinstance(plan, (list, tuple)):
-                    past = until(plan, max(1, origin.index))
-                    base.values[section][key] = past if len(past) > 1 else past[0][1]
+                if key in (values := base.values[section]):
+                    values[key] = plan_of(until(values[key], max(1, origin.index)))
         return base
 
     def use(self, overrides: dict[str, Any]) -> None:
