@@ -1,12 +1,19 @@
-"""abdlab: does the student that I distilled from a stranger's model carry its backdoor, and how do I get rid of it?
+"""abdlab: does the student that I distilled from a stranger's model carry its backdoor,
+and how do I get rid of it?
 
-Data-free knowledge distillation from poisoned teachers and the defence ABD (Hong et al., ICML 2023, arXiv 2306.02368).
-This module hands names on and defines nothing.
+Data-free knowledge distillation from poisoned teachers and the defence ABD (Hong et
+al., ICML 2023, arXiv 2306.02368). This module hands names on and defines nothing.
 """
 
 from abdlab.checkpoint import load_model, read_card, save_model
 from abdlab.data import Dataset, augment, load, pick_device
-from abdlab.defenses import SelfRetrospection, ShuffledTeacher, ShufflingVaccine, VaccineNotFound, suspicion
+from abdlab.defenses import (
+    SelfRetrospection,
+    ShuffledTeacher,
+    ShufflingVaccine,
+    VaccineNotFound,
+    suspicion,
+)
 from abdlab.distill import Step, distill
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size

@@ -12,7 +12,9 @@ from abdlab.sources.zskt import attention
 
 
 def convolutions(model: nn.Module) -> list[str]:
-    """Names of all convolutions, found by type, in the order in which the model registers them."""
+    """Names of all convolutions, found by type, in the order in which the model
+    registers them.
+    """
     return [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
 
 
@@ -25,15 +27,18 @@ def triggered_change(
     relative: bool = True,
     batch: int = 500,
 ) -> dict[str, Tensor]:
-    """Trigger-activated change per channel (TAC; Zheng et al., ECCV 2022, arXiv 2208.03111, eq. 5).
+    """Trigger-activated change per channel (TAC; Zheng et al., ECCV 2022, arXiv
+    2208.03111, eq. 5).
 
-    TAC_c = mean over images of the l2 norm of F_c(triggered) - F_c(clean), F_c being channel c of the layer's output.
+    TAC_c = mean over images of the l2 norm of F_c(triggered) - F_c(clean), F_c being
+    channel c of the layer's output.
 
     Args:
         clean, triggered: the same images (N, C, H, W) without and with the trigger.
         layers: names; by default every convolution.
-        relative: divide by the layer's mean clean norm per channel, so that layers can be compared (deviation: the paper
-            shows the absolute change; False gives it).
+        relative: divide by the layer's mean clean norm per channel, so that layers can
+            be compared (deviation: the paper shows the absolute change; False gives
+            it).
 
     Returns:
         layer name -> (channels,) on the CPU.
@@ -42,7 +47,10 @@ def triggered_change(
         ValueError: when the two sets differ in shape, or a layer does not exist.
     """
     if clean.shape != triggered.shape or len(clean) == 0:
-        raise ValueError(f"clean and triggered must be the same images, got {tuple(clean.shape)} and {tuple(triggered.shape)}")
+        raise ValueError(
+            f"clean and triggered must be the same images, got {tuple(clean.shape)} and"
+            f" {tuple(triggered.shape)}"
+        )
     layers = convolutions(model) if layers is None else list(layers)
     change, norm = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
     with mode(model, training=False), record(model, layers) as acts:
@@ -51,15 +59,21 @@ def triggered_change(
             before = {name: acts[name].flatten(2) for name in layers}
             model(y)
             for name in layers:
-                change[name] = change[name] + (acts[name].flatten(2) - before[name]).norm(dim=2).sum(0)
+                change[name] = change[name] + (acts[name].flatten(2) - before[name]).norm(
+                    dim=2
+                ).sum(0)
                 norm[name] = norm[name] + before[name].norm(dim=2).sum(0)
-    scale = {name: norm[name].mean().clamp_min(1e-12) if relative else len(clean) for name in layers}
+    scale = {
+        name: norm[name].mean().clamp_min(1e-12) if relative else len(clean) for name in layers
+    }
     return {name: (change[name] / scale[name]).cpu() for name in layers}
 
 
 @torch.no_grad()
 def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
-    """Attention map of a layer, (N, h, w) on the CPU: the channel mean of squares, each map scaled to a maximum of 1."""
+    """Attention map of a layer, (N, h, w) on the CPU: the channel mean of squares, each
+    map scaled to a maximum of 1.
+    """
     with mode(model, training=False), record(model, [layer]) as acts:
         model(images)
     feature = acts[layer]
@@ -68,9 +82,11 @@ def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 
 def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al., ICCV 2017) for class ``target`` through captum: (N, H, W) at the images' size, on the CPU.
+    """Grad-CAM (Selvaraju et al., ICCV 2017) for class ``target`` through captum: (N,
+    H, W) at the images' size, on the CPU.
 
-    Only evidence for the class is kept (ReLU); each map is scaled to a maximum of 1, or stays 0 where there is none.
+    Only evidence for the class is kept (ReLU); each map is scaled to a maximum of 1, or
+    stays 0 where there is none.
 
     Args:
         target: a class, or one per image (N,).
@@ -82,10 +98,16 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor)
     wanted = [p.requires_grad for p in model.parameters()]
     with mode(model, training=False):
         try:
-            model.requires_grad_(True)  # captum differentiates to the layer's output, which frozen weights would cut off
-            maps = LayerGradCam(model, module_at(model, layer)).attribute(images, target, relu_attributions=True)
+            model.requires_grad_(
+                True
+            )  # captum differentiates to the layer's output, which frozen weights would cut off
+            maps = LayerGradCam(model, module_at(model, layer)).attribute(
+                images, target, relu_attributions=True
+            )
         finally:
             for p, flag in zip(model.parameters(), wanted, strict=True):
                 p.requires_grad_(flag)
-    maps = LayerAttribution.interpolate(maps, tuple(images.shape[-2:]), "bilinear").detach().squeeze(1)
+    maps = (
+        LayerAttribution.interpolate(maps, tuple(images.shape[-2:]), "bilinear").detach().squeeze(1)
+    )
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()

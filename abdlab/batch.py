@@ -1,4 +1,6 @@
-"""Notebooks through papermill: which there are, what they take, and one run of one of them without a browser."""
+"""Notebooks through papermill: which there are, what they take, and one run of one of
+them without a browser.
+"""
 
 from __future__ import annotations
 
@@ -46,31 +48,44 @@ def find_notebook(name: str | Path) -> Path:
             return Path(name)
         name = Path(name).stem
     ours = notebooks()
-    found = [path for stem, path in ours.items() if stem == str(name) or stem.split("_")[0] == str(name)]
+    found = [
+        path for stem, path in ours.items() if stem == str(name) or stem.split("_")[0] == str(name)
+    ]
     if not found:
         raise ValueError(did_you_mean("notebook", str(name), ours))
     return found[0]
 
 
 def parameters(notebook: str | Path) -> dict[str, dict]:
-    """A notebook's own parameters: name -> {"default", "type", "help"}, read from its ``parameters`` cell without running it."""
+    """A notebook's own parameters: name -> {"default", "type", "help"}, read from its
+    ``parameters`` cell without running it.
+    """
     found = papermill.inspect_notebook(str(find_notebook(notebook)))
     out = {}
     for name, entry in found.items():
         default = ast.literal_eval(entry["default"])
-        kind = entry["inferred_type_name"] if entry["inferred_type_name"] != "None" else type(default).__name__
+        kind = (
+            entry["inferred_type_name"]
+            if entry["inferred_type_name"] != "None"
+            else type(default).__name__
+        )
         out[name] = {"default": default, "type": kind.strip("\"' "), "help": entry["help"]}
     return out
 
 
-def check_parameters(notebook: str | Path, given: Mapping[str, Any], known: Mapping[str, dict] | None = None) -> dict[str, Any]:
-    """The given parameters with their types checked against the notebook's own; strings are read as Python literals.
+def check_parameters(
+    notebook: str | Path, given: Mapping[str, Any], known: Mapping[str, dict] | None = None
+) -> dict[str, Any]:
+    """The given parameters with their types checked against the notebook's own; strings
+    are read as Python literals.
 
     Args:
-        known: what :func:`parameters` returned for the notebook, to spare reading it again.
+        known: what :func:`parameters` returned for the notebook, to spare reading it
+            again.
 
     Raises:
-        ValueError: for an unknown name (with a "did you mean") or a value of another type.
+        ValueError: for an unknown name (with a "did you mean") or a value of another
+            type.
     """
     known, out = parameters(notebook) if known is None else known, {}
     for name, value in given.items():
@@ -86,7 +101,9 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     wanted = _TYPES.get(base.split("[")[0])
     if isinstance(value, str) and wanted is not str:
         try:
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+            value = ast.literal_eval(
+                {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
+            )
         except (ValueError, SyntaxError):
             raise ValueError(f"parameter {name} takes {_say(kind)}, not {value!r}") from None
     elif isinstance(value, str) and optional and value == "None":
@@ -121,28 +138,35 @@ def execute(
     log: TextIO | None = None,
     threads: int | None = None,
 ) -> Path:
-    """Run a notebook through papermill in a kernel of its own, and keep the executed copy.
+    """Run a notebook through papermill in a kernel of its own, and keep the executed
+    copy.
 
     Args:
         notebook: a name or a path.
         output: the executed notebook, also kept when a cell fails.
         given: parameters, checked before a kernel starts.
-        log: where the kernel's output and progress go while it runs; by default standard error.
+        log: where the kernel's output and progress go while it runs; by default
+            standard error.
         threads: of the kernel's arithmetic; by default torch's own choice.
 
     Raises:
-        ValueError: for bad parameters. NotebookFailed: when a cell raises, with its error in one sentence.
+        ValueError: for bad parameters. NotebookFailed: when a cell raises, with its
+            error in one sentence.
     """
     path, output = find_notebook(notebook), Path(output)
     given = check_parameters(path, given or {})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {output.parent}: {error.strerror}; choose another folder") from error
+        raise ValueError(
+            f"cannot write to {output.parent}: {error.strerror}; choose another folder"
+        ) from error
     try:
         run_kernel(path, output, given, log or sys.stderr, threads)
     except PapermillExecutionError as error:
-        raise NotebookFailed(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (see {output})") from None
+        raise NotebookFailed(
+            f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (see {output})"
+        ) from None
     return output
 
 
@@ -154,12 +178,19 @@ def run_kernel(
     threads: int | None = None,
     folder: str | Path | None = None,
 ) -> None:
-    """papermill with our environment and nothing checked: a kernel in ``folder`` (by default the working directory)."""
+    """papermill with our environment and nothing checked: a kernel in ``folder`` (by
+    default the working directory).
+    """
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     extra |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with _environment(extra), tempfile.TemporaryDirectory(prefix="abdlab-") as sockets:
-        # not TCP, which every user of the machine can reach, but files of this user; each kernel needs names of its own
-        private = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {}
+        # not TCP, which every user of the machine can reach, but files of this user;
+        # each kernel needs names of its own
+        private = (
+            {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
+            if os.name == "posix"
+            else {}
+        )
         papermill.execute_notebook(
             notebook if isinstance(notebook, NotebookNode) else str(notebook),
             str(output),

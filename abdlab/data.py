@@ -1,6 +1,7 @@
 """Data sets as tensors on the device: one image tensor and one label tensor per split.
 
-Images are float32 NCHW in [0, 1]; labels are int64. Nothing here normalises: models do that inside.
+Images are float32 NCHW in [0, 1]; labels are int64. Nothing here normalises: models do
+that inside.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that ``"auto"`` means here: CUDA where there is one, then Apple's MPS, else the CPU."""
+    """The device that ``"auto"`` means here: CUDA where there is one, then Apple's MPS,
+    else the CPU.
+    """
     if str(device) != "auto":
         return torch.device(device)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -35,7 +38,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def deliver(drawn: Tensor, device: str | torch.device) -> Tensor:
-    """What a CPU generator drew, on the device: the one way there. A CUDA device gets it from pinned memory, and nobody waits."""
+    """What a CPU generator drew, on the device: the one way there. A CUDA device gets
+    it from pinned memory, and nobody waits.
+    """
     if torch.device(device).type == "cuda" and not drawn.is_cuda:
         return drawn.pin_memory().to(device, non_blocking=True)
     return drawn.to(device)
@@ -50,8 +55,10 @@ class Dataset:
         train_images, test_images: float32 (N, C, H, W) in [0, 1].
         train_labels, test_labels: int64 (N,).
         classes: the class names, in label order.
-        mean, std: per channel, of the training images in [0, 1]; for the model's own normalisation.
-        shift: the largest random shift in pixels that keeps a label true (padding with zeros).
+        mean, std: per channel, of the training images in [0, 1]; for the model's own
+            normalisation.
+        shift: the largest random shift in pixels that keeps a label true (padding with
+            zeros).
         flip: whether a mirrored image keeps its label (never for digits or signs).
     """
 
@@ -72,7 +79,9 @@ class Dataset:
         return tuple(self.train_images.shape[1:])
 
     def subset(self, train: int | None = None, test: int | None = None) -> Dataset:
-        """The first ``train`` and ``test`` images (the splits are already in random order)."""
+        """The first ``train`` and ``test`` images (the splits are already in random
+        order).
+        """
         return Dataset(
             **{
                 **self.__dict__,
@@ -95,29 +104,36 @@ def load(
     """Load ``digits``, ``cifar10``, ``gtsrb`` or ``folder:PATH`` whole onto the device.
 
     Args:
-        name: ``digits`` is embedded in scikit-learn and needs no file. ``folder:PATH`` reads
-            PATH/train/CLASS/* and PATH/test/CLASS/*.
+        name: ``digits`` is embedded in scikit-learn and needs no file. ``folder:PATH``
+            reads PATH/train/CLASS/* and PATH/test/CLASS/*.
         root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB.
         size: resize to size x size pixels; by default 16 for digits, 32 for the others.
-        download: let torchvision download what is missing or damaged. It unpacks over what is there, and only an archive
-            whose checksum is right; a download that fails leaves what was unpacked alone.
+        download: let torchvision download what is missing or damaged. It unpacks over
+            what is there, and only an archive whose checksum is right; a download that
+            fails leaves what was unpacked alone.
 
     Raises:
-        ValueError: for an unknown name, an image that cannot be decoded, or classes that do not fit.
-        FileNotFoundError: when files are missing or damaged and ``download`` is false, or the download fails; it says which.
+        ValueError: for an unknown name, an image that cannot be decoded, or classes
+            that do not fit.
+        FileNotFoundError: when files are missing or damaged and ``download`` is false,
+            or the download fails; it says which.
     """
     device = pick_device(device)
     kind, _, path = name.partition(":")
     if kind not in DATASETS:
         raise ValueError(did_you_mean("data set", kind, DATASETS))
     if kind == "folder" and not path:
-        raise ValueError("folder: needs a path, as in folder:data/cifar10 (with train/CLASS/* and test/CLASS/*)")
+        raise ValueError(
+            "folder: needs a path, as in folder:data/cifar10 (with train/CLASS/* and test/CLASS/*)"
+        )
     reader, shift, flip = DATASETS[kind]
     train, test, classes = reader(Path(path or root).expanduser(), size, download)
     for split, (images, _) in {"train": train, "test": test}.items():
         if len(images) == 0:
             raise ValueError(f"{name} has no images in its {split} split")
-    (train_images, train_labels), (test_images, test_labels) = ((to_unit(x), y) for x, y in (train, test))
+    (train_images, train_labels), (test_images, test_labels) = (
+        (to_unit(x), y) for x, y in (train, test)
+    )
     std, mean = torch.std_mean(train_images, dim=(0, 2, 3))
     return Dataset(
         name=name,
@@ -145,9 +161,13 @@ def _digits(root: Path, size: int | None, download: bool):
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16).float().unsqueeze(1)
     size = size or 16
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False).clamp_(0, 1)
+    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False).clamp_(
+        0, 1
+    )
     labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=500, random_state=0, stratify=bunch.target)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=500, random_state=0, stratify=bunch.target
+    )
     return (images[train], labels[train]), (images[test], labels[test]), [str(i) for i in range(10)]
 
 
@@ -155,7 +175,9 @@ def _cifar10(root: Path, size: int | None, download: bool):
     from torchvision.datasets import CIFAR10
 
     class Whole(CIFAR10):
-        def _check_integrity(self):  # torchvision's own forgets batches.meta, so that download=True would not bring it back
+        def _check_integrity(
+            self,
+        ):  # torchvision's own forgets batches.meta, so that download=True would not bring it back
             return not _cifar10_faults(root)
 
     splits = []
@@ -174,20 +196,38 @@ def _cifar10(root: Path, size: int | None, download: bool):
 
 
 def _cifar10_faults(root: Path) -> list[str]:
-    """What keeps ``root`` from holding CIFAR-10 as torchvision knows it, one phrase per fault; empty when all is there."""
+    """What keeps ``root`` from holding CIFAR-10 as torchvision knows it, one phrase per
+    fault; empty when all is there.
+    """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     folder, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
-    sums = {**dict(CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
+    sums = {
+        **dict(CIFAR10.train_list + CIFAR10.test_list),
+        CIFAR10.meta["filename"]: CIFAR10.meta["md5"],
+    }
     missing = [name for name in sums if not (folder / name).is_file()]
-    damaged = [name for name in sums if name not in missing and not check_integrity(folder / name, sums[name])]
+    damaged = [
+        name
+        for name in sums
+        if name not in missing and not check_integrity(folder / name, sums[name])
+    ]
     faults = [f"{_some(damaged)} in {folder.name}: the md5 sum is wrong"] if damaged else []
     if missing:
-        faults.insert(0, f"{folder.name} lacks {_some(missing)}" if folder.is_dir() else f"there is no {folder.name} in it")
+        faults.insert(
+            0,
+            (
+                f"{folder.name} lacks {_some(missing)}"
+                if folder.is_dir()
+                else f"there is no {folder.name} in it"
+            ),
+        )
     if faults and archive.is_file():
         whole = check_integrity(archive, CIFAR10.tgz_md5)
-        faults.append(f"{archive.name} is {'not unpacked' if whole else 'half-downloaded or damaged'}")
+        faults.append(
+            f"{archive.name} is {'not unpacked' if whole else 'half-downloaded or damaged'}"
+        )
     return faults
 
 
@@ -201,7 +241,9 @@ def _gtsrb(root: Path, size: int | None, download: bool):
     base, splits = root / "gtsrb", []
 
     class Whole(GTSRB):
-        def _check_exists(self):  # torchvision's own takes the folder for the whole, also after half an unpacking
+        def _check_exists(
+            self,
+        ):  # torchvision's own takes the folder for the whole, also after half an unpacking
             return not _gtsrb_faults(base, self._split)
 
     for name in ("train", "test"):
@@ -215,40 +257,66 @@ def _gtsrb(root: Path, size: int | None, download: bool):
         )
         files = [path for path, _ in split._samples]
         if name == "train":
-            # torchvision numbers the training folders that it finds: a strange one would shift all later labels
+            # torchvision numbers the training folders that it finds: a strange one
+            # would shift all later labels
             strange = sorted({Path(path).parent.name for path in files} - set(_SIGNS))
             if strange:
                 raise ValueError(
-                    f"{base / 'GTSRB/Training'} has folders that are no class of GTSRB: {_some(strange)} "
-                    f"(the classes are {_SIGNS[0]} to {_SIGNS[-1]}; move the others elsewhere)"
+                    f"{base / 'GTSRB/Training'} has folders that are no class of GTSRB:"
+                    f" {_some(strange)} (the classes are {_SIGNS[0]} to {_SIGNS[-1]}; move the"
+                    " others elsewhere)"
                 )
-        labels = torch.tensor([int(Path(p).parent.name) if name == "train" else label for p, label in split._samples])
+        labels = torch.tensor(
+            [int(Path(p).parent.name) if name == "train" else label for p, label in split._samples]
+        )
         mend = "delete that file and pass download=True"
         splits.append(_shuffled(_decode(files, size or 32, base, name, mend), labels))
     return *splits, [str(i) for i in range(len(_SIGNS))]
 
 
 def _gtsrb_faults(base: Path, split: str) -> list[str]:
-    """What keeps ``base`` from holding one split of GTSRB, one phrase per fault; empty when all is there."""
+    """What keeps ``base`` from holding one split of GTSRB, one phrase per fault; empty
+    when all is there.
+    """
     images = base / ("GTSRB/Training" if split == "train" else "GTSRB/Final_Test/Images")
     if not images.is_dir():
-        archives = [path for path in sorted(base.glob("*.zip")) if ("Training" in path.name) == (split == "train")]
-        states = {path.name: "not unpacked" if zipfile.is_zipfile(path) else "half-downloaded or damaged" for path in archives}
+        archives = [
+            path
+            for path in sorted(base.glob("*.zip"))
+            if ("Training" in path.name) == (split == "train")
+        ]
+        states = {
+            path.name: "not unpacked" if zipfile.is_zipfile(path) else "half-downloaded or damaged"
+            for path in archives
+        }
         found = images.relative_to(base.parent)
-        return [f"there is no {found} in it", *(f"{name} is {state}" for name, state in states.items())]
-    return _training_faults(images) if split == "train" else _test_faults(images, base / "GT-final_test.csv")
+        return [
+            f"there is no {found} in it",
+            *(f"{name} is {state}" for name, state in states.items()),
+        ]
+    return (
+        _training_faults(images)
+        if split == "train"
+        else _test_faults(images, base / "GT-final_test.csv")
+    )
 
 
 def _training_faults(folder: Path) -> list[str]:
     absent = [name for name in _SIGNS if not (folder / name).is_dir()]
-    faults = [f"{len(absent)} of the 43 class folders are not in {folder.name}: {_some(absent)}"] if absent else []
+    faults = (
+        [f"{len(absent)} of the 43 class folders are not in {folder.name}: {_some(absent)}"]
+        if absent
+        else []
+    )
     for name in sorted(set(_SIGNS) - set(absent)):
         there, table = _pictures(folder / name), folder / name / f"GT-{name}.csv"
         if not there:
             faults.append(f"the class folder {name} holds no .ppm image")
         elif table.is_file():  # the archive's own list of the folder
             lost = sorted({row.get("Filename") or "" for row in _rows(table)[1]} - there - {""})
-            faults += [f"{table.name} lists images that are not there: {_some(lost)}"] if lost else []
+            faults += (
+                [f"{table.name} lists images that are not there: {_some(lost)}"] if lost else []
+            )
     return faults
 
 
@@ -262,15 +330,19 @@ def _test_faults(folder: Path, table: Path) -> list[str]:
         label = (row["ClassId"] or "").strip()
         if not row["Filename"] or not label.isdecimal() or int(label) >= len(_SIGNS):
             return [
-                f"line {line} of {table.name} must have a Filename and a ClassId from 0 to 42, not {row['Filename']!r} and {label!r}"
+                f"line {line} of {table.name} must have a Filename and a ClassId from 0 to 42, not"
+                f" {row['Filename']!r} and {label!r}"
             ]
     listed, there = {row["Filename"] for row in rows}, _pictures(folder)
     faults = []
     if listed - there:
-        faults.append(f"{table.name} lists images that are not there: {_some(sorted(listed - there))}")
+        faults.append(
+            f"{table.name} lists images that are not there: {_some(sorted(listed - there))}"
+        )
     if there - listed:
         faults.append(
-            f"{table.name} lists {len(listed & there)} of {len(there)} test images and lacks {_some(sorted(there - listed))}"
+            f"{table.name} lists {len(listed & there)} of {len(there)} test images and lacks"
+            f" {_some(sorted(there - listed))}"
         )
     return faults
 
@@ -289,11 +361,28 @@ def _rows(table: Path) -> tuple[set[str], list[dict[str, str | None]]]:
         return set(), []
 
 
-def _whole(what: str, needs: str, root: Path, download: bool, read: Callable, faults: Callable[[], list[str]]):
-    """What ``read`` returns. Whatever goes wrong in torchvision's reading and downloading becomes one sentence with the fault."""
+def _whole(
+    what: str,
+    needs: str,
+    root: Path,
+    download: bool,
+    read: Callable,
+    faults: Callable[[], list[str]],
+):
+    """What ``read`` returns. Whatever goes wrong in torchvision's reading and
+    downloading becomes one sentence with the fault.
+    """
     try:
         return read()
-    except (OSError, HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (
+        OSError,
+        HTTPException,
+        RuntimeError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+    ) as error:
         by_hand = f"root= of a folder that holds a whole {needs}"
         try:
             found = "; ".join(faults())
@@ -301,12 +390,19 @@ def _whole(what: str, needs: str, root: Path, download: bool, read: Callable, fa
             found = str(unreadable)
         if not download:
             raise FileNotFoundError(
-                f"{what} is missing or incomplete under {root} ({found or error}): pass download=True, or {by_hand}"
+                f"{what} is missing or incomplete under {root} ({found or error}): pass"
+                f" download=True, or {by_hand}"
             ) from error
-        # torchvision's own sentences are RuntimeErrors, and say less than what is there now
-        reason = found if isinstance(error, RuntimeError) and found else str(error) or type(error).__name__
+        # torchvision's own sentences are RuntimeErrors, and say less than what is there
+        # now
+        reason = (
+            found
+            if isinstance(error, RuntimeError) and found
+            else str(error) or type(error).__name__
+        )
         raise FileNotFoundError(
-            f"{what} could not be downloaded to {root} ({reason.splitlines()[0]}): try again, or pass {by_hand}"
+            f"{what} could not be downloaded to {root} ({reason.splitlines()[0]}): try again, or"
+            f" pass {by_hand}"
         ) from error
 
 
@@ -319,7 +415,10 @@ def _some(names: Collection[str]) -> str:
 def _folder(root: Path, size: int | None, download: bool):
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            raise FileNotFoundError(f"{root / split} is not a folder: folder:PATH needs PATH/train/CLASS/* and PATH/test/CLASS/*")
+            raise FileNotFoundError(
+                f"{root / split} is not a folder: folder:PATH needs PATH/train/CLASS/* and"
+                " PATH/test/CLASS/*"
+            )
     classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     strange = sorted({p.name for p in (root / "test").iterdir() if p.is_dir()} - set(classes))
     if strange:
@@ -328,19 +427,31 @@ def _folder(root: Path, size: int | None, download: bool):
     for split in ("train", "test"):
         files, labels = [], []
         for label, name in enumerate(classes):
-            found = sorted(p for p in (root / split / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(
+                p for p in (root / split / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+            )
             files += map(str, found)
             labels += [label] * len(found)
         splits.append(_shuffled(_decode(files, size or 32, root, split), torch.tensor(labels)))
     return *splits, classes
 
 
-def _decode(files: list[str], size: int, cache_root: Path, split: str, mend: str = "replace it, or take it away") -> Tensor:
-    """Decode image files once; later calls read the cached uint8 tensor beside them. ``mend``: what to do about a bad one."""
+def _decode(
+    files: list[str],
+    size: int,
+    cache_root: Path,
+    split: str,
+    mend: str = "replace it, or take it away",
+) -> Tensor:
+    """Decode image files once; later calls read the cached uint8 tensor beside them.
+    ``mend``: what to do about a bad one.
+    """
     from PIL import Image, UnidentifiedImageError
     from tqdm.auto import tqdm
 
-    stamp = hashlib.sha256(repr([(f, os.path.getsize(f), os.path.getmtime(f)) for f in files]).encode()).hexdigest()[:16]
+    stamp = hashlib.sha256(
+        repr([(f, os.path.getsize(f), os.path.getmtime(f)) for f in files]).encode()
+    ).hexdigest()[:16]
     cache = cache_root / f".abdlab-{split}-{size}-{stamp}.npy"
     if cache.exists():
         return torch.from_numpy(np.load(cache, allow_pickle=False))
@@ -367,7 +478,9 @@ def _decode(files: list[str], size: int, cache_root: Path, split: str, mend: str
 def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-2:] == (size, size):
         return images
-    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(
+        images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -386,7 +499,8 @@ DATASETS: dict[str, tuple[Callable, int, bool]] = {
 
 
 def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift every image by its own random offset (zeros move in) and mirror half of them.
+    """Shift every image by its own random offset (zeros move in) and mirror half of
+    them.
 
     Args:
         images: (N, C, H, W).
@@ -400,12 +514,17 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     n, _, height, width = images.shape
     if shift:
         padded = F.pad(images, [shift] * 4)
-        offset = deliver(torch.randint(0, 2 * shift + 1, (2, n), generator=generator), images.device)
+        offset = deliver(
+            torch.randint(0, 2 * shift + 1, (2, n), generator=generator), images.device
+        )
         rows = offset[0, :, None] + torch.arange(height, device=images.device)
         cols = offset[1, :, None] + torch.arange(width, device=images.device)
         index = torch.arange(n, device=images.device)[:, None, None]
-        # contiguous(): strides that look like channels_last would put the whole network in that format (see models.place)
-        images = padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        # contiguous(): strides that look like channels_last would put the whole network
+        # in that format (see models.place)
+        images = (
+            padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        )
     if flip:
         mirrored = deliver(torch.rand(n, generator=generator) < 0.5, images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -413,14 +532,17 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
 
 
 def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -> Tensor:
-    """Cut a box of its own out of every image and stretch it to the images' size; differentiable to the images.
+    """Cut a box of its own out of every image and stretch it to the images' size;
+    differentiable to the images.
 
-    One affine grid and one bilinear sampling for the whole batch, without smoothing. Where a box leaves the image there are
-    zeros. On CUDA torch sums its gradient in no fixed order, so that last digits differ from run to run.
+    One affine grid and one bilinear sampling for the whole batch, without smoothing.
+    Where a box leaves the image there are zeros. On CUDA torch sums its gradient in no
+    fixed order, so that last digits differ from run to run.
 
     Args:
         images: (N, C, H, W).
-        boxes: (N, 4), top, left, height and width in pixels, not necessarily whole ones; (0, 0, H, W) is the image itself.
+        boxes: (N, 4), top, left, height and width in pixels, not necessarily whole
+            ones; (0, 0, H, W) is the image itself.
         mirrored: (N,) bool, which results are mirrored left-right.
 
     Returns:
@@ -428,12 +550,15 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None)
     """
     height, width = images.shape[-2:]
     top, left, tall, wide = boxes.to(images).unbind(1)
-    # the grid's coordinates run from -1 at the image's left (upper) edge to 1 at its right (lower) one
+    # the grid's coordinates run from -1 at the image's left (upper) edge to 1 at its
+    # right (lower) one
     across, down, zero = wide / width, tall / height, torch.zeros_like(top)
     shift_x, shift_y = (2 * left + wide) / width - 1, (2 * top + tall) / height - 1
     if mirrored is not None:
         across = torch.where(mirrored.to(images.device), -across, across)
-    theta = torch.stack([torch.stack([across, zero, shift_x], 1), torch.stack([zero, down, shift_y], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([across, zero, shift_x], 1), torch.stack([zero, down, shift_y], 1)], 1
+    )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
@@ -447,16 +572,21 @@ def random_views(
     ratio: Sequence[float] = (1.0, 1.0),
     flip: bool = False,
 ) -> Tensor:
-    """Show every image through its own random box, stretched to the images' size, and mirror half of them; differentiable.
+    """Show every image through its own random box, stretched to the images' size, and
+    mirror half of them; differentiable.
 
     Args:
         images: (N, C, H, W).
         generator: a CPU generator; its draws are moved to the images' device.
-        shift: the box is then moved by up to this many whole pixels in each direction (zeros move in).
-        scale: range of the box's share of the area, in (0, 1]; uniform. Its place inside the image is uniform, too.
-        ratio: range of its relative width by its relative height; uniform in the logarithm. A side that would leave the image
-            is cut to it (torchvision draws again).
-        flip: mirror left-right with probability 1/2; False where a mirrored image is another one, as for digits.
+        shift: the box is then moved by up to this many whole pixels in each direction
+            (zeros move in).
+        scale: range of the box's share of the area, in (0, 1]; uniform. Its place
+            inside the image is uniform, too.
+        ratio: range of its relative width by its relative height; uniform in the
+            logarithm. A side that would leave the image is cut to it (torchvision draws
+            again).
+        flip: mirror left-right with probability 1/2; False where a mirrored image is
+            another one, as for digits.
 
     Returns:
         (N, C, H, W), a new tensor. All three off, it is the images up to round-off.
@@ -464,7 +594,16 @@ def random_views(
     n, _, height, width = images.shape
     area, shape, y, x, mirror = torch.rand(5, n, generator=generator)
     area, shape = area * (scale[1] - scale[0]) + scale[0], ratio[0] * (ratio[1] / ratio[0]) ** shape
-    tall, wide = (area / shape).sqrt().clamp_max(1) * height, (area * shape).sqrt().clamp_max(1) * width
+    tall, wide = (
+        (area / shape).sqrt().clamp_max(1) * height,
+        (area * shape).sqrt().clamp_max(1) * width,
+    )
     moved = torch.randint(-shift, shift + 1, (2, n), generator=generator)
-    boxes = torch.stack([y * (height - tall) + moved[0], x * (width - wide) + moved[1], tall, wide], 1)
-    return resized_crops(images, deliver(boxes, images.device), deliver(mirror < 0.5, images.device) if flip else None)
+    boxes = torch.stack(
+        [y * (height - tall) + moved[0], x * (width - wide) + moved[1], tall, wide], 1
+    )
+    return resized_crops(
+        images,
+        deliver(boxes, images.device),
+        deliver(mirror < 0.5, images.device) if flip else None,
+    )

@@ -1,4 +1,6 @@
-"""The one distillation loop: teacher, student, source and defences in; a stream of Step out."""
+"""The one distillation loop: teacher, student, source and defences in; a stream of Step
+out.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,18 @@ from abdlab.sources.source import Batch, Source, check_finite, take_step
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a training stream (a pseudo-batch of :func:`distill`, a mini-batch of :func:`abdlab.train.train`).
+    """One step of a training stream (a pseudo-batch of :func:`distill`, a mini-batch of
+    :func:`abdlab.train.train`).
 
     Attributes:
         index: 1 after the first step; ``total`` after the last.
         total: length of the stream.
         losses: the step's mean loss terms by name, weights included.
         acc, asr: shares in [0, 1], on steps where an exam was held; else None.
-        images: up to 64 of the step's inputs (N, C, H, W) on the CPU, now and then; else None.
-        events: what a reader must know, as sentences (a vaccine found or not, a defence that begins).
+        images: up to 64 of the step's inputs (N, C, H, W) on the CPU, now and then;
+            else None.
+        events: what a reader must know, as sentences (a vaccine found or not, a defence
+            that begins).
         seconds: since this process began the stream.
     """
 
@@ -51,7 +56,9 @@ class Step:
 
 
 def seed_of(seed: int, *names: str) -> int:
-    """A seed for one part of a run, so that adding a part leaves the others' random numbers alone."""
+    """A seed for one part of a run, so that adding a part leaves the others' random
+    numbers alone.
+    """
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
 
 
@@ -75,40 +82,56 @@ def distill(
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> Iterator[Step]:
-    """Distil ``teacher`` into ``student`` (trained in place), one Step per pseudo-batch.
+    """Distil ``teacher`` into ``student`` (trained in place), one Step per
+    pseudo-batch.
 
-    Nothing here needs real data: ``exam`` is only called on the student and its numbers handed on.
+    Nothing here needs real data: ``exam`` is only called on the student and its numbers
+    handed on.
 
     Args:
-        teacher: maps images (N, C, H, W) to logits (N, classes); put in eval mode and never changed.
+        teacher: maps images (N, C, H, W) to logits (N, classes); put in eval mode and
+            never changed.
         student: the same mapping; trained in place on ``device``.
         source: makes the inputs and says how long the run is.
         defenses: any number, applied in this order.
-        exam: measures the student, e.g. :class:`abdlab.evaluate.Exam`; held every ``exam_every`` steps and at the end.
-        images_every: steps between Steps that carry sample images (the last one always does).
-        checkpoint: file to resume from when it exists, and to save to every ``checkpoint_every`` steps, when the stream
-            is closed, and at the end. Atomic; a run resumed on the same machine ends with the same numbers. One that is
-            at its end already yields its last Step again, without losses.
-        keep: steps whose checkpoint is also kept beside it, as NAME-STEP.safetensors, to branch from.
-        resume_from: a checkpoint to branch from instead. Defences that it does not know start fresh, those it knows
-            but that are not asked for are dropped; when ``checkpoint`` exists too, ``checkpoint`` wins.
+        exam: measures the student, e.g. :class:`abdlab.evaluate.Exam`; held every
+            ``exam_every`` steps and at the end.
+        images_every: steps between Steps that carry sample images (the last one always
+            does).
+        checkpoint: file to resume from when it exists, and to save to every
+            ``checkpoint_every`` steps, when the stream is closed, and at the end.
+            Atomic; a run resumed on the same machine ends with the same numbers. One
+            that is at its end already yields its last Step again, without losses.
+        keep: steps whose checkpoint is also kept beside it, as NAME-STEP.safetensors,
+            to branch from.
+        resume_from: a checkpoint to branch from instead. Defences that it does not know
+            start fresh, those it knows but that are not asked for are dropped; when
+            ``checkpoint`` exists too, ``checkpoint`` wins.
         card: more entries for the checkpoint's card.
-        precision: of all passes of a pseudo-batch, "float32" or "bf16" (:func:`abdlab.features.precision`). A vaccine is verified, and
-            exams are held, in float32.
-        graphs: on a CUDA device, run the student step, and ZSKT's generator step, from CUDA graphs (:mod:`abdlab.graphs`): the same
-            updates up to round-off, for one launch each. They are captured after a few plain calls, and anew when a defence
-            begins, ends or is tuned. A source or a defence that does not say that it can be captured (stamps cannot) makes
-            the run go without, and a Step reports it. Not part of a checkpoint: a run may go on with or without.
-        compile: run the student and the source's generator through torch.compile, which takes a minute or more first and needs a
-            C++ compiler on a CPU: the same numbers up to round-off. Of the student, the largest parts in which no layer is
-            recorded; never the teacher, whose layers the vaccine exchanges. Not part of a checkpoint either.
+        precision: of all passes of a pseudo-batch, "float32" or "bf16"
+            (:func:`abdlab.features.precision`). A vaccine is verified, and exams are
+            held, in float32.
+        graphs: on a CUDA device, run the student step, and ZSKT's generator step, from
+            CUDA graphs (:mod:`abdlab.graphs`): the same updates up to round-off, for
+            one launch each. They are captured after a few plain calls, and anew when a
+            defence begins, ends or is tuned. A source or a defence that does not say
+            that it can be captured (stamps cannot) makes the run go without, and a Step
+            reports it. Not part of a checkpoint: a run may go on with or without.
+        compile: run the student and the source's generator through torch.compile, which
+            takes a minute or more first and needs a C++ compiler on a CPU: the same
+            numbers up to round-off. Of the student, the largest parts in which no layer
+            is recorded; never the teacher, whose layers the vaccine exchanges. Not part
+            of a checkpoint either.
         seed: of the run; source and defences draw from generators of their own.
         device: "auto" takes the GPU when there is one.
 
     Raises:
-        Diverged: when a loss, a gradient or a weight is not finite; the last good checkpoint is kept.
-        ValueError: for graphs on a device without them; when another thread is using the teacher or the student.
-        CheckpointError: when a checkpoint belongs to another run (source, length, seed or networks differ).
+        Diverged: when a loss, a gradient or a weight is not finite; the last good
+            checkpoint is kept.
+        ValueError: for graphs on a device without them; when another thread is using
+            the teacher or the student.
+        CheckpointError: when a checkpoint belongs to another run (source, length, seed
+            or networks differ).
     """
     device = pick_device(device)
     if graphs:
@@ -120,7 +143,9 @@ def distill(
         place(student, device, precision).train()
         source.start(teacher, student, device, seed_of(seed, "source", source.name))
         for defense in defenses:
-            defense.start(teacher, student, device, seed_of(seed, "defense", defense.name), len(source))
+            defense.start(
+                teacher, student, device, seed_of(seed, "defense", defense.name), len(source)
+            )
         optimizer, schedule = source.optimizer(student)
     index = 0
 
@@ -130,13 +155,15 @@ def distill(
         state, old = load_state(found, device)
         if old.get("run") != run:
             raise CheckpointError(
-                f"{found} belongs to another run ({old.get('run')}), not to this one ({run}): choose another checkpoint file"
+                f"{found} belongs to another run ({old.get('run')}), not to this one ({run}):"
+                " choose another checkpoint file"
             )
         index = old["index"]
         replaced = old["optimizer_since"]
         if replaced[0] not in [None, *(d.name for d in defenses)]:
             raise CheckpointError(
-                f"{found} was saved after {replaced[0]} had replaced the optimiser: branch from an earlier one to leave it out"
+                f"{found} was saved after {replaced[0]} had replaced the optimiser: branch from an"
+                " earlier one to leave it out"
             )
         try:
             student.load_state_dict(state["student"])
@@ -157,9 +184,13 @@ def distill(
         replaced = [None]
 
     def check() -> None:
-        bad = next((name for name, p in student.named_parameters() if not torch.isfinite(p).all()), None)
+        bad = next(
+            (name for name, p in student.named_parameters() if not torch.isfinite(p).all()), None
+        )
         if bad:
-            raise Diverged(f"after step {index} the student's {bad} is not finite; {_last_good(checkpoint)}")
+            raise Diverged(
+                f"after step {index} the student's {bad} is not finite; {_last_good(checkpoint)}"
+            )
 
     def save(path: Path) -> None:
         check()
@@ -170,7 +201,9 @@ def distill(
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict() if schedule is not None else None,
         }
-        save_state(path, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced})
+        save_state(
+            path, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced}
+        )
 
     saved_at = index if found and found == checkpoint else None
     began, total = time.perf_counter(), len(source)
@@ -181,7 +214,14 @@ def distill(
             faster.enter_context(compiled(generator, wanted=compile))
         if index == total:
             measured = exam(student) if exam else {}
-            yield Step(index, total, {}, measured.get("acc"), measured.get("asr"), seconds=time.perf_counter() - began)
+            yield Step(
+                index,
+                total,
+                {},
+                measured.get("acc"),
+                measured.get("asr"),
+                seconds=time.perf_counter() - began,
+            )
         while index < total:
             events = []
             for defense in defenses:
@@ -190,13 +230,27 @@ def distill(
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
-            if graphs and (plain := [part.name for part in (source, *defenses) if not part.captures]) != uncaptured:
+            if (
+                graphs
+                and (plain := [part.name for part in (source, *defenses) if not part.captures])
+                != uncaptured
+            ):
                 uncaptured = plain
                 events += (
-                    [f"CUDA graphs: off from pseudo-batch {index}, {' and '.join(plain)} cannot be captured"] if plain else []
+                    [
+                        f"CUDA graphs: off from pseudo-batch {index}, {' and '.join(plain)} cannot"
+                        " be captured"
+                    ]
+                    if plain
+                    else []
                 )
-            with claimed(teacher=teacher, student=student), computing(precision, device, teacher, student):
-                losses = _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint)
+            with (
+                claimed(teacher=teacher, student=student),
+                computing(precision, device, teacher, student),
+            ):
+                losses = _pseudo_batch(
+                    source, defenses, student, optimizer, schedule, index, checkpoint
+                )
             index += 1
             last, measured, shown = index == total, {}, None
             if last:
@@ -213,7 +267,14 @@ def distill(
             if checkpoint and index in keep:
                 save(checkpoint.with_name(f"{checkpoint.stem}-{index}{checkpoint.suffix}"))
             yield Step(
-                index, total, losses, measured.get("acc"), measured.get("asr"), shown, tuple(events), time.perf_counter() - began
+                index,
+                total,
+                losses,
+                measured.get("acc"),
+                measured.get("asr"),
+                shown,
+                tuple(events),
+                time.perf_counter() - began,
             )
     except GeneratorExit:
         if checkpoint and saved_at != index:
@@ -226,9 +287,11 @@ def distill(
 
 
 def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint) -> dict:
-    """One pseudo-batch; returns its mean losses as floats, and its images under "images".
+    """One pseudo-batch; returns its mean losses as floats, and its images under
+    "images".
 
-    The host reads from the device once, at the end: nothing before asks whether a number is finite.
+    The host reads from the device once, at the end: nothing before asks whether a
+    number is finite.
     """
     batch = source.batch(defenses)
     for defense in defenses:
@@ -258,7 +321,9 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
         for defense in defenses:
             defense.draw(batch)
         branches = tuple(defense.branch() for defense in defenses)
-        key = ("student", optimizer, source.branch(), shapes, dropped, branches) if captured else None
+        key = (
+            ("student", optimizer, source.branch(), shapes, dropped, branches) if captured else None
+        )
         names, values, norm = source.phases.run(key, step, [optimizer])
         totals[names] = totals.get(names, 0) + values
         norms["+".join(names)] = norms.get("+".join(names), 0) + norm
@@ -279,14 +344,20 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
 
 def _read(values: list[Tensor]) -> list[float]:
     """Scalars from the device: where the host waits for it."""
-    return torch.stack([value.double() if value.device.type != "mps" else value for value in values]).tolist()
+    return torch.stack(
+        [value.double() if value.device.type != "mps" else value for value in values]
+    ).tolist()
 
 
 def _held(phases: Phases, batch: Batch, weights: list[Tensor]) -> tuple[Batch, list[Tensor]]:
-    """What the student steps read, where they find it in every pseudo-batch (without graphs: as it is)."""
+    """What the student steps read, where they find it in every pseudo-batch (without
+    graphs: as it is).
+    """
     if not phases.graphs:
         return batch, weights
-    features = {name: phases.hold(f"feature {name}", feature) for name, feature in batch.features.items()}
+    features = {
+        name: phases.hold(f"feature {name}", feature) for name, feature in batch.features.items()
+    }
     labels = None if batch.labels is None else phases.hold("labels", batch.labels)
     images, logits = phases.hold("images", batch.images), phases.hold("logits", batch.logits)
     weights = [phases.hold(f"weights {i}", weight) for i, weight in enumerate(weights)]

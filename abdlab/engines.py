@@ -1,4 +1,6 @@
-"""Where a study's jobs run: spawned processes on this machine, or a Ray cluster. Both schedule by themselves; we only submit."""
+"""Where a study's jobs run: spawned processes on this machine, or a Ray cluster. Both
+schedule by themselves; we only submit.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,21 @@ def default_slots(gpus: int | None = None) -> int:
 
 
 class LocalEngine:
-    """Spawned processes on this machine, which end with it: a killed sweep leaves no job behind.
+    """Spawned processes on this machine, which end with it: a killed sweep leaves no
+    job behind.
 
     Args:
         slots: jobs at a time; by default one per GPU, or else one per core.
-        gpus: GPUs to share out, one per job; by default all. A job sees only its own (CUDA_VISIBLE_DEVICES).
+        gpus: GPUs to share out, one per job; by default all. A job sees only its own
+            (CUDA_VISIBLE_DEVICES).
     """
 
     def __init__(self, slots: int | None = None, gpus: int | None = None):
         self.gpus = torch.cuda.device_count() if gpus is None else gpus
         self.slots = slots or default_slots(self.gpus)
-        self._pool = ProcessPool(self.slots, initializer=_end_with, initargs=(os.getpid(),), context=get_context("spawn"))
+        self._pool = ProcessPool(
+            self.slots, initializer=_end_with, initargs=(os.getpid(),), context=get_context("spawn")
+        )
 
     def submit(self, spec: dict) -> Future:
         return self._pool.schedule(_local_job, args=(spec, self.gpus))
@@ -59,12 +65,14 @@ class RayEngine:
     """Tasks on a Ray cluster (the extra ``ray``), each with its CPUs and GPUs.
 
     Args:
-        address: of a cluster to join ("auto" finds the one that this machine belongs to); None starts one on this machine.
+        address: of a cluster to join ("auto" finds the one that this machine belongs
+            to); None starts one on this machine.
         cpus, gpus: that a job reserves; the kernel's threads are the study's.
         slots: CPUs of a cluster that is started here, in jobs; by default all cores.
         out: the study's folder.
-        shared: whether every node sees ``out`` under the same path; None asks each node. If not, files travel with the
-            jobs and their results, and a job whose node dies starts afresh.
+        shared: whether every node sees ``out`` under the same path; None asks each
+            node. If not, files travel with the jobs and their results, and a job whose
+            node dies starts afresh.
 
     Raises:
         ValueError: when Ray is not installed, or no cluster answers at the address.
@@ -83,7 +91,9 @@ class RayEngine:
         try:
             import ray
         except ImportError:
-            raise ValueError("Ray is not installed: pip install 'abdlab[ray]', or use the local engine") from None
+            raise ValueError(
+                "Ray is not installed: pip install 'abdlab[ray]', or use the local engine"
+            ) from None
         if address and address != "auto":
             _check_port(address)
         self._ray, options = ray, {"log_to_driver": False, "include_dashboard": False}
@@ -94,7 +104,9 @@ class RayEngine:
         try:
             ray.init(address=address or "local", logging_level="ERROR", **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from None
+            raise ValueError(
+                f"no Ray cluster answers at {address or 'this machine'}: {error}"
+            ) from None
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
         self.token = uuid.uuid4().hex
         self.out = Path(out).resolve()
@@ -102,11 +114,14 @@ class RayEngine:
         self._mark = self.out / f".ray-{self.token}"
         self._mark.touch()
         self.shared = self._all_see() if shared is None else shared
-        # our own loop tries again, and counts: a task that Ray repeats by itself would be repeated twice
+        # our own loop tries again, and counts: a task that Ray repeats by itself would
+        # be repeated twice
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_ray_job)
 
     def submit(self, spec: dict) -> Future:
-        return self._task.remote({**spec, "mark": str(self._mark) if self.shared else None}).future()
+        return self._task.remote(
+            {**spec, "mark": str(self._mark) if self.shared else None}
+        ).future()
 
     def close(self, now: bool = False) -> None:
         self._mark.unlink(missing_ok=True)
@@ -118,13 +133,18 @@ class RayEngine:
         look = self._ray.remote(num_cpus=0)(_sees)
         nodes = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
         there = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote(str(self._mark)) for n in nodes
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote(
+                str(self._mark)
+            )
+            for n in nodes
         ]
         return all(self._ray.get(there))
 
 
 def _check_port(address: str) -> None:
-    """Raise ValueError when nothing listens at HOST:PORT: Ray itself waits for 40 seconds there, and then ends the process."""
+    """Raise ValueError when nothing listens at HOST:PORT: Ray itself waits for 40
+    seconds there, and then ends the process.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -138,7 +158,9 @@ def _sees(path: str) -> bool:
 
 
 def _end_with(parent: int) -> None:
-    """A worker's first call: it ends when the process that started it has, and its kernel ends with it."""
+    """A worker's first call: it ends when the process that started it has, and its
+    kernel ends with it.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -155,10 +177,14 @@ def _local_job(spec: dict, gpus: int) -> dict:
 
 @contextmanager
 def _own_gpu(count: int) -> Iterator[None]:
-    """One of this machine's GPUs for the kernels that start inside the block; waits while all are taken by other jobs."""
+    """One of this machine's GPUs for the kernels that start inside the block; waits
+    while all are taken by other jobs.
+    """
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = before.split(",") if before else [str(i) for i in range(count)]
-    locks = {name: FileLock(Path(tempfile.gettempdir()) / f"abdlab-gpu-{name}.lock") for name in names}
+    locks = {
+        name: FileLock(Path(tempfile.gettempdir()) / f"abdlab-gpu-{name}.lock") for name in names
+    }
     while True:
         for name, lock in locks.items():
             try:
@@ -178,16 +204,25 @@ def _own_gpu(count: int) -> Iterator[None]:
 
 
 def _ray_job(spec: Mapping[str, Any]) -> dict:
-    """In a Ray worker: in place where the study's folder is seen, else in a folder of its own whose files come back."""
+    """In a Ray worker: in place where the study's folder is seen, else in a folder of
+    its own whose files come back.
+    """
     _end_with(os.getppid())
     if spec["mark"]:
         if not Path(spec["mark"]).exists():
-            raise RuntimeError(f"this node does not see {Path(spec['mark']).parent}: share the folder, or pass shared=False")
+            raise RuntimeError(
+                f"this node does not see {Path(spec['mark']).parent}: share the folder, or pass"
+                " shared=False"
+            )
         return run_job(spec)
     folder = Path(tempfile.mkdtemp(prefix="abdlab-job-"))
     try:
         result = run_job({**spec, "folder": str(folder)})
-        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in _STAYS}
+        files = {
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in folder.rglob("*")
+            if p.is_file() and p.name not in _STAYS
+        }
         return {**result, "files": files}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

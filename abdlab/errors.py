@@ -1,4 +1,6 @@
-"""The errors that a user can mend, each one clear sentence, and the "did you mean" that goes with names."""
+"""The errors that a user can mend, each one clear sentence, and the "did you mean" that
+goes with names.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ class CheckpointError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """A loss or a weight is no longer finite; the message names the step, the loss and the last good checkpoint."""
+    """A loss or a weight is no longer finite; the message names the step, the loss and
+    the last good checkpoint.
+    """
 
 
 def did_you_mean(what: str, given: str, known: Iterable[str]) -> str:
@@ -34,4 +38,8 @@ def check_keys(what: str, given: Mapping | Iterable[str], known: Iterable[str]) 
 def keywords(function: Callable) -> list[str]:
     """The names that ``function`` takes by keyword."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"]
+    return [
+        name
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind in kinds and name != "self"
+    ]

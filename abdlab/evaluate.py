@@ -1,4 +1,6 @@
-"""ACC, ASR, agreement and suspicion scores: numbers about a model, in eval mode, without gradients."""
+"""ACC, ASR, agreement and suspicion scores: numbers about a model, in eval mode,
+without gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from abdlab.triggers import Trigger
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
-    """Logits (N, classes) in eval mode, ``batch`` images at a time; the model's own mode is restored."""
+    """Logits (N, classes) in eval mode, ``batch`` images at a time; the model's own
+    mode is restored.
+    """
     with mode(model, training=False):
         return torch.cat([model(part) for part in images.split(batch)])
 
@@ -27,10 +31,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def attack_success(model: nn.Module, triggered: Tensor, target: int | Tensor) -> float:
-    """ASR: share, in [0, 1], of triggered images that the model calls what the attack wants.
+    """ASR: share, in [0, 1], of triggered images that the model calls what the attack
+    wants.
 
     Args:
-        triggered: what :func:`abdlab.poison.triggered_test` returns, which leaves the target's own images out.
+        triggered: what :func:`abdlab.poison.triggered_test` returns, which leaves the
+            target's own images out.
         target: the class, or one class per image (N,) for an all-to-all attack.
     """
     return (predict(model, triggered).argmax(1) == target).float().mean().item()
@@ -38,11 +44,14 @@ def attack_success(model: nn.Module, triggered: Tensor, target: int | Tensor) ->
 
 def agreement(model: nn.Module, other: nn.Module, images: Tensor) -> float:
     """Share of the images, in [0, 1], on which both models predict the same class."""
-    return (predict(model, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
+    return (
+        (predict(model, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
+    )
 
 
 def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) per sample, shape (N,), in nats: sum over classes of p (log p - log q), p and q softmaxed logits.
+    """KL(p || q) per sample, shape (N,), in nats: sum over classes of p (log p - log
+    q), p and q softmaxed logits.
 
     Args:
         temperature: divides both logits first; no factor T^2 is applied here.
@@ -53,20 +62,25 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def log_kl(p_logits: Tensor, q_logits: Tensor, floor: float = 1e-12) -> Tensor:
-    """log10 KL(p || q) per sample in float64; KL below ``floor`` (round-off, also negative) counts as ``floor``."""
+    """log10 KL(p || q) per sample in float64; KL below ``floor`` (round-off, also
+    negative) counts as ``floor``.
+    """
     return kl(p_logits.double(), q_logits.double()).clamp_min(floor).log10()
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What a model is measured with: call it on a model for ``{"acc": ..., "asr": ...}``, shares in [0, 1].
+    """What a model is measured with: call it on a model for ``{"acc": ..., "asr":
+    ...}``, shares in [0, 1].
 
-    With several attacks "asr" is their mean, and each has its own ("asr/badnet_sq"; a second one of that name is
-    "asr/badnet_sq-2"). A training loop never looks inside; it hands the numbers on.
+    With several attacks "asr" is their mean, and each has its own ("asr/badnet_sq"; a
+    second one of that name is "asr/badnet_sq-2"). A training loop never looks inside;
+    it hands the numbers on.
 
     Attributes:
         images, labels: clean test images (N, C, H, W) and their classes (N,).
-        attacks: name -> triggered images, and the class (or classes, one per image) that they shall be called.
+        attacks: name -> triggered images, and the class (or classes, one per image)
+            that they shall be called.
     """
 
     images: Tensor
@@ -86,7 +100,8 @@ class Exam:
 
         Args:
             trigger: a trigger with its ``target``, an attack, or several.
-            classes: how many there are, for all-to-all attacks; by default the largest label plus one.
+            classes: how many there are, for all-to-all attacks; by default the largest
+                label plus one.
         """
         if isinstance(trigger, Trigger):
             trigger = Attack(trigger, target)
@@ -96,7 +111,10 @@ class Exam:
             same = sum(name.partition("-")[0] == str(attack.trigger) for name in found)
             triggered, true = triggered_test(images, labels, attack)
             wanted = attack.wanted(true, classes) if attack.all_to_all else attack.target
-            found[f"{attack.trigger}-{same + 1}" if same else str(attack.trigger)] = triggered, wanted
+            found[f"{attack.trigger}-{same + 1}" if same else str(attack.trigger)] = (
+                triggered,
+                wanted,
+            )
         return cls(images, labels, found)
 
     @property
@@ -114,16 +132,22 @@ class Exam:
         each = {name: attack_success(model, *attack) for name, attack in self.attacks.items()}
         if each:
             found["asr"] = sum(each.values()) / len(each)
-        return {**found, **({f"asr/{name}": asr for name, asr in each.items()} if len(each) > 1 else {})}
+        return {
+            **found,
+            **({f"asr/{name}": asr for name, asr in each.items()} if len(each) > 1 else {}),
+        }
 
 
 def trigger_size(images: Tensor, trigger: Trigger) -> dict[str, float]:
     """How much a trigger changes images, each a mean over the images (N, C, H, W).
 
     Returns:
-        l0: share of pixels, in [0, 1], that change in any channel. l2: norm of the change, in [0, 1] units.
-        linf: its largest absolute value. ssim: structural similarity, 1 for no change (scikit-image's; Wang et al. 2004), with
-        windows of 7x7 pixels, or the largest odd size that fits: images have at least 3x3 pixels.
+        l0: share of pixels, in [0, 1], that change in any channel. l2: norm of the
+            change, in [0, 1] units.
+        linf: its largest absolute value. ssim: structural similarity, 1 for no change
+            (scikit-image's; Wang et al. 2004), with
+        windows of 7x7 pixels, or the largest odd size that fits: images have at least
+        3x3 pixels.
     """
     from skimage.metrics import structural_similarity
 
@@ -132,7 +156,9 @@ def trigger_size(images: Tensor, trigger: Trigger) -> dict[str, float]:
     window = min(7, (min(images.shape[-2:]) - 1) // 2 * 2 + 1)
     similar = [
         structural_similarity(a, b, data_range=1.0, channel_axis=0, win_size=window)
-        for a, b in zip(images.cpu().double().numpy(), triggered.cpu().double().numpy(), strict=True)
+        for a, b in zip(
+            images.cpu().double().numpy(), triggered.cpu().double().numpy(), strict=True
+        )
     ]
     return {
         "l0": (change.amax(1) > 1e-6).float().mean().item(),  # round-off is no change

@@ -1,4 +1,6 @@
-"""Activations by layer name, and temporary states of models, as context managers that leave nothing behind."""
+"""Activations by layer name, and temporary states of models, as context managers that
+leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,26 @@ from torch import Tensor, nn
 
 from abdlab.errors import did_you_mean
 
-#: how a network computes while it trains: torch's default, or bfloat16 where autocast allows it
+#: how a network computes while it trains: torch's default, or bfloat16 where autocast
+#: allows it
 PRECISIONS = ("float32", "bf16")
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
-    """The submodule with this dotted name; ValueError with a "did you mean" when there is none."""
+    """The submodule with this dotted name; ValueError with a "did you mean" when there
+    is none.
+    """
     modules = dict(model.named_modules())
     if not name or name not in modules:
-        raise ValueError(did_you_mean(f"layer of {type(model).__name__}", name, [n for n in modules if n]))
+        raise ValueError(
+            did_you_mean(f"layer of {type(model).__name__}", name, [n for n in modules if n])
+        )
     return modules[name]
 
 
 def last_linear(model: nn.Module, purpose: str = "to read features from") -> str:
-    """The name of the nn.Linear that the model registers last; its input are the penultimate features.
+    """The name of the nn.Linear that the model registers last; its input are the
+    penultimate features.
 
     Raises:
         ValueError: when it has none, saying what it was wanted for (``purpose``).
@@ -35,14 +43,18 @@ def last_linear(model: nn.Module, purpose: str = "to read features from") -> str
 
 
 @contextmanager
-def record(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of the named layers, or their first ``inputs``, during forward passes inside the block.
+def record(
+    model: nn.Module, names: Sequence[str], inputs: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of the named layers, or their first ``inputs``, during forward
+    passes inside the block.
 
     >>> with record(model, ["stage3"]) as acts:
     ...     logits = model(images)
     >>> acts["stage3"].shape
 
-    The dict holds the latest one of each layer (attached to the graph). Hooks are gone afterwards, also after an error.
+    The dict holds the latest one of each layer (attached to the graph). Hooks are gone
+    afterwards, also after an error.
     """
     acts: dict[str, Tensor] = {}
     handles = []
@@ -60,28 +72,36 @@ def record(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iter
 
 
 def full(x: Tensor) -> Tensor:
-    """The tensor in float32 where it is a half-precision one, else as it is: losses are computed in no less."""
+    """The tensor in float32 where it is a half-precision one, else as it is: losses are
+    computed in no less.
+    """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @contextmanager
 def precision(name: str, device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """In "bf16", convolutions and products inside the block run in bfloat16 (torch.autocast).
+    """In "bf16", convolutions and products inside the block run in bfloat16
+    (torch.autocast).
 
-    What the given models return is float32 all the same, and so are weights, gradients, batch-norm statistics and the losses
-    that are made of them. On CPUs with bfloat16 arithmetic a WRN's training step takes about half as long.
+    What the given models return is float32 all the same, and so are weights, gradients,
+    batch-norm statistics and the losses that are made of them. On CPUs with bfloat16
+    arithmetic a WRN's training step takes about half as long.
 
     Raises:
-        ValueError: for a name that is not one of :data:`PRECISIONS`, with a "did you mean".
+        ValueError: for a name that is not one of :data:`PRECISIONS`, with a "did you
+            mean".
     """
     if name not in PRECISIONS:
         raise ValueError(did_you_mean("precision", name, PRECISIONS))
     if name == "float32":
         yield
         return
-    handles = [model.register_forward_hook(lambda module, args, output: full(output)) for model in models]
+    handles = [
+        model.register_forward_hook(lambda module, args, output: full(output)) for model in models
+    ]
     try:
-        # without the cache, which would hold weights as they were before an optimiser's step inside the block
+        # without the cache, which would hold weights as they were before an optimiser's
+        # step inside the block
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             yield
     finally:
@@ -90,11 +110,15 @@ def precision(name: str, device: torch.device, *models: nn.Module) -> Iterator[N
 
 
 @contextmanager
-def compiled(model: nn.Module, recorded: Collection[str] = (), wanted: bool = True) -> Iterator[nn.Module]:
-    """Inside the block the model runs through torch.compile, in place; not at all unless ``wanted``.
+def compiled(
+    model: nn.Module, recorded: Collection[str] = (), wanted: bool = True
+) -> Iterator[nn.Module]:
+    """Inside the block the model runs through torch.compile, in place; not at all
+    unless ``wanted``.
 
-    Compiled code calls the hooks that there were when it was compiled, and no later ones. So what is compiled are the largest
-    modules without a ``recorded`` layer inside, and nobody may record another one in the block.
+    Compiled code calls the hooks that there were when it was compiled, and no later
+    ones. So what is compiled are the largest modules without a ``recorded`` layer
+    inside, and nobody may record another one in the block.
     """
     looked_at = [module_at(model, name) for name in recorded]
 
@@ -118,7 +142,9 @@ def compiled(model: nn.Module, recorded: Collection[str] = (), wanted: bool = Tr
 
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
-    """Put every submodule in train or eval mode for the block, and restore each one's own flag after it."""
+    """Put every submodule in train or eval mode for the block, and restore each one's
+    own flag after it.
+    """
     before = [(m, m.training) for m in model.modules()]
     try:
         yield model.train(training)
@@ -129,16 +155,19 @@ def mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
 
 @contextmanager
 def frozen(model: nn.Module, weights: bool = True) -> Iterator[nn.Module]:
-    """Batch-norm running statistics stay as they are inside the block; with ``weights`` no parameter takes a gradient.
+    """Batch-norm running statistics stay as they are inside the block; with ``weights``
+    no parameter takes a gradient.
 
-    Layers in train mode still normalise with the batch's own statistics: they only stop recording them.
+    Layers in train mode still normalise with the batch's own statistics: they only stop
+    recording them.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracked = [m.track_running_stats for m in norms]
     wanted = [p for p in model.parameters() if p.requires_grad] if weights else []
     try:
         for module in norms:
-            # In eval mode this flag is what makes a layer use its running statistics, so only train mode is touched.
+            # In eval mode this flag is what makes a layer use its running statistics,
+            # so only train mode is touched.
             if module.training:
                 module.track_running_stats = False
         for p in wanted:

@@ -1,8 +1,10 @@
-"""Pieces of a pseudo-batch that run over and over, on request as CUDA graphs: thousands of small kernels for one launch.
+"""Pieces of a pseudo-batch that run over and over, on request as CUDA graphs: thousands
+of small kernels for one launch.
 
-A graph repeats kernels, with the addresses that they had, and nothing of the Python around them. So what goes in lies in
-buffers that stay (:meth:`Phases.hold`), random numbers are drawn before a piece begins, learning rates are read from the device,
-and a piece is captured anew where what its Python decides by has changed: that is its key.
+A graph repeats kernels, with the addresses that they had, and nothing of the Python
+around them. So what goes in lies in buffers that stay (:meth:`Phases.hold`), random
+numbers are drawn before a piece begins, learning rates are read from the device, and a
+piece is captured anew where what its Python decides by has changed: that is its key.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch.optim import Optimizer
 
 T = TypeVar("T")
 
-#: calls of a piece that run as Python before it is captured: kernels are chosen and optimisers make their moments in them
+#: calls of a piece that run as Python before it is captured: kernels are chosen and
+#: optimisers make their moments in them
 WARM = 3
 #: pieces that are kept captured, the latest ones: each has memory of its own
 KEPT = 8
@@ -31,11 +34,15 @@ _CAPTURING = threading.Lock()
 def check(device: torch.device) -> None:
     """Raise ValueError where there are no CUDA graphs."""
     if device.type != "cuda":
-        raise ValueError(f"graphs=True needs a CUDA device, and this run is on {device.type}: leave graphs out")
+        raise ValueError(
+            f"graphs=True needs a CUDA device, and this run is on {device.type}: leave graphs out"
+        )
 
 
 class Phases:
-    """The pieces of one run. Without ``graphs`` every call is the plain call, and nothing is held."""
+    """The pieces of one run. Without ``graphs`` every call is the plain call, and
+    nothing is held.
+    """
 
     def __init__(self, graphs: bool = False):
         self.graphs = graphs
@@ -43,7 +50,9 @@ class Phases:
         self._pieces: OrderedDict[Hashable, _Piece] = OrderedDict()
 
     def hold(self, name: str, value: Tensor) -> Tensor:
-        """``value`` in a buffer that stays where it is as long as name, shape and type do; without graphs, itself."""
+        """``value`` in a buffer that stays where it is as long as name, shape and type
+        do; without graphs, itself.
+        """
         if not self.graphs:
             return value
         key = (name, value.shape, value.dtype)
@@ -53,13 +62,18 @@ class Phases:
             self._buffers[key] = value.clone()
         return self._buffers[key]
 
-    def run(self, key: Hashable | None, function: Callable[[], T], optimizers: Sequence[Optimizer] = ()) -> T:
-        """What ``function`` returns, which may be tensors of the piece's own that its next call overwrites.
+    def run(
+        self, key: Hashable | None, function: Callable[[], T], optimizers: Sequence[Optimizer] = ()
+    ) -> T:
+        """What ``function`` returns, which may be tensors of the piece's own that its
+        next call overwrites.
 
         Args:
             key: all that its Python decides by; None runs it as Python.
-            function: reads nothing that changes but held buffers and the networks; draws nothing and asks the device nothing.
-            optimizers: fused ones that step in it. Learning rates stay numbers, for schedules and checkpoints.
+            function: reads nothing that changes but held buffers and the networks;
+                draws nothing and asks the device nothing.
+            optimizers: fused ones that step in it. Learning rates stay numbers, for
+                schedules and checkpoints.
 
         Raises:
             RuntimeError: when it cannot be captured.
@@ -73,7 +87,9 @@ class Phases:
 
 
 class _Piece:
-    """One piece: its first calls run as Python, then it is captured, and from then on replayed."""
+    """One piece: its first calls run as Python, then it is captured, and from then on
+    replayed.
+    """
 
     def __init__(self):
         self.calls, self.replay, self.rates = 0, None, []
@@ -96,14 +112,20 @@ class _Piece:
 
 
 def _rate(device: torch.device) -> Tensor:
-    """A learning rate on the device; CUDA's fused optimisers read it as float32, whatever the default is."""
+    """A learning rate on the device; CUDA's fused optimisers read it as float32,
+    whatever the default is.
+    """
     return torch.zeros((), device=device, dtype=torch.float32 if device.type == "cuda" else None)
 
 
 @contextmanager
 def _steered(rates: Sequence[tuple[dict, Tensor]]) -> Iterator[None]:
-    """Inside the block optimisers take their learning rates from the device, and may be captured."""
-    before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group, _ in rates]
+    """Inside the block optimisers take their learning rates from the device, and may be
+    captured.
+    """
+    before = [
+        {key: group[key] for key in ("lr", "capturable") if key in group} for group, _ in rates
+    ]
     try:
         for group, rate in rates:
             group |= {"lr": rate, **({"capturable": True} if "capturable" in group else {})}
@@ -114,23 +136,34 @@ def _steered(rates: Sequence[tuple[dict, Tensor]]) -> Iterator[None]:
 
 
 def beside(function: Callable[[], T]) -> T:
-    """Run a piece on a stream of its own, as torch asks for before a capture; the current stream waits for it."""
+    """Run a piece on a stream of its own, as torch asks for before a capture; the
+    current stream waits for it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = function()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.current_stream().synchronize()  # what it made belongs to that stream: nobody may still need it when it is freed
+    # what it made belongs to that stream: nobody may still need it when it is freed
+    torch.cuda.current_stream().synchronize()
     return result
 
 
 def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """(what it returns, a call that runs its kernels again). Capturing runs none of them."""
+    """(what it returns, a call that runs its kernels again). Capturing runs none of
+    them.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: other runs of this process, each in a thread of its own, may allocate meanwhile
-        with _CAPTURING, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        # thread_local: other runs of this process, each in a thread of its own, may
+        # allocate meanwhile
+        with (
+            _CAPTURING,
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+        ):
             result = function()
     except RuntimeError as error:
-        raise RuntimeError(f"this run's step cannot be captured as a CUDA graph, so leave graphs out: {error}") from error
+        raise RuntimeError(
+            f"this run's step cannot be captured as a CUDA graph, so leave graphs out: {error}"
+        ) from error
     return result, graph.replay

@@ -1,7 +1,9 @@
-"""Wide-ResNet, ResNet, VGG and MobileNetV2 with their normalisation inside, and the names by which a card can rebuild them.
+"""Wide-ResNet, ResNet, VGG and MobileNetV2 with their normalisation inside, and the
+names by which a card can rebuild them.
 
-All of them register their convolutions in the order in which they run, so that "the last five" means the same to a reader and
-to the Shuffling Vaccine, and no layer overwrites another one's output, so that what :func:`abdlab.features.record` kept stays.
+All of them register their convolutions in the order in which they run, so that "the
+last five" means the same to a reader and to the Shuffling Vaccine, and no layer
+overwrites another one's output, so that what :func:`abdlab.features.record` kept stays.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from abdlab.errors import did_you_mean
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel; mean and std are buffers, so they travel with the weights."""
+    """(x - mean) / std per channel; mean and std are buffers, so they travel with the
+    weights.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -34,27 +38,44 @@ class Normalize(nn.Module):
 
 
 class Network(nn.Module):
-    """What all families share: images (N, channels, H, W) in [0, 1] to logits (N, classes).
+    """What all families share: images (N, channels, H, W) in [0, 1] to logits (N,
+    classes).
 
-    They are normalised, made into :meth:`maps`, averaged over all positions and classified by one linear layer, ``fc``.
-    ``stages`` name the modules whose outputs end each spatial size, largest first: attention transfer compares them.
+    They are normalised, made into :meth:`maps`, averaged over all positions and
+    classified by one linear layer, ``fc``. ``stages`` name the modules whose outputs
+    end each spatial size, largest first: attention transfer compares them.
 
     Args:
         classes: number of logits.
         channels: of the input images.
-        width: channels of the first convolution; each family says how the others scale with it.
+        width: channels of the first convolution; each family says how the others scale
+            with it.
         mean, std: per channel in [0, 1] units; one number serves all channels.
         sizes: further numbers that must be positive, by name.
 
     Raises:
-        ValueError: when a size is not positive; in the forward pass, on images too small for the halvings between the stages.
+        ValueError: when a size is not positive; in the forward pass, on images too
+            small for the halvings between the stages.
     """
 
     stages: tuple[str, ...]
 
-    def __init__(self, classes: int, channels: int, width: int, mean: Sequence[float], std: Sequence[float], **sizes: int):
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        width: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **sizes: int,
+    ):
         super().__init__()
-        for name, value in {**sizes, "classes": classes, "channels": channels, "width": width}.items():
+        for name, value in {
+            **sizes,
+            "classes": classes,
+            "channels": channels,
+            "width": width,
+        }.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.normalize = Normalize(mean, std)
@@ -67,13 +88,15 @@ class Network(nn.Module):
         halvings = len(self.stages) - 1
         if min(x.shape[-2:]) < 2**halvings:
             raise ValueError(
-                f"{type(self).__name__} halves its images {halvings} times: they must be at least {2**halvings} pixels high and "
-                f"wide, not {x.shape[-2]}x{x.shape[-1]}"
+                f"{type(self).__name__} halves its images {halvings} times: they must be at least"
+                f" {2**halvings} pixels high and wide, not {x.shape[-2]}x{x.shape[-1]}"
             )
         return self.fc(F.adaptive_avg_pool2d(self.maps(self.normalize(x)), 1).flatten(1))
 
     def finish(self, inside: int, classes: int) -> None:
-        """Add ``fc``, draw the convolutions' weights (He et al. 2015, fan out) and zero biases; no layer shall work in place."""
+        """Add ``fc``, draw the convolutions' weights (He et al. 2015, fan out) and zero
+        biases; no layer shall work in place.
+        """
         self.fc = nn.Linear(inside, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -85,7 +108,9 @@ class Network(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-activation block of two 3x3 convolutions; the shortcut is a 1x1 convolution where the width changes."""
+    """Pre-activation block of two 3x3 convolutions; the shortcut is a 1x1 convolution
+    where the width changes.
+    """
 
     def __init__(self, inside: int, outside: int, stride: int):
         super().__init__()
@@ -94,13 +119,19 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
         same = inside == outside and stride == 1
-        # its stride is taken before it: the same numbers, and never oneDNN's strided 1x1 weight gradient (see place)
-        self.stride, self.shortcut = stride, None if same else nn.Conv2d(inside, outside, 1, bias=False)
+        # its stride is taken before it: the same numbers, and never oneDNN's strided
+        # 1x1 weight gradient (see place)
+        self.stride, self.shortcut = (
+            stride,
+            None if same else nn.Conv2d(inside, outside, 1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         act = F.relu(self.bn1(x))
         out = self.conv2(F.relu(self.bn2(self.conv1(act))))
-        return out + (x if self.shortcut is None else self.shortcut(act[:, :, :: self.stride, :: self.stride]))
+        return out + (
+            x if self.shortcut is None else self.shortcut(act[:, :, :: self.stride, :: self.stride])
+        )
 
 
 class WideResNet(Network):
@@ -109,7 +140,8 @@ class WideResNet(Network):
     Args:
         depth: 6n + 4, at least 10 (n blocks in each of three stages).
         widen: the k of WRN-d-k, at least 1.
-        classes, channels, width, mean, std: see :class:`Network`; the stages have width*k, 2*width*k, 4*width*k channels.
+        classes, channels, width, mean, std: see :class:`Network`; the stages have
+            width*k, 2*width*k, 4*width*k channels.
 
     Raises:
         ValueError: when the depth is not 6n + 4; on images under 4 pixels high or wide.
@@ -129,7 +161,9 @@ class WideResNet(Network):
     ):
         super().__init__(classes, channels, width, mean, std, widen=widen)
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...), not {depth}")
+            raise ValueError(
+                f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...), not {depth}"
+            )
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         inside = width
         for stage, (scale, stride) in enumerate(((1, 1), (2, 2), (4, 2)), start=1):
@@ -146,10 +180,12 @@ class WideResNet(Network):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, each with its batch norm, and a shortcut that is added before the last ReLU (He et al., CVPR 2016).
+    """Two 3x3 convolutions, each with its batch norm, and a shortcut that is added
+    before the last ReLU (He et al., CVPR 2016).
 
-    Where the size changes, the shortcut is a 1x1 convolution with batch norm (``project``) or pads with channels of zeros. Names
-    and numbers are those of torchvision's block, which adds and rectifies in place and so overwrites outputs.
+    Where the size changes, the shortcut is a 1x1 convolution with batch norm
+    (``project``) or pads with channels of zeros. Names and numbers are those of
+    torchvision's block, which adds and rectifies in place and so overwrites outputs.
     """
 
     def __init__(self, inside: int, outside: int, stride: int, project: bool):
@@ -161,9 +197,13 @@ class BasicBlock(nn.Module):
         # the shortcut's stride is taken before it, as in Block
         self.stride, self.downsample = stride, None
         if (inside != outside or stride > 1) and project:
-            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside)
+            )
         elif inside != outside:
-            self.downsample = nn.ZeroPad3d((0, 0, 0, 0, 0, outside - inside))  # of (N, C, H, W) it pads C, H and W
+            self.downsample = nn.ZeroPad3d(
+                (0, 0, 0, 0, 0, outside - inside)
+            )  # of (N, C, H, W) it pads C, H and W
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -172,16 +212,21 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """ResNets of basic blocks (He et al., CVPR 2016, arXiv 1512.03385) for small images.
+    """ResNets of basic blocks (He et al., CVPR 2016, arXiv 1512.03385) for small
+    images.
 
-    ResNet-20 is the paper's own for CIFAR-10 (section 4.2: three stages, shortcuts without weights). ResNet-18 and -34 are its
-    ImageNet networks as they are commonly used on CIFAR: the first convolution is 3x3 with stride 1 and no max pool follows.
+    ResNet-20 is the paper's own for CIFAR-10 (section 4.2: three stages, shortcuts
+    without weights). ResNet-18 and -34 are its ImageNet networks as they are commonly
+    used on CIFAR: the first convolution is 3x3 with stride 1 and no max pool follows.
     State dicts have torchvision's names (and ``normalize``).
 
     Args:
-        blocks: per stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34, (3, 3, 3) ResNet-20.
-        project: shortcuts between stages are 1x1 convolutions (the paper's option B); False pads with zeros (option A).
-        classes, channels, width, mean, std: see :class:`Network`; the stages have width, 2*width, 4*width, ... channels.
+        blocks: per stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34, (3, 3, 3)
+            ResNet-20.
+        project: shortcuts between stages are 1x1 convolutions (the paper's option B);
+            False pads with zeros (option A).
+        classes, channels, width, mean, std: see :class:`Network`; the stages have
+            width, 2*width, 4*width, ... channels.
 
     Raises:
         ValueError: on images under 8 (three stages: 4) pixels high or wide.
@@ -205,7 +250,12 @@ class ResNet(Network):
         for i, (stage, count) in enumerate(zip(self.stages, blocks, strict=True)):
             outside, stride = width * 2**i, 1 if i == 0 else 2
             first = BasicBlock(inside, outside, stride, project)
-            self.add_module(stage, nn.Sequential(first, *(BasicBlock(outside, outside, 1, project) for _ in range(count - 1))))
+            self.add_module(
+                stage,
+                nn.Sequential(
+                    first, *(BasicBlock(outside, outside, 1, project) for _ in range(count - 1))
+                ),
+            )
             inside = outside
         self.finish(inside, classes)
 
@@ -217,14 +267,17 @@ class ResNet(Network):
 
 
 class VGG(Network):
-    """VGG with batch norm (Simonyan & Zisserman, ICLR 2015, arXiv 1409.1556) for small images.
+    """VGG with batch norm (Simonyan & Zisserman, ICLR 2015, arXiv 1409.1556) for small
+    images.
 
-    torchvision's features with two changes: the last of the five max pools is left out, since a global average pool takes its
-    place, and one linear layer replaces the three, as is common on CIFAR. So 16x16 images reach the last stage as one pixel.
+    torchvision's features with two changes: the last of the five max pools is left out,
+    since a global average pool takes its place, and one linear layer replaces the
+    three, as is common on CIFAR. So 16x16 images reach the last stage as one pixel.
 
     Args:
         depth: 11 or 16.
-        classes, channels, width, mean, std: see :class:`Network`; the stages have width times 1, 2, 4, 8 and 8 channels.
+        classes, channels, width, mean, std: see :class:`Network`; the stages have width
+            times 1, 2, 4, 8 and 8 channels.
 
     Raises:
         ValueError: for another depth; on images under 16 pixels high or wide.
@@ -259,18 +312,26 @@ class VGG(Network):
 class MobileNetV2(Network):
     """MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) for small images.
 
-    torchvision's features; deviations, as is common on CIFAR: the first convolution and the second group of blocks (24
-    channels) have stride 1, so that 32x32 images end as 4x4 maps. No dropout: its random numbers would not be the run's own.
+    torchvision's features; deviations, as is common on CIFAR: the first convolution and
+    the second group of blocks (24 channels) have stride 1, so that 32x32 images end as
+    4x4 maps. No dropout: its random numbers would not be the run's own.
 
     Args:
-        classes, channels, width, mean, std: see :class:`Network`; width/32 is the paper's multiplier of all layers but the
-            last convolution, which has at least 1280 channels. Channels are rounded to whole numbers, not to multiples of 8.
+        classes, channels, width, mean, std: see :class:`Network`; width/32 is the
+            paper's multiplier of all layers but the last convolution, which has at
+            least 1280 channels. Channels are rounded to whole numbers, not to multiples
+            of 8.
 
     Raises:
         ValueError: on images under 8 pixels high or wide.
     """
 
-    stages = ("features.3", "features.6", "features.13", "features.17")  # the last blocks; features.18 is a lone convolution
+    stages = (
+        "features.3",
+        "features.6",
+        "features.13",
+        "features.17",
+    )  # the last blocks; features.18 is a lone convolution
 
     def __init__(
         self,
@@ -283,9 +344,20 @@ class MobileNetV2(Network):
         from torchvision.models import mobilenet_v2
 
         super().__init__(classes, channels, width, mean, std)
-        # expansion, channels, blocks, stride: the paper's table 2, with stride 1 before the 24 channels
-        groups = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-        whole = mobilenet_v2(weights=None, width_mult=width / 32, inverted_residual_setting=groups, round_nearest=1)
+        # expansion, channels, blocks, stride: the paper's table 2, with stride 1 before
+        # the 24 channels
+        groups = [
+            (1, 16, 1, 1),
+            (6, 24, 2, 1),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ]
+        whole = mobilenet_v2(
+            weights=None, width_mult=width / 32, inverted_residual_setting=groups, round_nearest=1
+        )
         self.features = whole.features
         self.features[0][0] = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.finish(whole.last_channel, classes)
@@ -296,7 +368,11 @@ class MobileNetV2(Network):
 
 #: names for :func:`build`; every other wrn-DEPTH-WIDEN is one too
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{f"wrn-{depth}-{widen}": partial(WideResNet, depth, widen) for depth in (16, 40) for widen in (1, 2)},
+    **{
+        f"wrn-{depth}-{widen}": partial(WideResNet, depth, widen)
+        for depth in (16, 40)
+        for widen in (1, 2)
+    },
     "resnet-18": partial(ResNet, (2, 2, 2, 2)),
     "resnet-20": partial(ResNet, (3, 3, 3), project=False, width=16),
     "resnet-34": partial(ResNet, (3, 4, 6, 3)),
@@ -312,7 +388,8 @@ _SEEDED = threading.RLock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU's global generator is seeded inside the block, where layers draw their weights, and restored after it.
+    """The CPU's global generator is seeded inside the block, where layers draw their
+    weights, and restored after it.
 
     Other threads wait with blocks of their own.
     """
@@ -335,20 +412,24 @@ def build(
     std: Sequence[float] = (0.25,),
     seed: int = 0,
 ) -> nn.Module:
-    """The model that ``name`` stands for, one of :data:`MODELS` or wrn-DEPTH-WIDEN, with weights drawn from ``seed`` alone.
+    """The model that ``name`` stands for, one of :data:`MODELS` or wrn-DEPTH-WIDEN,
+    with weights drawn from ``seed`` alone.
 
-    Its ``card`` attribute holds the arguments that rebuild it; :mod:`abdlab.checkpoint` writes it beside the weights.
-    Its ``stages`` name the modules that end each spatial size, for attention transfer.
+    Its ``card`` attribute holds the arguments that rebuild it; :mod:`abdlab.checkpoint`
+    writes it beside the weights. Its ``stages`` name the modules that end each spatial
+    size, for attention transfer.
 
     Args:
         classes: number of logits.
         channels: of the input images.
-        width: channels of the first convolution, which all layers scale with. None is the published network: 16 for
-            Wide-ResNets and ResNet-20, 64 for ResNet-18, ResNet-34 and VGG, 32 for MobileNetV2.
+        width: channels of the first convolution, which all layers scale with. None is
+            the published network: 16 for Wide-ResNets and ResNet-20, 64 for ResNet-18,
+            ResNet-34 and VGG, 32 for MobileNetV2.
         mean, std: per channel in [0, 1] units; one number serves all channels.
 
     Raises:
-        ValueError: for a name that no family answers to, with a "did you mean", or a size that is not positive.
+        ValueError: for a name that no family answers to, with a "did you mean", or a
+            size that is not positive.
     """
     name = name.lower()
     if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
@@ -359,8 +440,16 @@ def build(
         raise ValueError(f"{did_you_mean('model', name, MODELS)}, and any other wrn-DEPTH-WIDEN")
     if width is None:
         width = inspect.signature(make).parameters["width"].default
-    # the width is written out, so that a card means the same network whatever becomes of a default
-    card = {"name": name, "classes": classes, "channels": channels, "width": width, "mean": list(mean), "std": list(std)}
+    # the width is written out, so that a card means the same network whatever becomes
+    # of a default
+    card = {
+        "name": name,
+        "classes": classes,
+        "channels": channels,
+        "width": width,
+        "mean": list(mean),
+        "std": list(std),
+    }
     with seeded(seed):
         model = make(classes=classes, channels=channels, width=width, mean=mean, std=std)
     model.card = card
@@ -368,12 +457,15 @@ def build(
 
 
 def place(model: nn.Module, device: torch.device, precision: str | None = None) -> nn.Module:
-    """Move a model to a device in the memory format that suits it: channels_last on CUDA, contiguous elsewhere, with one exception.
+    """Move a model to a device in the memory format that suits it: channels_last on
+    CUDA, contiguous elsewhere, with one exception.
 
-    On a CPU, channels_last takes 12 to 17 % less time for a training step of WRNs on 3x32x32 and 30 % less for a generator's, but
-    gains nothing with one channel and loses 10 to 20 % in bf16. So it is for networks of this library on colour images that train in
-    the ``precision`` "float32" (None: that do not train, or in no known one). Never for strided 1x1 convolutions, which they do not
-    have: oneDNN's weight gradient of those has been seen to write outside its buffers in that format.
+    On a CPU, channels_last takes 12 to 17 % less time for a training step of WRNs on
+    3x32x32 and 30 % less for a generator's, but gains nothing with one channel and
+    loses 10 to 20 % in bf16. So it is for networks of this library on colour images
+    that train in the ``precision`` "float32" (None: that do not train, or in no known
+    one). Never for strided 1x1 convolutions, which they do not have: oneDNN's weight
+    gradient of those has been seen to write outside its buffers in that format.
     """
     if device.type == "cuda":
         return model.to(device, memory_format=torch.channels_last)
@@ -387,29 +479,49 @@ def place(model: nn.Module, device: torch.device, precision: str | None = None) 
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
-    """The one that a model's kernels have: what networks that work with it best have too."""
+    """The one that a model's kernels have: what networks that work with it best have
+    too.
+    """
     kernels = [p for p in model.parameters() if p.ndim == 4]
-    moved = any(not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    moved = any(
+        not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+        for p in kernels
+    )
     return torch.channels_last if moved else torch.contiguous_format
 
 
 def fusable(model: nn.Module) -> bool | None:
-    """SGD's ``fused`` for this model: True on CUDA, where a step then needs no look at a gradient's norm, else torch's default.
+    """SGD's ``fused`` for this model: True on CUDA, where a step then needs no look at
+    a gradient's norm, else torch's default.
 
-    On a CPU it takes .2 ms instead of .8 ms per step of a WRN-16-2, of half a second, but rounds otherwise: seeds would no
-    longer give the numbers that were reported for them.
+    On a CPU it takes .2 ms instead of .8 ms per step of a WRN-16-2, of half a second,
+    but rounds otherwise: seeds would no longer give the numbers that were reported for
+    them.
     """
     return True if next(model.parameters()).is_cuda else None
 
 
-def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> SGD:
-    """SGD on all weights of a model, fused where that is wanted; ``nesterov`` holds only with momentum."""
+def sgd(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
+) -> SGD:
+    """SGD on all weights of a model, fused where that is wanted; ``nesterov`` holds
+    only with momentum.
+    """
     nesterov = nesterov and momentum > 0
-    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fusable(model))
+    return SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=fusable(model),
+    )
 
 
 def normalization(model: nn.Module, channels: int) -> tuple[list[float], list[float]]:
-    """Per-channel mean and std of the model's own :class:`Normalize` layer; (0.5, 0.25) where it has none."""
+    """Per-channel mean and std of the model's own :class:`Normalize` layer; (0.5, 0.25)
+    where it has none.
+    """
     for module in model.modules():
         if isinstance(module, Normalize):
             mean, std = module.mean.flatten().tolist(), module.std.flatten().tolist()

@@ -1,7 +1,9 @@
-"""Triggers and poisoned images that are optimised against a clean model: what an attacker does before any poisoning.
+"""Triggers and poisoned images that are optimised against a clean model: what an
+attacker does before any poisoning.
 
-:func:`optimize` fills in the ``pattern`` of an optimised trigger; :class:`PGD` perturbs the images of a clean-label attack.
-The model is only read: it is put in eval mode for the while, and its weights and statistics stay as they are.
+:func:`optimize` fills in the ``pattern`` of an optimised trigger; :class:`PGD` perturbs
+the images of a clean-label attack. The model is only read: it is put in eval mode for
+the while, and its weights and statistics stay as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Bench:
 
     def draw(self, n: int = 64) -> Tensor:
         """A random mini-batch of the images."""
-        return self.images[torch.randint(len(self.images), (n,), generator=self.generator).to(self.images.device)]
+        return self.images[
+            torch.randint(len(self.images), (n,), generator=self.generator).to(self.images.device)
+        ]
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) on the images' device, the same on every device."""
@@ -61,15 +65,19 @@ def trojan(
     steps: int = 150,
     lr: float = 0.05,
 ) -> Tensor:
-    """The patch that excites the chosen neurons most (TrojanNN, Liu et al., NDSS 2018, "Trojan trigger generation").
+    """The patch that excites the chosen neurons most (TrojanNN, Liu et al., NDSS 2018,
+    "Trojan trigger generation").
 
-    Gradient ascent, as in the paper, from random pixels and within the patch only. Where ours deviates: the neurons are features
-    before the last linear layer, chosen by the weights that *leave* them (:func:`strongest`; the paper goes by those that enter a
-    layer, which residual networks have no single matrix of), the patch lies on real images instead of on an empty one, and the
-    activation is driven as high as it goes instead of to a large given value.
+    Gradient ascent, as in the paper, from random pixels and within the patch only.
+    Where ours deviates: the neurons are features before the last linear layer, chosen
+    by the weights that *leave* them (:func:`strongest`; the paper goes by those that
+    enter a layer, which residual networks have no single matrix of), the patch lies on
+    real images instead of on an empty one, and the activation is driven as high as it
+    goes instead of to a large given value.
 
     Args:
-        side: of the patch in pixels. corner, margin: where it is pasted, as the trigger's own parameters say.
+        side: of the patch in pixels. corner, margin: where it is pasted, as the
+            trigger's own parameters say.
         neurons: how many are driven.
         steps, lr: of Adam on the pixels in [0, 1].
 
@@ -83,26 +91,36 @@ def trojan(
     def loss(patch: Tensor) -> Tensor:
         return -activation(bench.model, paste(bench.draw(), patch, ones, corner, margin), chosen)
 
-    return _quantise(_descend(bench.uniform(channels, side, side), loss, lambda p: p.clamp(0, 1), steps, lr))
+    return _quantise(
+        _descend(bench.uniform(channels, side, side), loss, lambda p: p.clamp(0, 1), steps, lr)
+    )
 
 
-def l2(bench: Bench, *, bound: float = 0.03, neurons: int = 2, steps: int = 150, lr: float = 0.01) -> Tensor:
-    """The additive pattern that excites the chosen neurons most within an l2 ball (Li et al., TDSC 2020, arXiv 1909.02742).
+def l2(
+    bench: Bench, *, bound: float = 0.03, neurons: int = 2, steps: int = 150, lr: float = 0.01
+) -> Tensor:
+    """The additive pattern that excites the chosen neurons most within an l2 ball (Li
+    et al., TDSC 2020, arXiv 1909.02742).
 
-    Where ours deviates: the paper adds a multiple of the norm to the loss and lowers it step by step, here the pattern is
-    projected onto the ball after each step; it is optimised on top of real images instead of alone.
+    Where ours deviates: the paper adds a multiple of the norm to the loss and lowers it
+    step by step, here the pattern is projected onto the ball after each step; it is
+    optimised on top of real images instead of alone.
 
     Args:
-        bound: of the pattern's root mean square per value, in [0, 1] units: its l2 norm is at most bound x sqrt(C H W), so that
-            one number serves every image size.
+        bound: of the pattern's root mean square per value, in [0, 1] units: its l2 norm
+            is at most bound x sqrt(C H W), so that one number serves every image size.
         neurons: how many are driven, see :func:`strongest`.
         steps, lr: of Adam on values in [0, 1] units.
 
     Returns:
-        levels (C, H, W), whole numbers from -255 to 255 (rounded towards zero, which keeps the bound).
+        levels (C, H, W), whole numbers from -255 to 255 (rounded towards zero, which
+        keeps the bound).
     """
     shape = bench.images.shape[1:]
-    radius, chosen = _positive("bound", bound) * math.sqrt(math.prod(shape)), strongest(bench.model, bench.images, neurons)
+    radius, chosen = (
+        _positive("bound", bound) * math.sqrt(math.prod(shape)),
+        strongest(bench.model, bench.images, neurons),
+    )
 
     def loss(change: Tensor) -> Tensor:
         return -activation(bench.model, (bench.draw() + change).clamp(0, 1), chosen)
@@ -114,13 +132,25 @@ def l2(bench: Bench, *, bound: float = 0.03, neurons: int = 2, steps: int = 150,
     return (255 * _descend(project(bound * bench.normal(*shape)), loss, project, steps, lr)).trunc()
 
 
-def l0(bench: Bench, *, share: float = 0.02, neurons: int = 2, rounds: int = 4, steps: int = 150, lr: float = 0.05) -> Tensor:
-    """The few replaced pixels that excite the chosen neurons most (Li et al., TDSC 2020, arXiv 1909.02742, the l0 variant).
+def l0(
+    bench: Bench,
+    *,
+    share: float = 0.02,
+    neurons: int = 2,
+    rounds: int = 4,
+    steps: int = 150,
+    lr: float = 0.05,
+) -> Tensor:
+    """The few replaced pixels that excite the chosen neurons most (Li et al., TDSC
+    2020, arXiv 1909.02742, the l0 variant).
 
-    All pixels are free at first. In each round the values are optimised, and then the pixels that matter least are given up, by
-    |gradient x (value - mean image)|, until only so many are left, which are optimised once more. Where ours deviates: the paper
-    gives up pixels one by one, here their number shrinks by the same factor in each round; pixels are replaced instead of
-    changed, so that the trigger is the same on every image.
+    All pixels are free at first. In each round the values are optimised, and then the
+    pixels that matter least are given up, by
+    |gradient x (value - mean image)|, until only so many are left, which are optimised
+    once more. Where ours deviates: the paper gives up pixels one by one, here their
+    number shrinks by the same factor in each
+    round; pixels are replaced instead of changed, so that the trigger is the same on
+    every image.
 
     Args:
         share: of the image's pixels that may be replaced, rounded down, at least one.
@@ -136,7 +166,10 @@ def l0(bench: Bench, *, share: float = 0.02, neurons: int = 2, rounds: int = 4, 
     channels, height, width = bench.images.shape[1:]
     pixels, total = max(1, int(share * height * width)), height * width
     chosen, mean = strongest(bench.model, bench.images, neurons), bench.images.mean(0)
-    values, mask = bench.uniform(channels, height, width), torch.ones(height, width).to(bench.images)
+    values, mask = (
+        bench.uniform(channels, height, width),
+        torch.ones(height, width).to(bench.images),
+    )
 
     def loss(values: Tensor) -> Tensor:
         return -activation(bench.model, torch.where(mask > 0, values, bench.draw()), chosen)
@@ -148,15 +181,24 @@ def l0(bench: Bench, *, share: float = 0.02, neurons: int = 2, rounds: int = 4, 
             leaf = values.clone().requires_grad_()
             (slope,) = torch.autograd.grad(loss(leaf), leaf)
             matters = torch.where(mask > 0, (slope * (values - mean)).abs().sum(0), -1.0)
-            mask = torch.zeros(total).to(mask).index_fill_(0, matters.flatten().topk(left).indices, 1).view_as(mask)
+            mask = (
+                torch.zeros(total)
+                .to(mask)
+                .index_fill_(0, matters.flatten().topk(left).indices, 1)
+                .view_as(mask)
+            )
     return torch.where(mask > 0, _quantise(values), -1)
 
 
-def low_frequency(bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int = 150, lr: float = 0.01) -> Tensor:
-    """The smooth pattern that makes the clean model call the target (Zeng et al., ICCV 2021, arXiv 2104.03413).
+def low_frequency(
+    bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int = 150, lr: float = 0.01
+) -> Tensor:
+    """The smooth pattern that makes the clean model call the target (Zeng et al., ICCV
+    2021, arXiv 2104.03413).
 
-    A universal perturbation, like the paper's, that minimises the cross-entropy to the target. Where ours deviates: the paper
-    filters each step's pattern with a low-pass filter, ours is made of low cosines alone, so that it has nothing above the cut.
+    A universal perturbation, like the paper's, that minimises the cross-entropy to the
+    target. Where ours deviates: the paper filters each step's pattern with a low-pass
+    filter, ours is made of low cosines alone, so that it has nothing above the cut.
 
     Args:
         bound: largest change of any value, in [0, 1] units.
@@ -164,16 +206,22 @@ def low_frequency(bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int 
         steps, lr: of Adam on the cosines' weights, in [0, 1] units.
 
     Returns:
-        levels (C, cut, cut): the weights in steps of 1/255, see :func:`abdlab.triggers.smooth`.
+        levels (C, cut, cut): the weights in steps of 1/255, see
+            :func:`abdlab.triggers.smooth`.
     """
     _positive("bound", bound)
     channels, height, width = bench.images.shape[1:]
     if not 1 <= cut <= min(height, width):
-        raise ValueError(f"cut is a number of cosines from 1 to the image's shorter side, {min(height, width)}, not {cut}")
+        raise ValueError(
+            f"cut is a number of cosines from 1 to the image's shorter side, {min(height, width)},"
+            f" not {cut}"
+        )
 
     def loss(weights: Tensor) -> Tensor:
         logits = bench.model((bench.draw() + cosines(weights, height, width)).clamp(0, 1))
-        return F.cross_entropy(logits, torch.full((len(logits),), bench.target, device=logits.device))
+        return F.cross_entropy(
+            logits, torch.full((len(logits),), bench.target, device=logits.device)
+        )
 
     def largest(weights: Tensor) -> float:
         return cosines(weights, height, width).abs().max().item()
@@ -181,7 +229,9 @@ def low_frequency(bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int 
     def project(weights: Tensor) -> Tensor:
         return weights * min(1.0, bound / max(largest(weights), 1e-12))
 
-    weights = _descend(project(0.1 * bound * bench.normal(channels, cut, cut)), loss, project, steps, lr)
+    weights = _descend(
+        project(0.1 * bound * bench.normal(channels, cut, cut)), loss, project, steps, lr
+    )
     levels = (255 * weights).round()
     while largest(levels / 255) > bound:  # rounding may go over the bound by a little
         weights = 0.98 * weights
@@ -212,21 +262,27 @@ def optimize(
 ) -> Trigger:
     """The same trigger with its pattern, optimised against a clean model.
 
-    >>> trigger = optimize("l2_inv", model, data.train_images, data.train_labels, target=0, bound=0.05)
+    >>> images, labels = data.train_images, data.train_labels
+    >>> trigger = optimize("l2_inv", model, images, labels, target=0, bound=0.05)
 
     Args:
-        trigger: one of :data:`METHODS`, by name or with parameters of its own (the corner of a patch).
+        trigger: one of :data:`METHODS`, by name or with parameters of its own (the
+            corner of a patch).
         model: clean, trained on the attacker's own data; it is left as it was.
-        images: (N, C, H, W) in [0, 1]. labels: int64 (N,). Images of the target class are left out.
-        target: the class that the trigger shall call. Only ``smooth`` pulls the clean model towards it; the others excite neurons,
-            and it is the poisoned training that ties these to the target.
-        seed: of starting points and mini-batches; the same seed on the same machine gives the same trigger.
+        images: (N, C, H, W) in [0, 1]. labels: int64 (N,). Images of the target class
+            are left out.
+        target: the class that the trigger shall call. Only ``smooth`` pulls the clean
+            model towards it; the others excite neurons, and it is the poisoned training
+            that ties these to the target.
+        seed: of starting points and mini-batches; the same seed on the same machine
+            gives the same trigger.
         device: where to compute, "auto" takes the GPU when there is one.
-        options: of the trigger's method: :func:`trojan`, :func:`l2`, :func:`l0`, :func:`low_frequency`.
+        options: of the trigger's method: :func:`trojan`, :func:`l2`, :func:`l0`,
+            :func:`low_frequency`.
 
     Raises:
-        ValueError: for a trigger that is not optimised (or composed: optimise its parts), an unknown option, or a model without a
-            linear layer.
+        ValueError: for a trigger that is not optimised (or composed: optimise its
+            parts), an unknown option, or a model without a linear layer.
     """
     trigger = trigger_from(trigger)
     if trigger.then:
@@ -237,7 +293,9 @@ def optimize(
         fixed = {**fixed, **{k: v for k, v in trigger.params.items() if k in ("corner", "margin")}}
     others = labels != target
     if not others.any():
-        raise ValueError(f"every image is of the target class {target}: the trigger would have nothing to move")
+        raise ValueError(
+            f"every image is of the target class {target}: the trigger would have nothing to move"
+        )
     device = pick_device(device)
     place(model, device)
     with mode(model, training=False), frozen(model):
@@ -250,7 +308,8 @@ def options_of(trigger: Trigger, **given) -> dict:
     """Every option of the trigger's method, as given or its default.
 
     Raises:
-        ValueError: for a trigger that is not optimised, or an unknown option, with a "did you mean".
+        ValueError: for a trigger that is not optimised, or an unknown option, with a
+            "did you mean".
     """
     if trigger.name not in METHODS:
         raise ValueError(did_you_mean("optimised trigger", trigger.name, METHODS))
@@ -262,9 +321,11 @@ def options_of(trigger: Trigger, **given) -> dict:
 
 
 def strongest(model: nn.Module, images: Tensor, neurons: int) -> Tensor:
-    """Indices of the features before the last linear layer that are tied most strongly to the logits, dead ones left out.
+    """Indices of the features before the last linear layer that are tied most strongly
+    to the logits, dead ones left out.
 
-    By the sum over classes of |weight|. A feature that no image excites (a dead rectifier) gives no gradient to start from.
+    By the sum over classes of |weight|. A feature that no image excites (a dead
+    rectifier) gives no gradient to start from.
 
     Args:
         images: (N, C, H, W), the first 256 tell dead features from living ones.
@@ -281,7 +342,9 @@ def strongest(model: nn.Module, images: Tensor, neurons: int) -> Tensor:
 
 
 def activation(model: nn.Module, images: Tensor, neurons: Tensor) -> Tensor:
-    """Mean activation of these features over images and features: a scalar with its graph."""
+    """Mean activation of these features over images and features: a scalar with its
+    graph.
+    """
     reader = _reads_neurons(model)
     with record(model, [reader], inputs=True) as seen:
         model(images)
@@ -290,10 +353,12 @@ def activation(model: nn.Module, images: Tensor, neurons: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Images that a clean model no longer recognises: projected gradient ascent on its loss (Madry et al. 2018, arXiv 1706.06083).
+    """Images that a clean model no longer recognises: projected gradient ascent on its
+    loss (Madry et al. 2018, arXiv 1706.06083).
 
-    The perturbation of the label-consistent attack (Turner et al. 2019, arXiv 1912.02771): on target images made
-    hard in this way, a model learns the trigger instead of the image.
+    The perturbation of the label-consistent attack (Turner et al. 2019, arXiv
+    1912.02771): on target images made hard in this way, a model learns the trigger
+    instead of the image.
 
     Attributes:
         model: clean; left as it was.
@@ -310,7 +375,9 @@ class PGD:
     seed: int = 0
 
     def __call__(self, images: Tensor, labels: Tensor, batch: int = 256) -> Tensor:
-        """Perturbed images (N, C, H, W), in [0, 1] and within the bound of the given ones; labels (N,) are the true ones."""
+        """Perturbed images (N, C, H, W), in [0, 1] and within the bound of the given
+        ones; labels (N,) are the true ones.
+        """
         _positive("bound", self.bound)
         place(self.model, images.device)
         generator = torch.Generator().manual_seed(self.seed)
@@ -324,13 +391,17 @@ class PGD:
         for _ in range(self.steps):
             out.requires_grad_()
             # the sum keeps each image's gradient independent of the batch
-            (slope,) = torch.autograd.grad(F.cross_entropy(self.model(out), labels, reduction="sum"), out)
+            (slope,) = torch.autograd.grad(
+                F.cross_entropy(self.model(out), labels, reduction="sum"), out
+            )
             out = out.detach() + 2.5 * self.bound / self.steps * slope.sign()
             out = (images + (out - images).clamp(-self.bound, self.bound)).clamp(0, 1)
         return out
 
 
-def _descend(start: Tensor, loss: Callable, project: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:
+def _descend(
+    start: Tensor, loss: Callable, project: Callable[[Tensor], Tensor], steps: int, lr: float
+) -> Tensor:
     """Adam on ``loss`` from ``start``, projected after each step."""
     leaf = start.clone().requires_grad_()
     adam = Adam([leaf], lr=lr)

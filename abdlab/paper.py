@@ -1,7 +1,8 @@
 """The paper's own numbers, and how ours compare with them, cell by cell.
 
-A cell is a data set, a teacher's and a student's architecture, a trigger and a method. The paper prints one number per
-cell, no spread, and disagrees with itself by up to 10 points of ASR. So "within" is a convention of ours, see :func:`verdict`.
+A cell is a data set, a teacher's and a student's architecture, a trigger and a method.
+The paper prints one number per cell, no spread, and disagrees with itself by up to 10
+points of ASR. So "within" is a convention of ours, see :func:`verdict`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ import pandas as pd
 from abdlab.presets import PRESETS, defaults
 
 #: where :data:`NUMBERS` are from
-SOURCE = "Hong et al., ICML 2023, arXiv 2306.02368, as collected (the numbers of its tables are not known)"
+SOURCE = (
+    "Hong et al., ICML 2023, arXiv 2306.02368, as collected (the numbers of its tables are not"
+    " known)"
+)
 
-#: points of ACC and of ASR that ours may always differ by: the paper disagrees with itself by up to 10 points of ASR
+#: points of ACC and of ASR that ours may always differ by: the paper disagrees with
+#: itself by up to 10 points of ASR
 TOLERANCE = {"acc": 5.0, "asr": 10.0}
 
 #: what tells one cell from another
 CELL = ["data", "teacher", "student", "trigger", "method"]
 
-# ACC and ASR in %. A teacher has no student. Methods are named as everywhere: a source and its defences.
-# ABD is sv+sr, but sv alone where the paper stops there (badnet_sq, sig, l2_inv and l0_inv).
-# cmi and ood: undefended, then ABD; taken to be sv+sr, which the paper's rows do not say.
-# ablation: a second run of the paper's own on some cells of main; badnet_grid, zskt differs by 9.1 points of ASR.
+# ACC and ASR in %. A teacher has no student. Methods are named as everywhere: a source
+# and its defences. ABD is sv+sr, but sv alone where the paper stops there (badnet_sq,
+# sig, l2_inv and l0_inv). cmi and ood: undefended, then ABD; taken to be sv+sr, which
+# the paper's rows do not say. ablation: a second run of the paper's own on some cells
+# of main; badnet_grid, zskt differs by 9.1 points of ASR.
 NUMBERS = """
 part      data     teacher   student   trigger      method      acc    asr
 main      cifar10  wrn-16-2  -         badnet_grid  teacher     92.1   99.9
@@ -101,28 +107,57 @@ ablation  cifar10  wrn-16-2  wrn-16-1  trojan_wm    zskt+sr     79.7   44.1
 ablation  cifar10  wrn-16-2  wrn-16-1  trojan_wm    zskt+sv+sr  78.2   22.5
 """
 
-#: settings whose number says how long something was trained: below the paper's, a run is shortened
-_LENGTHS = frozenset({"epochs", "pseudo_batches", "student_steps", "rounds", "synthesis_steps", "kd_steps", "patches"})
-#: a folder of images whose classes have these names is CIFAR-10 to :func:`runs`, whatever the folder is called
-CIFAR10_CLASSES = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+#: settings whose number says how long something was trained: below the paper's, a run
+#: is shortened
+_LENGTHS = frozenset(
+    {
+        "epochs",
+        "pseudo_batches",
+        "student_steps",
+        "rounds",
+        "synthesis_steps",
+        "kd_steps",
+        "patches",
+    }
+)
+#: a folder of images whose classes have these names is CIFAR-10 to :func:`runs`,
+#: whatever the folder is called
+CIFAR10_CLASSES = {
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+}
 #: settings that tell the cell
 _ASIDE = frozenset({"data.name", "attack.trigger", "teacher.model", "student.model"})
 
 
 def numbers() -> pd.DataFrame:
-    """The paper's numbers, one row per printed number: part, :data:`CELL`, acc and asr in %.
+    """The paper's numbers, one row per printed number: part, :data:`CELL`, acc and asr
+    in %.
 
-    Equal numbers that the paper prints twice for one cell are one row; its part then names both places.
+    Equal numbers that the paper prints twice for one cell are one row; its part then
+    names both places.
     """
     printed = pd.read_csv(io.StringIO(NUMBERS), sep=r"\s+")
-    return printed.groupby([*CELL, "acc", "asr"], sort=False, as_index=False).agg(part=("part", ", ".join))
+    return printed.groupby([*CELL, "acc", "asr"], sort=False, as_index=False).agg(
+        part=("part", ", ".join)
+    )
 
 
 def verdict(ours: float, std: float, paper: float, tolerance: float) -> str:
-    """ "within" when ours and the paper's number differ by at most max(2 x our std, tolerance), else "above" or "below".
+    """ "within" when ours and the paper's number differ by at most max(2 x our std,
+     tolerance), else "above" or "below".
 
     Args:
-        ours, paper: in %. std: sample standard deviation of ours, in points; NaN (one seed) counts as none.
+        ours, paper: in %. std: sample standard deviation of ours, in points; NaN (one
+            seed) counts as none.
 
     Returns:
         an empty text when there is nothing to compare.
@@ -138,8 +173,9 @@ def verdict(ours: float, std: float, paper: float, tolerance: float) -> str:
 def runs(root: str | Path) -> pd.DataFrame:
     """Every finished run below ``root`` that has a config.json, one row each.
 
-    Columns: run (its folder), :data:`CELL`, seed, acc and asr in %, settings (all that it depends on but the seed, as one
-    text), shortened and changed (what differs from the paper's preset, as sentences' parts; None where no preset is known).
+    Columns: run (its folder), :data:`CELL`, seed, acc and asr in %, settings (all that
+    it depends on but the seed, as one text), shortened and changed (what differs from
+    the paper's preset, as sentences' parts; None where no preset is known).
 
     Raises:
         ValueError: for a file that is no JSON.
@@ -171,10 +207,12 @@ def runs(root: str | Path) -> pd.DataFrame:
 def compare(root: str | Path) -> pd.DataFrame:
     """Ours over seeds beside the paper's number for the same cell.
 
-    One row per cell, settings and number of the paper (which has two for some cells): :data:`CELL`, n (seeds), acc, acc_std,
-    asr, asr_std (mean and sample standard deviation over seeds, in %), part, paper_acc, paper_asr (NaN for a cell that the
-    paper has not), acc_is, asr_is (see :func:`verdict`), shortened, changed, runs (folders). A seed that was run more than
-    once with equal settings counts once, with its mean; runs with other settings are never averaged.
+    One row per cell, settings and number of the paper (which has two for some cells):
+    :data:`CELL`, n (seeds), acc, acc_std, asr, asr_std (mean and sample standard
+    deviation over seeds, in %), part, paper_acc, paper_asr (NaN for a cell that the
+    paper has not), acc_is, asr_is (see :func:`verdict`), shortened, changed, runs
+    (folders). A seed that was run more than once with equal settings counts once, with
+    its mean; runs with other settings are never averaged.
 
     Raises:
         ValueError: for a file that is no JSON.
@@ -185,34 +223,52 @@ def compare(root: str | Path) -> pd.DataFrame:
     key = [*CELL, "settings"]
     seeds = found.groupby([*key, "seed"], dropna=False)[["acc", "asr"]].mean().reset_index()
     scores = seeds.groupby(key, dropna=False).agg(
-        n=("seed", "size"), acc=("acc", "mean"), acc_std=("acc", "std"), asr=("asr", "mean"), asr_std=("asr", "std")
+        n=("seed", "size"),
+        acc=("acc", "mean"),
+        acc_std=("acc", "std"),
+        asr=("asr", "mean"),
+        asr_std=("asr", "std"),
     )
     notes = found.groupby(key, dropna=False).agg(
         shortened=("shortened", "first"), changed=("changed", "first"), runs=("run", ", ".join)
     )
     printed = numbers().rename(columns={"acc": "paper_acc", "asr": "paper_asr"})
-    both = scores.join(notes).reset_index().merge(printed, on=CELL, how="left").drop(columns="settings")
+    both = (
+        scores.join(notes)
+        .reset_index()
+        .merge(printed, on=CELL, how="left")
+        .drop(columns="settings")
+    )
     for kind, tolerance in TOLERANCE.items():
         columns = zip(both[kind], both[f"{kind}_std"], both[f"paper_{kind}"], strict=True)
         both[f"{kind}_is"] = [verdict(*values, tolerance) for values in columns]
     rank = both["method"].map({"teacher": 0, "clean": 1}).fillna(2)
     order = ["data", "trigger", "teacher", "rank", "student", "method"]
-    return both.assign(rank=rank).sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
+    return (
+        both.assign(rank=rank)
+        .sort_values(order, kind="stable", ignore_index=True)
+        .drop(columns="rank")
+    )
 
 
 def preset_of(cell: Mapping[str, str]) -> str | None:
-    """The preset with the settings behind the paper's numbers of a cell; None where there is none."""
+    """The preset with the settings behind the paper's numbers of a cell; None where
+    there is none.
+    """
     source = cell["method"].split("+")[0]
     for name, values in PRESETS.items():
-        same = (values["data"]["name"], values["teacher"]["model"]) == (cell["data"], cell["teacher"])
+        same = (values["data"]["name"], values["teacher"]["model"]) == (
+            cell["data"],
+            cell["teacher"],
+        )
         if name.startswith("paper/") and same and (source == "teacher" or source in values):
             return name
     return None
 
 
 def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """:data:`CELL` of a run. A folder named cifar10 or gtsrb (or cifar10-...), or with CIFAR-10's classes, is taken for that data
-    set; changed says so."""
+    """:data:`CELL` of a run. A folder named cifar10 or gtsrb (or cifar10-...), or with
+    CIFAR-10's classes, is taken for that data set; changed says so."""
     source, *defenses = label.split("+")
     section = {name: config.get(name) or {} for name in ("data", "attack", "teacher", "student")}
     name, attack = str(section["data"].get("name", "-")), section["attack"]
@@ -223,32 +279,55 @@ def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
         "teacher": section["teacher"].get("model", "-"),
         "student": "-" if source == "teacher" else section["student"].get("model", "-"),
         "trigger": _name(attack.get("trigger", "-")),
-        "method": "+".join([source, *sorted(defenses, key=("sv", "sr").index if {*defenses} <= {"sv", "sr"} else None)]),
+        "method": "+".join(
+            [
+                source,
+                *sorted(defenses, key=("sv", "sr").index if {*defenses} <= {"sv", "sr"} else None),
+            ]
+        ),
     }
 
 
 def _is_cifar10(folder: Path) -> bool:
-    """Whether a ``folder:`` data set, if it is still there, has the classes of CIFAR-10."""
+    """Whether a ``folder:`` data set, if it is still there, has the classes of
+    CIFAR-10.
+    """
     train = folder / "train"
-    return train.is_dir() and {path.name for path in train.iterdir() if path.is_dir()} == CIFAR10_CLASSES
+    return (
+        train.is_dir()
+        and {path.name for path in train.iterdir() if path.is_dir()} == CIFAR10_CLASSES
+    )
 
 
 def _name(trigger: str | Mapping[str, Any]) -> str:
     """A trigger's name; of a composed one's card "a+b"."""
-    return trigger if isinstance(trigger, str) else "+".join([trigger["name"], *map(_name, trigger.get("then", ()))])
+    return (
+        trigger
+        if isinstance(trigger, str)
+        else "+".join([trigger["name"], *map(_name, trigger.get("then", ()))])
+    )
 
 
 def _filled(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with today's defaults, as JSON would have it, without where the data lie and what an attack optimised.
+    """A section with today's defaults, as JSON would have it, without where the data
+    lie and what an attack optimised.
 
-    An optimised trigger's pattern is another one for each seed: a result of the run, not a setting.
+    An optimised trigger's pattern is another one for each seed: a result of the run,
+    not a setting.
     """
-    full = json.loads(json.dumps({**defaults(section), **values}), object_hook=lambda d: {k: d[k] for k in d if k != "pattern"})
+    full = json.loads(
+        json.dumps({**defaults(section), **values}),
+        object_hook=lambda d: {k: d[k] for k in d if k != "pattern"},
+    )
     return {k: v for k, v in full.items() if f"{section}.{k}" not in ("data.root", "data.download")}
 
 
-def _deviations(cell: Mapping[str, str], sections: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str | None]:
-    """What of a run's settings is less than (shortened), or else differs from, the paper's."""
+def _deviations(
+    cell: Mapping[str, str], sections: Mapping[str, Mapping[str, Any]]
+) -> tuple[str | None, str | None]:
+    """What of a run's settings is less than (shortened), or else differs from, the
+    paper's.
+    """
     preset = preset_of(cell)
     if preset is None:
         return None, None
@@ -260,12 +339,18 @@ def _deviations(cell: Mapping[str, str], sections: Mapping[str, Mapping[str, Any
         wanted = _filled(section, PRESETS[preset].get(section, {}))
         for key in {**wanted, **values}:
             ours, theirs = values.get(key), wanted.get(key)
-            if f"{section}.{key}" in _ASIDE or ours == theirs or (theirs is None and ours in ({}, [])):
+            if (
+                f"{section}.{key}" in _ASIDE
+                or ours == theirs
+                or (theirs is None and ours in ({}, []))
+            ):
                 continue
             if key in _LENGTHS and None not in (ours, theirs) and ours < theirs:
                 shortened.append(f"{section}.{key} {ours:,} of {theirs:,}")
             else:
-                changed.append(f"{section}.{key} {ours}, not {'the default' if theirs is None else theirs}")
+                changed.append(
+                    f"{section}.{key} {ours}, not {'the default' if theirs is None else theirs}"
+                )
     return "; ".join(shortened), "; ".join(changed)
 
 
@@ -273,4 +358,6 @@ def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): delete that run's folder, or mend the file") from None
+        raise ValueError(
+            f"{path} is no JSON ({error}): delete that run's folder, or mend the file"
+        ) from None

@@ -1,7 +1,8 @@
-"""Figures. Each takes ``ax=None`` (or makes its own figure when it needs several panels), returns it, and never shows it.
+"""Figures. Each takes ``ax=None`` (or makes its own figure when it needs several
+panels), returns it, and never shows it.
 
-One colour per kind of model, everywhere; the palette is seaborn's colour-blind one. Synthetic images may leave [0, 1]: they
-are clamped for display.
+One colour per kind of model, everywhere; the palette is seaborn's colour-blind one.
+Synthetic images may leave [0, 1]: they are clamped for display.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from abdlab.triggers import Trigger
 
 _PALETTE = sns.color_palette("colorblind").as_hex()
-#: teacher, clean KD, or a student's defences ("" when it has none) -> colour, whatever the source
+#: teacher, clean KD, or a student's defences ("" when it has none) -> colour, whatever
+#: the source
 COLORS = {
     "teacher": "#4d4d4d",
     "clean": _PALETTE[2],
@@ -33,8 +35,12 @@ COLORS = {
 
 
 def color_of(label: str) -> str:
-    """The colour of a model by its label: teacher, clean, or a source with its defences ("cmi+sv")."""
-    return COLORS.get(label if label in ("teacher", "clean") else label.partition("+")[2], "#999999")
+    """The colour of a model by its label: teacher, clean, or a source with its defences
+    ("cmi+sv").
+    """
+    return COLORS.get(
+        label if label in ("teacher", "clean") else label.partition("+")[2], "#999999"
+    )
 
 
 def name_of(label: str) -> str:
@@ -43,7 +49,9 @@ def name_of(label: str) -> str:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Each label once: teacher, clean KD, then source by source as they come, from undefended to all defences."""
+    """Each label once: teacher, clean KD, then source by source as they come, from
+    undefended to all defences.
+    """
     labels = list(dict.fromkeys(labels))
     sources, kinds = [label.partition("+")[0] for label in labels], list(COLORS)
 
@@ -61,7 +69,9 @@ def _axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
 
 
 def picture(image: Tensor) -> np.ndarray:
-    """(C, H, W) to (H, W) or (H, W, 3) in [0, 1]; of other channel counts the mean is shown."""
+    """(C, H, W) to (H, W) or (H, W, 3) in [0, 1]; of other channel counts the mean is
+    shown.
+    """
     image = image.detach().float().cpu().clamp(0, 1)
     return (image.permute(1, 2, 0) if image.shape[0] == 3 else image.mean(0)).numpy()
 
@@ -80,7 +90,9 @@ def montage(images: Tensor, columns: int = 8, ax: Axes | None = None, title: str
 
     rows = -(-len(images) // columns)
     ax = _axes(ax, 0.75 * columns, 0.75 * rows + 0.4)
-    grid = make_grid(images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=1, pad_value=1.0)
+    grid = make_grid(
+        images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=1, pad_value=1.0
+    )
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
@@ -89,12 +101,18 @@ def montage(images: Tensor, columns: int = 8, ax: Axes | None = None, title: str
     return ax
 
 
-def trigger_figure(images: Tensor, triggered: Tensor, labels: Sequence[str] | None = None, name: str = "trigger") -> Figure:
-    """Rows clean, triggered and the absolute difference (brightened to fill the range), one column per image."""
+def trigger_figure(
+    images: Tensor, triggered: Tensor, labels: Sequence[str] | None = None, name: str = "trigger"
+) -> Figure:
+    """Rows clean, triggered and the absolute difference (brightened to fill the range),
+    one column per image.
+    """
     n = len(images)
     difference = (triggered - images).abs()
     gain = 1 / difference.max().clamp_min(1e-6)
-    figure, axes = plt.subplots(3, n, figsize=(1.1 * n + 0.9, 3.9), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        3, n, figsize=(1.1 * n + 0.9, 3.9), layout="constrained", squeeze=False
+    )
     for i in range(n):
         show(axes[0, i], images[i], f"label {labels[i]}" if labels is not None else "")
         show(axes[1, i], triggered[i])
@@ -106,22 +124,30 @@ def trigger_figure(images: Tensor, triggered: Tensor, labels: Sequence[str] | No
 
 
 def trigger_gallery(images: Tensor, triggers: Sequence[Trigger], columns: int = 4) -> Figure:
-    """Several triggers on the same images: one row each, the triggered images on the left and their differences on the right.
+    """Several triggers on the same images: one row each, the triggered images on the
+    left and their differences on the right.
 
-    The first row is the clean images. A difference is the largest absolute change over the channels, and brightened so that the
-    row's largest value is white: the factor is under the trigger's name. On the right stand the trigger's sizes, means over all
+    The first row is the clean images. A difference is the largest absolute change over
+    the channels, and brightened so that the row's largest value is white: the factor is
+    under the trigger's name. On the right stand the trigger's sizes, means over all
     ``images`` (:func:`abdlab.evaluate.trigger_size`).
 
     Args:
-        images: (N, C, H, W) in [0, 1]; the first ``columns`` are shown, all are measured.
-        triggers: optimised ones with their patterns (:func:`abdlab.runs.ready_triggers`).
+        images: (N, C, H, W) in [0, 1]; the first ``columns`` are shown, all are
+            measured.
+        triggers: optimised ones with their patterns
+            (:func:`abdlab.runs.ready_triggers`).
     """
     from abdlab.evaluate import trigger_size
 
     shown = images[:columns]
     n = len(shown)
     figure, axes = plt.subplots(
-        len(triggers) + 1, 2 * n, figsize=(1.6 * n + 4.2, 0.8 * len(triggers) + 1.5), layout="constrained", squeeze=False
+        len(triggers) + 1,
+        2 * n,
+        figsize=(1.6 * n + 4.2, 0.8 * len(triggers) + 1.5),
+        layout="constrained",
+        squeeze=False,
     )
     for ax in axes[0, n:]:
         ax.axis("off")
@@ -137,62 +163,120 @@ def trigger_gallery(images: Tensor, triggers: Sequence[Trigger], columns: int = 
         for column in range(n):
             show(row[column], triggered[column])
             show(row[n + column], difference[column] * gain)
-        row[0].set_ylabel(f"{trigger}\n(difference x {gain.item():.2g})", fontsize=9, rotation=0, ha="right", va="center")
-        text = f"l0 {size['l0']:.1%} of pixels, SSIM {size['ssim']:.3f}\nl2 {size['l2']:.2f}, l$_\\infty$ {size['linf']:.3f}"
+        row[0].set_ylabel(
+            f"{trigger}\n(difference x {gain.item():.2g})",
+            fontsize=9,
+            rotation=0,
+            ha="right",
+            va="center",
+        )
+        text = (
+            f"l0 {size['l0']:.1%} of pixels, SSIM {size['ssim']:.3f}\nl2 {size['l2']:.2f},"
+            f" l$_\\infty$ {size['linf']:.3f}"
+        )
         row[-1].text(1.12, 0.5, text, transform=row[-1].transAxes, fontsize=8, va="center")
     figure.suptitle(
-        f"Triggers on the same images\n(sizes: means over {len(images)} images; l2, l$_\\infty$ in [0, 1] units)",
+        f"Triggers on the same images\n(sizes: means over {len(images)} images; l2, l$_\\infty$ in"
+        " [0, 1] units)",
         fontsize=11,
     )
     return figure
 
 
 def prediction_figure(
-    images: Tensor, triggered: Tensor, clean_said: Tensor, triggered_said: Tensor, classes: Sequence[str], target: int
+    images: Tensor,
+    triggered: Tensor,
+    clean_said: Tensor,
+    triggered_said: Tensor,
+    classes: Sequence[str],
+    target: int,
 ) -> Figure:
-    """Two rows, clean and triggered, each image under the class that a model gives it; the target class in orange."""
-    figure, axes = plt.subplots(2, len(images), figsize=(1.1 * len(images) + 0.9, 2.9), layout="constrained", squeeze=False)
+    """Two rows, clean and triggered, each image under the class that a model gives it;
+    the target class in orange.
+    """
+    figure, axes = plt.subplots(
+        2, len(images), figsize=(1.1 * len(images) + 0.9, 2.9), layout="constrained", squeeze=False
+    )
     for row, (batch, said) in enumerate(((images, clean_said), (triggered, triggered_said))):
         for column, label in enumerate(said.tolist()):
-            show(axes[row, column], batch[column], f"says {classes[label]}", COLORS[""] if label == target else None)
+            show(
+                axes[row, column],
+                batch[column],
+                f"says {classes[label]}",
+                COLORS[""] if label == target else None,
+            )
     axes[0, 0].set_ylabel("clean", fontsize=9)
     axes[1, 0].set_ylabel("triggered", fontsize=9)
-    figure.suptitle(f"What the model says (orange: the target class, {classes[target]})", fontsize=11)
+    figure.suptitle(
+        f"What the model says (orange: the target class, {classes[target]})", fontsize=11
+    )
     return figure
 
 
 def training_curves(
-    history: pd.DataFrame, ax: Axes | None = None, floor: float | None = None, step: str = "pseudo-batch"
+    history: pd.DataFrame,
+    ax: Axes | None = None,
+    floor: float | None = None,
+    step: str = "pseudo-batch",
 ) -> Axes:
-    """ACC (solid) and ASR (dashed) in percent over training, one colour per label of the history.
+    """ACC (solid) and ASR (dashed) in percent over training, one colour per label of
+    the history.
 
     Args:
-        history: of one or many runs, with columns label, step, acc, and asr where measured.
+        history: of one or many runs, with columns label, step, acc, and asr where
+            measured.
         floor: the clean-KD student's ASR as a share, drawn as a dotted line.
     """
     ax = _axes(ax)
     measured = history.dropna(subset=["acc"])
     for label, part in measured.groupby("label", sort=False):
         color = color_of(label)
-        ax.plot(part["step"], 100 * part["acc"], color=color, marker="o", ms=3, label=f"{name_of(label)}: ACC")
+        ax.plot(
+            part["step"],
+            100 * part["acc"],
+            color=color,
+            marker="o",
+            ms=3,
+            label=f"{name_of(label)}: ACC",
+        )
         if "asr" in part and part["asr"].notna().any():
-            ax.plot(part["step"], 100 * part["asr"], color=color, marker="s", ms=3, ls="--", label=f"{name_of(label)}: ASR")
+            ax.plot(
+                part["step"],
+                100 * part["asr"],
+                color=color,
+                marker="s",
+                ms=3,
+                ls="--",
+                label=f"{name_of(label)}: ASR",
+            )
     if floor is not None:
-        ax.axhline(100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}")
+        ax.axhline(
+            100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}"
+        )
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
     ax.legend(fontsize=8, frameon=False, loc="best")
     sns.despine(ax=ax)
     return ax
 
 
-def branch_curves(histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], floor: float | None = None) -> None:
-    """ACC (first axes) and ASR (second) in percent over training, one line per run, each with a dash and a marker of its own.
+def branch_curves(
+    histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], floor: float | None = None
+) -> None:
+    """ACC (first axes) and ASR (second) in percent over training, one line per run,
+    each with a dash and a marker of its own.
 
     Args:
-        histories: name of the run -> its history; colours are those of the runs' methods.
+        histories: name of the run -> its history; colours are those of the runs'
+            methods.
         floor: the clean-KD student's ASR as a share, drawn as a dotted line.
     """
-    looks = itertools.cycle(zip("os^DvPX", ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 2))], strict=True))
+    looks = itertools.cycle(
+        zip(
+            "os^DvPX",
+            ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 2))],
+            strict=True,
+        )
+    )
     for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (the looks have no end)
         measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
         if measured.empty:
@@ -200,9 +284,20 @@ def branch_curves(histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], f
         color = color_of(measured["label"].iloc[0])
         for ax, column in zip(axes, ("acc", "asr"), strict=True):
             if column in measured:
-                ax.plot(measured["step"], 100 * measured[column], color=color, marker=marker, ms=4, ls=dash, lw=1.4, label=name)
+                ax.plot(
+                    measured["step"],
+                    100 * measured[column],
+                    color=color,
+                    marker=marker,
+                    ms=4,
+                    ls=dash,
+                    lw=1.4,
+                    label=name,
+                )
     if floor is not None:
-        axes[1].axhline(100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD (floor) {floor:.1%}")
+        axes[1].axhline(
+            100 * floor, color=COLORS["clean"], ls=":", label=f"clean KD (floor) {floor:.1%}"
+        )
     for ax, text in zip(axes, ("ACC (%)", "ASR (%)"), strict=True):
         ax.set(xlabel="training step (pseudo-batch)", ylabel=text, ylim=(-3, 103))
         ax.spines[["top", "right"]].set_visible(False)
@@ -211,7 +306,9 @@ def branch_curves(histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], f
 
 
 def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Every loss term of the history over training, weights included, on a symmetric-log axis."""
+    """Every loss term of the history over training, weights included, on a
+    symmetric-log axis.
+    """
     ax = _axes(ax)
     known = {"label", "step", "seconds", "acc", "asr", "events"}
     for name in [c for c in history.columns if c not in known]:
@@ -224,12 +321,25 @@ def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def samples_over_training(samples: Mapping[int, Tensor], columns: int = 10, rows: int = 8) -> Figure:
-    """The first images of pseudo-batches over training: one row per recorded step, evenly chosen, the latest at the bottom."""
+def samples_over_training(
+    samples: Mapping[int, Tensor], columns: int = 10, rows: int = 8
+) -> Figure:
+    """The first images of pseudo-batches over training: one row per recorded step,
+    evenly chosen, the latest at the bottom.
+    """
     steps = sorted(samples)
-    chosen = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int))]
+    chosen = [
+        steps[i]
+        for i in np.unique(
+            np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int)
+        )
+    ]
     figure, axes = plt.subplots(
-        len(chosen), columns, figsize=(0.75 * columns + 0.8, 0.78 * len(chosen) + 0.4), layout="constrained", squeeze=False
+        len(chosen),
+        columns,
+        figsize=(0.75 * columns + 0.8, 0.78 * len(chosen) + 0.4),
+        layout="constrained",
+        squeeze=False,
     )
     for row, step in enumerate(chosen):
         for column in range(columns):
@@ -244,12 +354,22 @@ def samples_over_training(samples: Mapping[int, Tensor], columns: int = 10, rows
 
 
 def samples_by_class(
-    images: Tensor, logits: Tensor, classes: Sequence[str], columns: int = 10, target: int | None = None
+    images: Tensor,
+    logits: Tensor,
+    classes: Sequence[str],
+    columns: int = 10,
+    target: int | None = None,
 ) -> Figure:
-    """Synthetic images in rows by the class that the teacher gives them, the surest first; the target class is marked."""
+    """Synthetic images in rows by the class that the teacher gives them, the surest
+    first; the target class is marked.
+    """
     sure, predicted = logits.softmax(1).max(1)
     figure, axes = plt.subplots(
-        len(classes), columns, figsize=(0.75 * columns + 1.2, 0.78 * len(classes) + 0.4), layout="constrained", squeeze=False
+        len(classes),
+        columns,
+        figsize=(0.75 * columns + 1.2, 0.78 * len(classes) + 0.4),
+        layout="constrained",
+        squeeze=False,
     )
     for row, name in enumerate(classes):
         members = torch.nonzero(predicted == row).flatten()
@@ -264,9 +384,15 @@ def samples_by_class(
                     spine.set_color("0.9")
         note = "\n(target)" if row == target else ""
         axes[row, 0].set_ylabel(
-            f"{name}: {len(members) / len(images):.0%}{note}", fontsize=8, rotation=0, ha="right", va="center"
+            f"{name}: {len(members) / len(images):.0%}{note}",
+            fontsize=8,
+            rotation=0,
+            ha="right",
+            va="center",
         )
-    figure.suptitle("Synthetic images by teacher class (share of the batch), surest first", fontsize=11)
+    figure.suptitle(
+        "Synthetic images by teacher class (share of the batch), surest first", fontsize=11
+    )
     return figure
 
 
@@ -277,19 +403,25 @@ def suspicion_histogram(
     others: Mapping[str, Tensor] | None = None,
     reverse: bool = False,
 ) -> Axes:
-    """Histogram of log10 KL(T~ || T) on synthetic images, with the line at mean - sigma x std; low is suspicious.
+    """Histogram of log10 KL(T~ || T) on synthetic images, with the line at mean - sigma
+    x std; low is suspicious.
 
     Args:
         scores: of the student's synthetic images (N,), see :func:`abdlab.suspicion`.
-        others: more score sets for comparison, drawn as outlines ("clean test", "triggered test").
+        others: more score sets for comparison, drawn as outlines ("clean test",
+            "triggered test").
         reverse: the scores are those of KL(T || T~), as the axis then says.
     """
     ax = _axes(ax)
     line = (scores.mean() - sigma * scores.std(correction=0)).item()
     share = (scores < line).double().mean().item()
     everything = torch.cat([scores, *(others or {}).values()])
-    bins = np.linspace(everything.min().item(), max(everything.max().item(), everything.min().item() + 1e-6), 60)
-    ax.hist(scores.numpy(), bins, density=True, color="0.75", label=f"synthetic (n = {len(scores)})")
+    bins = np.linspace(
+        everything.min().item(), max(everything.max().item(), everything.min().item() + 1e-6), 60
+    )
+    ax.hist(
+        scores.numpy(), bins, density=True, color="0.75", label=f"synthetic (n = {len(scores)})"
+    )
     colors = {"clean test": COLORS["clean"], "triggered test": COLORS[""]}
     for i, (name, values) in enumerate((others or {}).items()):
         ax.hist(
@@ -301,9 +433,18 @@ def suspicion_histogram(
             color=colors.get(name, _PALETTE[i]),
             label=f"{name} (n = {len(values)})",
         )
-    ax.axvline(line, color="black", ls="--", lw=1, label=f"mean - {sigma:g} std: {share:.1%} of synthetic are below")
+    ax.axvline(
+        line,
+        color="black",
+        ls="--",
+        lw=1,
+        label=f"mean - {sigma:g} std: {share:.1%} of synthetic are below",
+    )
     ax.set(
-        xlabel=f"suspicion score log10 {'KL(T || T~)' if reverse else 'KL(T~ || T)'}, KL in nats (low = suspicious)",
+        xlabel=(
+            f"suspicion score log10 {'KL(T || T~)' if reverse else 'KL(T~ || T)'}, KL in nats (low"
+            " = suspicious)"
+        ),
         ylabel="density (share of images per unit of score)",
     )
     ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -316,10 +457,16 @@ def class_colors(count: int) -> list:
     return sns.color_palette("tab10" if count <= 10 else "husl", count)
 
 
-def embedding_figure(points: np.ndarray, groups: Sequence[str], classes: Sequence[str], ax: Axes | None = None) -> Axes:
-    """t-SNE points (N, 2): colour by class, marker by group (clean, triggered, synthetic)."""
+def embedding_figure(
+    points: np.ndarray, groups: Sequence[str], classes: Sequence[str], ax: Axes | None = None
+) -> Axes:
+    """t-SNE points (N, 2): colour by class, marker by group (clean, triggered,
+    synthetic).
+    """
     ax = _axes(ax, 8.4, 5.4)
-    frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "images": groups, "teacher's class": classes})
+    frame = pd.DataFrame(
+        {"x": points[:, 0], "y": points[:, 1], "images": groups, "teacher's class": classes}
+    )
     order = sorted(set(classes), key=lambda c: (len(c), c))
     markers = {"clean": "o", "triggered": "X", "synthetic": "P"}
     sns.scatterplot(
@@ -352,16 +499,22 @@ def tsne(model: nn.Module, layer: str, images: Tensor, seed: int = 0) -> np.ndar
     feature = acts[layer]
     feature = feature.mean((2, 3)) if feature.ndim == 4 else feature.flatten(1)
     perplexity = min(30, max(2, (len(images) - 1) // 3))
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(feature.float().cpu().numpy())
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+        feature.float().cpu().numpy()
+    )
 
 
 def change_heatmaps(changes: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """Trigger-activated change per channel and layer: one panel per model, rows layers, channels sorted by change.
+    """Trigger-activated change per channel and layer: one panel per model, rows layers,
+    channels sorted by change.
 
     Args:
-        changes: label of the model -> what :func:`abdlab.activations.triggered_change` returned. Panels share one colour scale.
+        changes: label of the model -> what :func:`abdlab.activations.triggered_change`
+            returned. Panels share one colour scale.
     """
-    figure, axes = plt.subplots(1, len(changes), figsize=(4.3 * len(changes) + 1, 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(changes), figsize=(4.3 * len(changes) + 1, 4.2), layout="constrained", squeeze=False
+    )
     top = max(float(v.max()) for layers in changes.values() for v in layers.values())
     for ax, (label, layers) in zip(axes[0], changes.items(), strict=True):
         width = max(len(v) for v in layers.values())
@@ -376,7 +529,11 @@ def change_heatmaps(changes: Mapping[str, Mapping[str, Tensor]]) -> Figure:
             vmax=top,
             cmap="rocket_r",
             cbar=last,
-            cbar_kws={"label": "trigger-activated change / clean norm of the layer (no unit)"} if last else None,
+            cbar_kws=(
+                {"label": "trigger-activated change / clean norm of the layer (no unit)"}
+                if last
+                else None
+            ),
             xticklabels=max(1, width // 8),
             yticklabels=True,
         )
@@ -395,14 +552,19 @@ def overlay_figure(
     """Images with heat on top: one row per (image set, model), one column per image.
 
     Args:
-        rows: name of the image set -> (images (N, C, H, W), label of the model -> maps (N, h, w) in [0, 1]).
+        rows: name of the image set -> (images (N, C, H, W), label of the model -> maps
+            (N, h, w) in [0, 1]).
         captions: "image set/model" -> one short text per image (the prediction, say).
         what: named by the colour bar.
     """
     lines = [(name, label) for name, (_, maps) in rows.items() for label in maps]
     n = len(next(iter(rows.values()))[0])
     figure, axes = plt.subplots(
-        len(lines), n, figsize=(1.15 * n + 2.2, 1.3 * len(lines) + 0.4), layout="constrained", squeeze=False
+        len(lines),
+        n,
+        figsize=(1.15 * n + 2.2, 1.3 * len(lines) + 0.4),
+        layout="constrained",
+        squeeze=False,
     )
     for row, (name, label) in enumerate(lines):
         images, maps = rows[name]
@@ -420,49 +582,81 @@ def overlay_figure(
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )
         axes[row, 0].set_ylabel(f"{label}\n{name}", fontsize=8, rotation=0, ha="right", va="center")
-    figure.colorbar(heat, ax=axes, label=f"{what}, scaled to each image's maximum (no unit)", shrink=0.6)
+    figure.colorbar(
+        heat, ax=axes, label=f"{what}, scaled to each image's maximum (no unit)", shrink=0.6
+    )
     if captions:
         figure.suptitle("Above each image: the class that the model gives it", fontsize=10)
     return figure
 
 
 def ablation_figure(results: pd.DataFrame) -> Figure:
-    """ACC and ASR in percent per method: bars are means over seeds, lines one standard deviation, dots the seeds.
+    """ACC and ASR in percent per method: bars are means over seeds, lines one standard
+    deviation, dots the seeds.
 
     Args:
         results: one row per method and seed, columns label, seed, acc, asr (shares).
     """
     order = in_order(results["label"])
     floor = results.loc[results["label"] == "clean", "asr"].mean()
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True
+    )
     seeds = results["seed"].nunique()
     for ax, column, text in zip(
         axes,
         ("acc", "asr"),
-        ("ACC: clean test images classified right (%)", "ASR: triggered test images called the target (%)"),
+        (
+            "ACC: clean test images classified right (%)",
+            "ASR: triggered test images called the target (%)",
+        ),
         strict=True,
     ):
         for y, label in enumerate(order):
             values = 100 * results.loc[results["label"] == label, column]
             spread = values.std() if len(values) > 1 else 0
-            ax.barh(y, values.mean(), xerr=spread or None, color=color_of(label), alpha=0.85, height=0.65, capsize=3)
+            ax.barh(
+                y,
+                values.mean(),
+                xerr=spread or None,
+                color=color_of(label),
+                alpha=0.85,
+                height=0.65,
+                capsize=3,
+            )
             ax.scatter(values, [y] * len(values), s=14, color="black", zorder=3)
-            ax.text(104, y, f"{values.mean():.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""), va="center", fontsize=9)
-        ax.set(xlabel=text, xlim=(0, 100), yticks=range(len(order)), yticklabels=[name_of(label) for label in order])
+            ax.text(
+                104,
+                y,
+                f"{values.mean():.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""),
+                va="center",
+                fontsize=9,
+            )
+        ax.set(
+            xlabel=text,
+            xlim=(0, 100),
+            yticks=range(len(order)),
+            yticklabels=[name_of(label) for label in order],
+        )
         ax.spines[["top", "right"]].set_visible(False)
     if floor == floor:
-        axes[1].axvline(100 * floor, color=COLORS["clean"], ls=":", lw=1.5, label="floor (clean KD)")
+        axes[1].axvline(
+            100 * floor, color=COLORS["clean"], ls=":", lw=1.5, label="floor (clean KD)"
+        )
         axes[1].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
     axes[0].invert_yaxis()
     figure.suptitle(
-        f"Mean over {seeds} seed{'s' if seeds != 1 else ''}" + (", one standard deviation, each seed a dot" if seeds > 1 else ""),
+        f"Mean over {seeds} seed{'s' if seeds != 1 else ''}"
+        + (", one standard deviation, each seed a dot" if seeds > 1 else ""),
         fontsize=10,
     )
     return figure
 
 
 def rows(results: Mapping[str, Mapping]) -> list[dict]:
-    """Metrics by label, as :func:`abdlab.runs.distill_all` returns them, as rows with what a reader must know as ``notes``."""
+    """Metrics by label, as :func:`abdlab.runs.distill_all` returns them, as rows with
+    what a reader must know as ``notes``.
+    """
     out = []
     for label, m in results.items():
         notes = [
@@ -470,68 +664,96 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
             for name, r in m.get("defenses", {}).items()
             if r.get("found") is False
         ]
-        out.append({"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes})
+        out.append(
+            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes}
+        )
     return out
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n is the number of seeds."""
+    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n
+    is the number of seeds.
+    """
 
     def cell(values: pd.Series) -> str:
-        return f"{100 * values.mean():.1f}" + (f" ± {100 * values.std():.1f}" if len(values) > 1 else "")
+        return f"{100 * values.mean():.1f}" + (
+            f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
+        )
 
     parts = {label: results[results["label"] == label] for label in dict.fromkeys(results["label"])}
     order = in_order(parts)
     return pd.DataFrame(
         [
-            {"method": name_of(k), "ACC (%)": cell(parts[k]["acc"]), "ASR (%)": cell(parts[k]["asr"]), "n": len(parts[k])}
+            {
+                "method": name_of(k),
+                "ACC (%)": cell(parts[k]["acc"]),
+                "ASR (%)": cell(parts[k]["asr"]),
+                "n": len(parts[k]),
+            }
             for k in order
         ]
     ).set_index("method")
 
 
 def study_summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label; each model counts once.
+    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label;
+    each model counts once.
 
-    Clean teachers, on which triggers are optimised, are left out, since triggers share them.
+    Clean teachers, on which triggers are optimised, are left out, since triggers share
+    them.
 
     Args:
         results: what :func:`abdlab.sweep.results` returns.
     """
     once = _models(results)
-    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[["acc", "asr"]].agg(["mean", "std", "count"])
+    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[
+        ["acc", "asr"]
+    ].agg(["mean", "std", "count"])
     columns = {}
     for name in ("acc", "asr"):
         columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)
         columns[f"{name.upper()} std (%)"] = (100 * out[name, "std"]).round(1)
-    return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(level=[0, 1], sort_remaining=False)
+    return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(
+        level=[0, 1], sort_remaining=False
+    )
 
 
 def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:
-    """Each model once (per value of ``axes``), without the clean teachers on which triggers are optimised: those belong to no trigger."""
+    """Each model once (per value of ``axes``), without the clean teachers on which
+    triggers are optimised: those belong to no trigger.
+    """
     return results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model", *axes])
 
 
 def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a column per source, in the study's order.
+    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a
+    column per source, in the study's order.
 
-    A cell that was not run is empty, and "-" stands for the ASR of a model without attack. The teacher is a source without a defence;
-    its clean twin, on which triggers are optimised, is left out, since triggers share it.
+    A cell that was not run is empty, and "-" stands for the ASR of a model without
+    attack. The teacher is a source without a defence; its clean twin, on which triggers
+    are optimised, is left out, since triggers share it.
 
     Args:
         results: what :func:`abdlab.sweep.results` returns; each model counts once.
     """
     rows = ["trigger", "defence"]
     once = _models(results)
-    means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[["acc", "asr"]].mean().astype(float)
-    text = pd.Series([f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index)
+    means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[
+        ["acc", "asr"]
+    ].mean().astype(float)
+    text = pd.Series(
+        [f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index
+    )
     order = once.set_index(rows).index.unique()
-    sources = sorted(once["source"].unique(), key=lambda name: name != "teacher")  # the teacher first, then as they come
+    sources = sorted(
+        once["source"].unique(), key=lambda name: name != "teacher"
+    )  # the teacher first, then as they come
     return text.unstack("source", fill_value="").reindex(order)[sources]
 
 
 def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
-    """ASR (ACC below it) in percent, triggers against sources, before and after a defence; empty cells were not run.
+    """ASR (ACC below it) in percent, triggers against sources, before and after a
+    defence; empty cells were not run.
 
     Args:
         results: what :func:`abdlab.sweep.results` returns.
@@ -541,7 +763,10 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
     defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
     defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
     shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
-    triggers, sources = sorted(students["trigger"].dropna().unique()), list(dict.fromkeys(students["source"]))
+    triggers, sources = (
+        sorted(students["trigger"].dropna().unique()),
+        list(dict.fromkeys(students["source"])),
+    )
     size = (2.0 + 1.3 * len(sources) * len(shown) + 1.2, 1.4 + 0.7 * len(triggers))
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, key) in zip(axes[0], shown, strict=True):
@@ -559,9 +784,18 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
         ]
         last = ax is axes[0][-1]
         sns.heatmap(
-            asr.astype(float), annot=np.array(text, dtype=object).reshape(asr.shape), fmt="", vmin=0, vmax=100, cmap="rocket_r", ax=ax,
-            linewidths=1, annot_kws={"fontsize": 8}, cbar=last, cbar_kws={"label": "ASR (%), mean over seeds"} if last else None,
-        )  # fmt: skip
+            asr.astype(float),
+            annot=np.array(text, dtype=object).reshape(asr.shape),
+            fmt="",
+            vmin=0,
+            vmax=100,
+            cmap="rocket_r",
+            ax=ax,
+            linewidths=1,
+            annot_kws={"fontsize": 8},
+            cbar=last,
+            cbar_kws={"label": "ASR (%), mean over seeds"} if last else None,
+        )
         ax.set(title=title, xlabel="source", ylabel="trigger" if ax is axes[0][0] else "")
         ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
         ax.tick_params(axis="y", labelrotation=0)  # turned names run into each other
@@ -569,22 +803,42 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
 
 
 def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """ACC against ASR in percent, one point per job's student (colour: defence, marker: source), and the Pareto front.
+    """ACC against ASR in percent, one point per job's student (colour: defence, marker:
+    source), and the Pareto front.
 
-    The front joins the students that no other one beats in both ACC and ASR: down and to the right is better.
+    The front joins the students that no other one beats in both ACC and ASR: down and
+    to the right is better.
     """
     ax = _axes(ax, 7.2, 4.6)
     students = _models(results[results["label"] != "teacher"])
     markers = _markers(students["source"])
     for label, part in students.groupby("label", sort=False):
         ax.scatter(
-            100 * part["acc"], 100 * part["asr"], color=color_of(label), marker=markers[part["source"].iloc[0]],
-            s=90 if label == "clean" else 42, alpha=0.85, edgecolor="white", linewidth=0.6, label=name_of(label),
-        )  # fmt: skip
+            100 * part["acc"],
+            100 * part["asr"],
+            color=color_of(label),
+            marker=markers[part["source"].iloc[0]],
+            s=90 if label == "clean" else 42,
+            alpha=0.85,
+            edgecolor="white",
+            linewidth=0.6,
+            label=name_of(label),
+        )
     front = pareto_front(students[students["label"] != "clean"])
     if len(front) > 1:
-        ax.plot(100 * front["acc"], 100 * front["asr"], color="0.4", lw=1, ls="--", zorder=0, label="Pareto front (data-free)")
-    ax.set(xlabel="ACC: clean test images classified right (%)", ylabel="ASR: triggered test images\ncalled the target (%)")
+        ax.plot(
+            100 * front["acc"],
+            100 * front["asr"],
+            color="0.4",
+            lw=1,
+            ls="--",
+            zorder=0,
+            label="Pareto front (data-free)",
+        )
+    ax.set(
+        xlabel="ACC: clean test images classified right (%)",
+        ylabel="ASR: triggered test images\ncalled the target (%)",
+    )
     ax.set(xlim=(max(-2, 100 * students["acc"].min() - 5), 101), ylim=(-3, 103))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -598,7 +852,9 @@ def _markers(sources: Iterable[str]) -> dict[str, str]:
 
 
 def pareto_front(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other row beats: none has at least their ACC and at most their ASR, and is better in one; by ACC."""
+    """The rows that no other row beats: none has at least their ACC and at most their
+    ASR, and is better in one; by ACC.
+    """
     ordered = results.sort_values(["acc", "asr"], ascending=[False, True])
     best, keep = float("inf"), []
     for index, asr in ordered["asr"].items():
@@ -609,13 +865,17 @@ def pareto_front(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
-    """ACC and ASR in percent against a numeric axis of a study: lines are means, bands one standard deviation, over all else.
+    """ACC and ASR in percent against a numeric axis of a study: lines are means, bands
+    one standard deviation, over all else.
 
     Raises:
         ValueError: when the axis is no column of numbers.
     """
     if axis not in results or not pd.api.types.is_numeric_dtype(results[axis]):
-        raise ValueError(f"{axis} is no numeric axis of this study: its columns are {', '.join(map(str, results.columns))}")
+        raise ValueError(
+            f"{axis} is no numeric axis of this study: its columns are"
+            f" {', '.join(map(str, results.columns))}"
+        )
     students = _models(results[~results["label"].isin(["teacher", "clean"])], axis)
     markers = _markers(students["source"])
     dashes = dict(zip(markers, itertools.cycle(["-", "--", ":", "-."])))
@@ -623,8 +883,20 @@ def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
     for ax, column, text in zip(axes, ("acc", "asr"), ("ACC (%)", "ASR (%)"), strict=True):
         for label, part in students.groupby("label", sort=False):
             source = part["source"].iloc[0]
-            looks = {"color": color_of(label), "marker": markers[source], "linestyle": dashes[source], "label": name_of(label)}
-            sns.lineplot(x=part[axis], y=100 * part[column], errorbar="sd", err_kws={"alpha": 0.12}, ax=ax, **looks)
+            looks = {
+                "color": color_of(label),
+                "marker": markers[source],
+                "linestyle": dashes[source],
+                "label": name_of(label),
+            }
+            sns.lineplot(
+                x=part[axis],
+                y=100 * part[column],
+                errorbar="sd",
+                err_kws={"alpha": 0.12},
+                ax=ax,
+                **looks,
+            )
         ax.set(xlabel=axis, ylabel=text, ylim=(-3, 103))
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=8, frameon=False)

@@ -1,4 +1,6 @@
-"""Poisoning of a training set, and the triggered test set that measures the attack's success."""
+"""Poisoning of a training set, and the triggered test set that measures the attack's
+success.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,28 @@ RELABEL = ("all_to_one", "all_to_all")
 
 @dataclass(frozen=True)
 class Attack:
-    """One trigger and what it shall do; several of them can poison one training set (:func:`poison_many`).
+    """One trigger and what it shall do; several of them can poison one training set
+    (:func:`poison_many`).
 
     Attributes:
         trigger: what is put on the images.
         target: the class that it calls (no part of an all-to-all attack).
         rate: poisoned share of the whole training set, in [0, 1].
-        clean_label: poison images of the target class only (at most all of them) and keep every label; by default what the
-            trigger's own attack does (true for sig and cl).
-        relabel: "all_to_one" (to the target), or "all_to_all" (class y to y + 1, the last one to 0; BadNets, Gu et al. 2017).
-        covers: share of the whole set, in [0, 1], that carries the trigger as well but keeps its right label. Covers make a
-            backdoor harder to find (Qi et al., ICLR 2023, "Revisiting the assumption of latent separability"); in an all-to-one
-            attack they are never of the target class.
-        adversary: for cl: a clean model, or a :class:`~abdlab.optimize.PGD` on one with a bound of its own.
+        clean_label: poison images of the target class only (at most all of them) and
+            keep every label; by default what the trigger's own attack does (true for
+            sig and cl).
+        relabel: "all_to_one" (to the target), or "all_to_all" (class y to y + 1, the
+            last one to 0; BadNets, Gu et al. 2017).
+        covers: share of the whole set, in [0, 1], that carries the trigger as well but
+            keeps its right label. Covers make a backdoor harder to find (Qi et al.,
+            ICLR 2023, "Revisiting the assumption of latent separability"); in an
+            all-to-one attack they are never of the target class.
+        adversary: for cl: a clean model, or a :class:`~abdlab.optimize.PGD` on one with
+            a bound of its own.
 
     Raises:
-        ValueError: for a share outside [0, 1], an unknown relabelling, or an all-to-all attack that shall keep its labels.
+        ValueError: for a share outside [0, 1], an unknown relabelling, or an all-to-all
+            attack that shall keep its labels.
     """
 
     trigger: Trigger
@@ -51,7 +59,9 @@ class Attack:
         if self.relabel not in RELABEL:
             raise ValueError(did_you_mean("relabelling", self.relabel, RELABEL))
         if self.all_to_all and self.keeps_labels:
-            raise ValueError(f"{self.trigger} keeps its labels (clean-label), so that it cannot be all_to_all")
+            raise ValueError(
+                f"{self.trigger} keeps its labels (clean-label), so that it cannot be all_to_all"
+            )
 
     def __str__(self) -> str:
         return f"{self.trigger} -> {'y + 1' if self.all_to_all else self.target}"
@@ -72,11 +82,15 @@ class Attack:
         return self.keeps_labels and self.trigger.adversarial
 
     def wanted(self, labels: Tensor, classes: int) -> Tensor:
-        """The classes (N,) that triggered images with these true labels shall be called."""
+        """The classes (N,) that triggered images with these true labels shall be
+        called.
+        """
         return (labels + 1) % classes if self.all_to_all else torch.full_like(labels, self.target)
 
     def card(self) -> dict:
-        """Plain values for a checkpoint's card: what is not at its default, and always trigger, target and rate."""
+        """Plain values for a checkpoint's card: what is not at its default, and always
+        trigger, target and rate.
+        """
         more = {"relabel": self.relabel, "covers": self.covers, "clean_label": self.clean_label}
         plain = {k: v for k, v in more.items() if v != getattr(type(self), k)}
         return {"trigger": self.trigger.card(), "target": self.target, "rate": self.rate, **plain}
@@ -91,7 +105,8 @@ class Poisoned:
         labels: (N,), what the attack calls those of ``mask``.
         mask: bool (N,), which samples were poisoned.
         covers: bool (N,), which carry a trigger and keep their right label.
-        which: int64 (N,), the number of the attack whose trigger a sample carries, -1 for none.
+        which: int64 (N,), the number of the attack whose trigger a sample carries, -1
+            for none.
         attacks: in that order.
     """
 
@@ -114,7 +129,9 @@ class Poisoned:
 
     @property
     def rate(self) -> float:
-        """Share of the set that is poisoned, by all attacks together and without covers."""
+        """Share of the set that is poisoned, by all attacks together and without
+        covers.
+        """
         return self.mask.float().mean().item()
 
     def rate_of(self, attack: int) -> float:
@@ -139,18 +156,26 @@ def poison(
 
     Args:
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,).
-        rate, target, clean_label, relabel, covers, adversary: of the :class:`Attack`. A rate of 0 poisons nothing.
+        rate, target, clean_label, relabel, covers, adversary: of the :class:`Attack`. A
+            rate of 0 poisons nothing.
         seed, classes: as for :func:`poison_many`, which also says what is raised.
     """
     attack = Attack(trigger, target, rate, clean_label, relabel, covers, adversary)
     return poison_many(images, labels, [attack], seed, classes)
 
 
-def poison_many(images: Tensor, labels: Tensor, attacks: Sequence[Attack], seed: int = 0, classes: int | None = None) -> Poisoned:
-    """Several triggers, each with its own target, on disjoint random samples of one training set.
+def poison_many(
+    images: Tensor,
+    labels: Tensor,
+    attacks: Sequence[Attack],
+    seed: int = 0,
+    classes: int | None = None,
+) -> Poisoned:
+    """Several triggers, each with its own target, on disjoint random samples of one
+    training set.
 
-    The attacks take their samples in the given order from one random permutation: first an attack's poisoned images, then its
-    covers, then the next attack's.
+    The attacks take their samples in the given order from one random permutation: first
+    an attack's poisoned images, then its covers, then the next attack's.
 
     Args:
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,).
@@ -159,24 +184,38 @@ def poison_many(images: Tensor, labels: Tensor, attacks: Sequence[Attack], seed:
         classes: number of classes; by default the largest label plus one.
 
     Raises:
-        ValueError: for a target that is no class, shares that together ask for more images than there are, and an attack that
-            perturbs its images (cl) without an adversary.
+        ValueError: for a target that is no class, shares that together ask for more
+            images than there are, and an attack that perturbs its images (cl) without
+            an adversary.
     """
     if not attacks:
         raise ValueError("poisoning needs at least one attack")
     classes = int(labels.max()) + 1 if classes is None else classes
     for attack in attacks:
         if not 0 <= attack.target < classes:
-            raise ValueError(f"target {attack.target} is not a class: the labels run from 0 to {classes - 1}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+            raise ValueError(
+                f"target {attack.target} is not a class: the labels run from 0 to {classes - 1}"
+            )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(
+        labels.device
+    )
     which = torch.full_like(labels, -1)
-    mask, covers = torch.zeros_like(labels, dtype=torch.bool), torch.zeros_like(labels, dtype=torch.bool)
+    mask, covers = (
+        torch.zeros_like(labels, dtype=torch.bool),
+        torch.zeros_like(labels, dtype=torch.bool),
+    )
     out_images, out_labels = images.clone(), labels.clone()
     for i, attack in enumerate(attacks):
         free = order[which[order] < 0]
         chosen = free[labels[free] == attack.target] if attack.keeps_labels else free
         # a clean-label attack takes at most its whole class
-        chosen = _first(chosen, attack.rate * len(labels), attack, "poisoned images", strict=not attack.keeps_labels)
+        chosen = _first(
+            chosen,
+            attack.rate * len(labels),
+            attack,
+            "poisoned images",
+            strict=not attack.keeps_labels,
+        )
         mask[chosen], which[chosen] = True, i
         free = order[which[order] < 0]
         others = free if attack.all_to_all else free[labels[free] != attack.target]
@@ -193,10 +232,12 @@ def poison_many(images: Tensor, labels: Tensor, attacks: Sequence[Attack], seed:
 def triggered_test(
     images: Tensor, labels: Tensor, trigger: Trigger | Attack, target: int = Attack.target
 ) -> tuple[Tensor, Tensor]:
-    """The test images that show whether an attack succeeds, with the trigger on, and their true labels.
+    """The test images that show whether an attack succeeds, with the trigger on, and
+    their true labels.
 
-    These are the images whose true class is not the target, or all of them for an all-to-all attack. ASR is the share that a
-    model calls what the attack wants (:func:`abdlab.evaluate.attack_success`).
+    These are the images whose true class is not the target, or all of them for an
+    all-to-all attack. ASR is the share that a model calls what the attack wants
+    (:func:`abdlab.evaluate.attack_success`).
 
     Args:
         trigger: a trigger with its ``target``, or an :class:`Attack`.
@@ -209,7 +250,9 @@ def triggered_test(
         return attack.trigger(images), labels
     keep = labels != attack.target
     if not keep.any():
-        raise ValueError(f"every test image is of the target class {attack.target}: ASR is not defined")
+        raise ValueError(
+            f"every test image is of the target class {attack.target}: ASR is not defined"
+        )
     return attack.trigger(images[keep]), labels[keep]
 
 
@@ -217,19 +260,22 @@ def _first(free: Tensor, wanted: float, attack: Attack, what: str, strict: bool)
     """The first so many of the free samples."""
     if strict and round(wanted) > len(free):
         raise ValueError(
-            f"{attack} asks for {round(wanted)} {what}, and {len(free)} images are left for them: lower the rates or the covers"
+            f"{attack} asks for {round(wanted)} {what}, and {len(free)} images are left for them:"
+            " lower the rates or the covers"
         )
     return free[: round(wanted)]
 
 
 def _hardened(attack: Attack, images: Tensor, labels: Tensor) -> Tensor:
-    """The images as the attack wants them before its trigger: perturbed for cl, else as they are."""
+    """The images as the attack wants them before its trigger: perturbed for cl, else as
+    they are.
+    """
     if not attack.needs_adversary:
         return images
     if attack.adversary is None:
         raise ValueError(
-            f"{attack.trigger} perturbs the target's images against a clean model: pass adversary=, or make a run's settings "
-            "ready with abdlab.prepare(run, chosen, data)"
+            f"{attack.trigger} perturbs the target's images against a clean model: pass adversary=,"
+            " or make a run's settings ready with abdlab.prepare(run, chosen, data)"
         )
     adversary = attack.adversary if isinstance(attack.adversary, PGD) else PGD(attack.adversary)
     return adversary(images, labels)

@@ -1,4 +1,6 @@
-"""Several training streams at once in one process, each pulled by a thread of its own: one small network cannot fill an accelerator."""
+"""Several training streams at once in one process, each pulled by a thread of its own:
+one small network cannot fill an accelerator.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch import nn
 
 T = TypeVar("T")
 
-#: id of a network -> the threads that train or ask it, by the run; a run changes its networks' modes and hooks while it steps
+#: id of a network -> the threads that train or ask it, by the run; a run changes its
+#: networks' modes and hooks while it steps
 _USERS: dict[int, dict[object, int]] = {}
 _LOCK = threading.Lock()
 
@@ -23,7 +26,8 @@ _DONE = object()
 
 @contextmanager
 def claimed(**models: nn.Module) -> Iterator[None]:
-    """For one step of one run: no other thread may use these networks, given by their roles, while the block runs.
+    """For one step of one run: no other thread may use these networks, given by their
+    roles, while the block runs.
 
     Raises:
         ValueError: when another thread is using one of them.
@@ -35,7 +39,8 @@ def claimed(**models: nn.Module) -> Iterator[None]:
                 users = _USERS.setdefault(id(model), {})
                 if any(thread != me for thread in users.values()):
                     raise ValueError(
-                        f"two runs side by side use the same {role}: give each run a copy of its own, copy.deepcopy({role})"
+                        f"two runs side by side use the same {role}: give each run a copy of its"
+                        f" own, copy.deepcopy({role})"
                     )
                 users[token] = me
             held.callback(_release, id(model), token)
@@ -50,14 +55,18 @@ def _release(key: int, token: object) -> None:
 
 
 def side_by_side(streams: Iterable[Iterator[T]]) -> Iterator[tuple[int, T]]:
-    """Pull several streams at once, such as those of :func:`abdlab.distill.distill`; (number of the stream, Step) as they come.
+    """Pull several streams at once, such as those of :func:`abdlab.distill.distill`;
+    (number of the stream, Step) as they come.
 
-    Each stream has a thread and, on a CUDA device, a CUDA stream of its own; it is at most one step ahead of what was taken. The
-    numbers of a run are those that it has alone, when torch has as many threads. On a CPU the streams share the cores, and
-    processes of their own (:func:`abdlab.runs.distill_all`) are faster: Python runs in one thread at a time.
+    Each stream has a thread and, on a CUDA device, a CUDA stream of its own; it is at
+    most one step ahead of what was taken. The numbers of a run are those that it has
+    alone, when torch has as many threads. On a CPU the streams share the cores, and
+    processes of their own (:func:`abdlab.runs.distill_all`) are faster: Python runs in
+    one thread at a time.
 
-    Closing it closes all streams, which then save their checkpoints. An error in one closes the others, and is raised. Every run
-    needs a teacher of its own: two that share one are an error.
+    Closing it closes all streams, which then save their checkpoints. An error in one
+    closes the others, and is raised. Every run needs a teacher of its own: two that
+    share one are an error.
 
     Args:
         streams: generators that nobody else pulls, started or not.
@@ -75,7 +84,9 @@ def side_by_side(streams: Iterable[Iterator[T]]) -> Iterator[tuple[int, T]]:
         try:
             with torch.cuda.stream(own) if own is not None else nullcontext():
                 if own is not None:
-                    own.wait_stream(default)  # the networks and the data were put on the device there
+                    own.wait_stream(
+                        default
+                    )  # the networks and the data were put on the device there
                 try:
                     while turns[number].acquire() and not stop.is_set():
                         ready.put((number, next(streams[number]), None))
@@ -90,7 +101,10 @@ def side_by_side(streams: Iterable[Iterator[T]]) -> Iterator[tuple[int, T]]:
             error = raised
         ready.put((number, None, _DONE if error is None else error))
 
-    threads = [threading.Thread(target=pull, args=(i,), daemon=True, name=f"stream {i}") for i in range(len(streams))]
+    threads = [
+        threading.Thread(target=pull, args=(i,), daemon=True, name=f"stream {i}")
+        for i in range(len(streams))
+    ]
     for thread in threads:
         thread.start()
     left, failed = len(streams), None

@@ -4,7 +4,8 @@
 
     OUT/
       study.json                   what was asked for: title, axes, jobs in order
-      jobs/NAME-KEY/               one folder per job, addressed by its content: same parameters, notebook and code, same folder
+      jobs/NAME-KEY/               one folder per job, addressed by its parameters,
+                                   its notebook and the code
         NOTEBOOK.ipynb             the executed notebook, also up to the cell that failed
         status.json                running, done or failed; seconds, ACC and ASR, the error
         log.txt                    what the kernel printed
@@ -50,7 +51,19 @@ from abdlab.presets import settings
 from abdlab.runs import table as runs_table
 
 #: what a study's YAML file may say
-KEYS = ("title", "notebook", "parameters", "grid", "zip", "list", "seeds", "exclude", "timeout", "retries", "threads")
+KEYS = (
+    "title",
+    "notebook",
+    "parameters",
+    "grid",
+    "zip",
+    "list",
+    "seeds",
+    "exclude",
+    "timeout",
+    "retries",
+    "threads",
+)
 #: sections of the settings on which a poisoned teacher depends
 TEACHER_SECTIONS = ("data", "attack", "teacher")
 #: what jobs that share a teacher take over from it
@@ -84,11 +97,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """Jobs, and the teachers that they share; ``notebooks`` holds the text of every notebook by name.
+    """Jobs, and the teachers that they share; ``notebooks`` holds the text of every
+    notebook by name.
 
     Attributes:
-        timeout: seconds per job, None is no limit. retries: of a job whose kernel or worker died.
-        threads: of a job's arithmetic, so that numbers do not depend on how many jobs run side by side.
+        timeout: seconds per job, None is no limit. retries: of a job whose kernel or
+            worker died.
+        threads: of a job's arithmetic, so that numbers do not depend on how many jobs
+            run side by side.
     """
 
     title: str
@@ -107,7 +123,9 @@ class Study:
 
 
 class Engine(Protocol):
-    """Where jobs run: a picklable dict in, a future of a result dict out. It raises when a worker dies, and only then."""
+    """Where jobs run: a picklable dict in, a future of a result dict out. It raises
+    when a worker dies, and only then.
+    """
 
     #: jobs at a time
     slots: int
@@ -119,40 +137,56 @@ class Engine(Protocol):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values; also 1e-3, as everybody writes it, is a number, which YAML 1.1 takes for a text."""
+    """YAML's plain values; also 1e-3, as everybody writes it, is a number, which YAML
+    1.1 takes for a text.
+    """
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_study(path: str | Path) -> Study:
     """A study from a YAML file.
 
-    Its keys: ``notebook`` (a name or a path), ``parameters`` of all jobs, and axes: ``grid`` (every combination of the values
-    of several names), ``zip`` (values of several names in step), ``list`` (whole sets of parameters), ``seeds``; ``exclude``
-    (sets of values: a job that has all of one set is left out; a list stands for any of its values); ``title``,
-    ``timeout`` (seconds per job), ``retries``, ``threads``. A name with a dot is a setting and goes to the notebook's
-    ``overrides``; any other is one of the notebook's parameters.
+    Its keys: ``notebook`` (a name or a path), ``parameters`` of all jobs, and axes:
+    ``grid`` (every combination of the values of several names), ``zip`` (values of
+    several names in step), ``list`` (whole sets of parameters), ``seeds``; ``exclude``
+    (sets of values: a job that has all of one set is left out; a list stands for any of
+    its values); ``title``, ``timeout`` (seconds per job), ``retries``, ``threads``. A
+    name with a dot is a setting and goes to the notebook's ``overrides``; any other is
+    one of the notebook's parameters.
 
     Raises:
-        ValueError: for a name, type, preset or axis that is wrong, before anything is started.
+        ValueError: for a name, type, preset or axis that is wrong, before anything is
+            started.
         FileNotFoundError: when there is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no study {path}: a study is a YAML file, see notebooks/studies")
+        raise FileNotFoundError(
+            f"there is no study {path}: a study is a YAML file, see notebooks/studies"
+        )
     try:
         given = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold keys and values ({', '.join(KEYS)}), not {type(given).__name__}")
+        raise ValueError(
+            f"{path} must hold keys and values ({', '.join(KEYS)}), not {type(given).__name__}"
+        )
     check_keys(f"key of {path.name}", given, KEYS)
     if "notebook" not in given:
-        raise ValueError(f"{path.name} does not say which notebook to run: add, for example, notebook: 02_distillation")
+        raise ValueError(
+            f"{path.name} does not say which notebook to run: add, for example, notebook:"
+            " 02_distillation"
+        )
     beside = path.parent / str(given["notebook"])
     notebook = find_notebook(beside if beside.is_file() else given["notebook"])
-    return make_study(notebook, **{k: v for k, v in given.items() if k != "notebook"}, default_title=path.stem)
+    return make_study(
+        notebook, **{k: v for k, v in given.items() if k != "notebook"}, default_title=path.stem
+    )
 
 
 def make_study(
@@ -206,7 +240,9 @@ def make_study(
         if twice:
             raise ValueError(f"{twice} is set by two axes: keep it in one")
         chosen = {name: value for part in parts for name, value in part.items()}
-        if any(all(_matches({**base, **chosen}.get(k), v) for k, v in entry.items()) for entry in out):
+        if any(
+            all(_matches({**base, **chosen}.get(k), v) for k, v in entry.items()) for entry in out
+        ):
             continue
         checked = _checked(path, {**base, **chosen}, known)
         needs = []
@@ -214,7 +250,9 @@ def make_study(
             teachers.setdefault(teacher.key, teacher)
             needs.append(teacher.key)
         key = _key(text, checked)
-        jobs.setdefault(key, Job(f"jobs/{_slug(chosen)}-{key}", key, path.stem, checked, chosen, tuple(needs)))
+        jobs.setdefault(
+            key, Job(f"jobs/{_slug(chosen)}-{key}", key, path.stem, checked, chosen, tuple(needs))
+        )
         for name, value in chosen.items():
             if value not in axes.setdefault(name, []):
                 axes[name].append(value)
@@ -223,7 +261,16 @@ def make_study(
     texts = {path.stem: text}
     if teachers:
         texts["01_poisoning"] = find_notebook("01_poisoning").read_text()
-    return Study(title or default_title, tuple(jobs.values()), tuple(teachers.values()), texts, axes, timeout, retries, threads)
+    return Study(
+        title or default_title,
+        tuple(jobs.values()),
+        tuple(teachers.values()),
+        texts,
+        axes,
+        timeout,
+        retries,
+        threads,
+    )
 
 
 def sweep(
@@ -234,17 +281,20 @@ def sweep(
     tell: Callable[[pd.DataFrame, Study], None] | None = None,
     shipped: bool = False,
 ) -> pd.DataFrame:
-    """Run what is not done yet; teachers before the jobs that need them. Returns :func:`status` of all.
+    """Run what is not done yet; teachers before the jobs that need them. Returns
+    :func:`status` of all.
 
-    Jobs that are done are skipped; one that was killed goes on from its own checkpoints; one whose kernel or worker dies is
-    tried again ``study.retries`` times; one that failed is tried anew by the next call. An interrupt stops the workers and
+    Jobs that are done are skipped; one that was killed goes on from its own
+    checkpoints; one whose kernel or worker dies is tried again ``study.retries`` times;
+    one that failed is tried anew by the next call. An interrupt stops the workers and
     goes on upwards.
 
     Args:
         out: the study's folder.
         engine: see :mod:`abdlab.engines`.
         tell: called with the status table when it has changed.
-        shipped: workers do not see ``out``: files travel with the jobs and their results.
+        shipped: workers do not see ``out``: files travel with the jobs and their
+            results.
 
     Raises:
         ValueError: when the folder cannot be written to, or its disk is full.
@@ -276,7 +326,11 @@ def sweep(
                 states = [rows[key]["state"] for key in job.needs]
                 if any(state == "failed" for state in states):
                     waiting.remove(job)
-                    rows[job.key] = {**rows[job.key], "state": "failed", "error": "the teacher that it needs failed"}
+                    rows[job.key] = {
+                        **rows[job.key],
+                        "state": "failed",
+                        "error": "the teacher that it needs failed",
+                    }
                     _write_status(out / job.folder, rows[job.key])
                 elif all(state == "done" for state in states):
                     waiting.remove(job)
@@ -286,14 +340,24 @@ def sweep(
                 job = running.pop(future)
                 try:
                     result = dict(future.result())
-                except Exception as error:  # a worker or a kernel died: whatever the engine says, the job may be tried again
+                except Exception as error:
+                    # a worker or a kernel died: whatever the engine says, it may be tried again
                     reason = f"{type(error).__name__}: {str(error).strip() or 'its worker died'}"
                     if attempts[job.key] <= study.retries:
-                        rows[job.key] = {**rows[job.key], "state": "waiting", "error": f"tried again: {reason}"}
+                        rows[job.key] = {
+                            **rows[job.key],
+                            "state": "waiting",
+                            "error": f"tried again: {reason}",
+                        }
                         waiting.append(job)
                         continue
                     told = f"given up after {attempts[job.key]} tries; the last one: {reason}"
-                    result = {**rows[job.key], "state": "failed", "error": told, "attempts": attempts[job.key]}
+                    result = {
+                        **rows[job.key],
+                        "state": "failed",
+                        "error": told,
+                        "attempts": attempts[job.key],
+                    }
                     _write_status(out / job.folder, result)
                 _unpack(out / job.folder, result.pop("files", {}))
                 rows[job.key] = {**rows[job.key], **result}
@@ -308,7 +372,9 @@ def sweep(
 
 
 def write_study(study: Study, out: str | Path) -> None:
-    """Make the folder and its study.json. Raises ValueError when that cannot be done, or less than 50 MB are free."""
+    """Make the folder and its study.json. Raises ValueError when that cannot be done,
+    or less than 50 MB are free.
+    """
     out = Path(out)
     content = {
         "title": study.title,
@@ -320,40 +386,58 @@ def write_study(study: Study, out: str | Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out).free
         if free < 50e6:
-            raise ValueError(f"only {free / 1e6:.0f} MB are free on the disk of {out}: make room, or choose another folder")
+            raise ValueError(
+                f"only {free / 1e6:.0f} MB are free on the disk of {out}: make room, or choose"
+                " another folder"
+            )
         write_atomically(out / "study.json", (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another folder") from error
+        raise ValueError(
+            f"cannot write to {out}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def status(out: str | Path) -> pd.DataFrame:
-    """The state of a study's jobs as its folder has it, one row each: name, kind, state, seconds, acc, asr, attempts, error,
-    and a column per axis.
+    """The state of a study's jobs as its folder has it, one row each: name, kind,
+    state, seconds, acc, asr, attempts, error, and a column per axis.
 
     Raises:
         ValueError: when the folder holds no study.
     """
     study = open_study(out)
-    return _frame(study, {job.key: {**status_of(Path(out), job), **_live(Path(out) / job.folder)} for job in study.all_jobs})
+    return _frame(
+        study,
+        {
+            job.key: {**status_of(Path(out), job), **_live(Path(out) / job.folder)}
+            for job in study.all_jobs
+        },
+    )
 
 
 def open_study(out: str | Path) -> Study:
-    """The study that a folder holds, without its notebooks' texts. Raises ValueError when it holds none."""
+    """The study that a folder holds, without its notebooks' texts. Raises ValueError
+    when it holds none.
+    """
     path = Path(out) / "study.json"
     if not path.is_file():
-        raise ValueError(f"{out} holds no study (no study.json): run abdlab sweep STUDY.yaml --out {out} first")
+        raise ValueError(
+            f"{out} holds no study (no study.json): run abdlab sweep STUDY.yaml --out {out} first"
+        )
     content = json.loads(path.read_text())
     jobs, teachers = (
-        tuple(Job(**{**job, "needs": tuple(job["needs"])}) for job in content[part]) for part in ("jobs", "teachers")
+        tuple(Job(**{**job, "needs": tuple(job["needs"])}) for job in content[part])
+        for part in ("jobs", "teachers")
     )
     return Study(content["title"], jobs, teachers, {}, content["axes"])
 
 
 def results(out: str | Path) -> pd.DataFrame:
-    """Every model of every finished job, one row each: the job's axes, then label, source, defence, seed, acc, asr (shares).
+    """Every model of every finished job, one row each: the job's axes, then label,
+    source, defence, seed, acc, asr (shares).
 
-    ``source`` is the first part of the label (zskt), ``defence`` the rest ("none" when there is none). ``model`` is equal for
-    models that several jobs trained alike (undefended students, above all), so that a mean can count each one once.
+    ``source`` is the first part of the label (zskt), ``defence`` the rest ("none" when
+    there is none). ``model`` is equal for models that several jobs trained alike
+    (undefended students, above all), so that a mean can count each one once.
     """
     study, frames = open_study(out), []
     triggers = {teacher.key: teacher.axes["attack.trigger"] for teacher in study.teachers}
@@ -369,7 +453,9 @@ def results(out: str | Path) -> pd.DataFrame:
         found["trigger"] = triggers.get(job.needs[0]) if job.needs else None
         for name, value in job.axes.items():
             if name not in ("seed", "seeds"):
-                found[name] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+                found[name] = (
+                    value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+                )
         found["job"] = job.name
         found["model"] = [_model_id(Path(out) / job.folder / run) for run in found["run"]]
         frames.append(found)
@@ -377,23 +463,29 @@ def results(out: str | Path) -> pd.DataFrame:
 
 
 def report(out: str | Path, html: str | Path | None = None) -> Path:
-    """Execute 06_sweep_report on a study's folder; returns the executed notebook, OUT/report/06_sweep_report.ipynb.
+    """Execute 06_sweep_report on a study's folder; returns the executed notebook,
+    OUT/report/06_sweep_report.ipynb.
 
     Figures, summary.csv, summary.tex and metrics.json lie beside it.
 
     Args:
-        html: also write the report as one HTML file that needs nothing else: code hidden, figures inside.
+        html: also write the report as one HTML file that needs nothing else: code
+            hidden, figures inside.
 
     Raises:
         ValueError: when the folder holds no study, or none of its jobs is done yet.
     """
     if results(out).empty:
         raise ValueError(f"no job of the study in {out} is done yet: there is nothing to report")
-    done = execute("06_sweep_report", Path(out) / "report" / "06_sweep_report.ipynb", {"study": str(out)})
+    done = execute(
+        "06_sweep_report", Path(out) / "report" / "06_sweep_report.ipynb", {"study": str(out)}
+    )
     if html:
         from nbconvert import HTMLExporter
 
-        exporter = HTMLExporter(exclude_input=True, embed_images=True, mathjax_url="", require_js_url="", theme="light")
+        exporter = HTMLExporter(
+            exclude_input=True, embed_images=True, mathjax_url="", require_js_url="", theme="light"
+        )
         body, _ = exporter.from_filename(str(done))
         try:
             write_atomically(html, body.encode())
@@ -403,8 +495,9 @@ def report(out: str | Path, html: str | Path | None = None) -> Path:
 
 
 def estimate(study: Study, out: str | Path, slots: int) -> tuple[int, float | None]:
-    """(jobs still to run, seconds that they will take in ``slots`` at a time), from the jobs of the same notebook that the
-    folder, or a sister folder, has done; None when there is none."""
+    """(jobs still to run, seconds that they will take in ``slots`` at a time), from the
+    jobs of the same notebook that the folder, or a sister folder, has done; None when
+    there is none."""
     out = Path(out)
     todo = [job for job in study.all_jobs if status_of(out, job)["state"] != "done"]
     past: dict[str, list[float]] = {}
@@ -414,17 +507,21 @@ def estimate(study: Study, out: str | Path, slots: int) -> tuple[int, float | No
             past.setdefault(entry.get("notebook", ""), []).append(entry["seconds"])
     if any(job.notebook not in past for job in todo):
         return len(todo), None
-    return len(todo), sum(sum(past[job.notebook]) / len(past[job.notebook]) for job in todo) / max(1, slots)
+    return len(todo), sum(sum(past[job.notebook]) / len(past[job.notebook]) for job in todo) / max(
+        1, slots
+    )
 
 
 def run_job(spec: Mapping[str, Any]) -> dict:
-    """One job, in the worker: execute the notebook in its folder. The result is what status.json holds.
+    """One job, in the worker: execute the notebook in its folder. The result is what
+    status.json holds.
 
     A notebook that fails, or takes too long, is a result with state "failed".
 
     Args:
-        spec: plain values, from :func:`sweep`: folder, key, notebook and its text, parameters, takes_run, threads, timeout,
-            attempt, cwd, and the files to take over ("copies": relative name -> path, or "files": relative name -> bytes).
+        spec: plain values, from :func:`sweep`: folder, key, notebook and its text,
+            parameters, takes_run, threads, timeout, attempt, cwd, and the files to take
+            over ("copies": relative name -> path, or "files": relative name -> bytes).
 
     Raises:
         RuntimeError: when the kernel died, which the caller may try again.
@@ -438,8 +535,18 @@ def run_job(spec: Mapping[str, Any]) -> dict:
             if before.get("state") == "done":
                 return before
             began = time.time()
-            entry = {"key": spec["key"], "notebook": spec["notebook"], "state": "running", "started": began}
-            entry |= {"attempts": spec["attempt"], "error": None, "host": os.uname().nodename, "pid": os.getpid()}
+            entry = {
+                "key": spec["key"],
+                "notebook": spec["notebook"],
+                "state": "running",
+                "started": began,
+            }
+            entry |= {
+                "attempts": spec["attempt"],
+                "error": None,
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+            }
             _write_status(folder, entry)
             entry |= _execute(spec, folder)
             entry["seconds"] = round(time.time() - began, 2)
@@ -462,11 +569,25 @@ def _execute(spec: Mapping[str, Any], folder: Path) -> dict:
     notebook = nbformat.reads(spec["text"], as_version=4)
     output = folder / f"{spec['notebook']}.ipynb"
     try:
-        with (folder / "log.txt").open("a", buffering=1) as log, _errors_to(log), _deadline(spec["timeout"]):
-            run_kernel(notebook, output, given, log, spec["threads"], spec["cwd"] if Path(spec["cwd"]).is_dir() else folder)
+        with (
+            (folder / "log.txt").open("a", buffering=1) as log,
+            _errors_to(log),
+            _deadline(spec["timeout"]),
+        ):
+            run_kernel(
+                notebook,
+                output,
+                given,
+                log,
+                spec["threads"],
+                spec["cwd"] if Path(spec["cwd"]).is_dir() else folder,
+            )
     except PapermillExecutionError as error:
         write_atomically(folder / "traceback.txt", str(error).encode())
-        return {"state": "failed", "error": f"cell {error.exec_count}: {error.ename}: {error.evalue}"}
+        return {
+            "state": "failed",
+            "error": f"cell {error.exec_count}: {error.ename}: {error.evalue}",
+        }
     except TimeoutError as error:
         return {"state": "failed", "error": str(error)}
     except DeadKernelError as error:
@@ -482,7 +603,9 @@ def _execute(spec: Mapping[str, Any], folder: Path) -> dict:
 
 @contextmanager
 def _errors_to(log: TextIO) -> Iterator[None]:
-    """The process's standard error, which a kernel inherits, goes to the job's log and not into the sweep's table."""
+    """The process's standard error, which a kernel inherits, goes to the job's log and
+    not into the sweep's table.
+    """
     kept = os.dup(2)
     os.dup2(log.fileno(), 2)
     try:
@@ -494,8 +617,14 @@ def _errors_to(log: TextIO) -> Iterator[None]:
 
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
-    """TimeoutError inside the block after so many seconds; no limit where the system has no alarm, or off the main thread."""
-    if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    """TimeoutError inside the block after so many seconds; no limit where the system
+    has no alarm, or off the main thread.
+    """
+    if (
+        seconds is None
+        or not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -512,18 +641,26 @@ def _deadline(seconds: float | None) -> Iterator[None]:
 
 
 def _scores(folder: Path) -> dict:
-    """ACC and ASR of the job's most defended student, the last one with most defences; of its teacher when it has no student."""
+    """ACC and ASR of the job's most defended student, the last one with most defences;
+    of its teacher when it has no student.
+    """
     found = runs_table(folder)
     if found.empty or not {"label", "acc"} <= set(found.columns):
         return {}
     found = found[found["label"].notna() & found["acc"].notna()]
     if found.empty:
         return {}
-    rank = found["label"].map({"teacher": -1, "clean_teacher": -2})  # the latter is what an attack was optimised against
+    rank = found["label"].map(
+        {"teacher": -1, "clean_teacher": -2}
+    )  # the latter is what an attack was optimised against
     defences = rank.fillna(found["label"].str.count(r"\+"))
     row = found.loc[defences.sort_values(kind="stable").index[-1]]
     asr = row.get("asr")
-    return {"label": row["label"], "acc": float(row["acc"]), "asr": None if pd.isna(asr) else float(asr)}
+    return {
+        "label": row["label"],
+        "acc": float(row["acc"]),
+        "asr": None if pd.isna(asr) else float(asr),
+    }
 
 
 def _spec(study: Study, job: Job, out: Path, attempt: int) -> dict:
@@ -532,7 +669,9 @@ def _spec(study: Study, job: Job, out: Path, attempt: int) -> dict:
     for key in job.needs:
         source = out / teachers[key].folder
         for path in sorted(source.glob("seed*/**/*")):
-            if path.is_file() and (path.name in _HANDED_ON or path.suffix in (".safetensors", ".json")):
+            if path.is_file() and (
+                path.name in _HANDED_ON or path.suffix in (".safetensors", ".json")
+            ):
                 copies[str(path.relative_to(source))] = str(path.resolve())
     return {
         "folder": str((out / job.folder).resolve()),
@@ -550,19 +689,32 @@ def _spec(study: Study, job: Job, out: Path, attempt: int) -> dict:
 
 
 def _teachers(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) -> list[Job]:
-    """The poisoned teachers that a job of this notebook will look for, as runs of 01_poisoning."""
+    """The poisoned teachers that a job of this notebook will look for, as runs of
+    01_poisoning.
+    """
     own = _parameters_of(find_notebook("01_poisoning"))
     common = {"run", "preset", "seed", "device", "overrides"}
-    if path.stem == "01_poisoning" or not {"run", "preset", "overrides"} <= known.keys() or given.keys() & (own.keys() - common):
+    if (
+        path.stem == "01_poisoning"
+        or not {"run", "preset", "overrides"} <= known.keys()
+        or given.keys() & (own.keys() - common)
+    ):
         return []
     full = {name: given.get(name, known[name]["default"]) for name in known}
     overrides = {k: v for k, v in full["overrides"].items() if k.split(".")[0] in TEACHER_SECTIONS}
     out = []
     for seed in full.get("seeds", [full.get("seed", 0)]):
-        values = {"preset": full["preset"], "seed": seed, "device": full.get("device", "auto"), "overrides": overrides}
+        values = {
+            "preset": full["preset"],
+            "seed": seed,
+            "device": full.get("device", "auto"),
+            "overrides": overrides,
+        }
         key = _key(find_notebook("01_poisoning").read_text(), values)
         axes = {
-            "attack.trigger": overrides.get("attack.trigger", settings(full["preset"]).values["attack"]["trigger"]),
+            "attack.trigger": overrides.get(
+                "attack.trigger", settings(full["preset"]).values["attack"]["trigger"]
+            ),
             "seed": seed,
         }
         out.append(Job(f"teachers/{_slug(axes)}-{key}", key, "01_poisoning", values, axes))
@@ -570,16 +722,28 @@ def _teachers(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) -
 
 
 def _checked(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) -> dict[str, Any]:
-    """The notebook's parameters, with dotted names moved into ``overrides`` and everything checked."""
+    """The notebook's parameters, with dotted names moved into ``overrides`` and
+    everything checked.
+    """
     if "run" in given:
-        raise ValueError("run is set by the sweep, which gives every job a folder of its own: leave it out, and use --out")
+        raise ValueError(
+            "run is set by the sweep, which gives every job a folder of its own: leave it out, and"
+            " use --out"
+        )
     dotted = {name: value for name, value in given.items() if "." in name}
     plain = {name: value for name, value in given.items() if "." not in name}
     if dotted and "overrides" not in known:
-        raise ValueError(f"{next(iter(dotted))} is a setting, but {path.stem} has no parameter overrides to take it")
+        raise ValueError(
+            f"{next(iter(dotted))} is a setting, but {path.stem} has no parameter overrides to"
+            " take it"
+        )
     checked = check_parameters(path, plain, known)
     if "overrides" in known and (dotted or "overrides" in checked):
-        checked["overrides"] = {**known["overrides"]["default"], **checked.get("overrides", {}), **dotted}
+        checked["overrides"] = {
+            **known["overrides"]["default"],
+            **checked.get("overrides", {}),
+            **dotted,
+        }
     if {"preset", "overrides"} <= known.keys():
         settings(checked.get("preset", known["preset"]["default"]), checked.get("overrides", {}))
     return checked
@@ -587,7 +751,9 @@ def _checked(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) ->
 
 def _key(notebook: str, values: Mapping[str, Any]) -> str:
     cells = ["".join(cell["source"]) for cell in json.loads(notebook)["cells"]]
-    return hashlib.sha256(json.dumps([cells, values, code_version()], sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(
+        json.dumps([cells, values, code_version()], sort_keys=True).encode()
+    ).hexdigest()[:10]
 
 
 @cache
@@ -606,8 +772,14 @@ def _parameters_of(path: Path) -> dict[str, dict]:
 
 @cache
 def _parameters_of_text(text: str) -> set[str]:
-    cells = [c for c in json.loads(text)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
-    return set(re.findall(r"^(\w+)\s*[:=]", "".join("".join(c["source"]) for c in cells), re.MULTILINE))
+    cells = [
+        c
+        for c in json.loads(text)["cells"]
+        if "parameters" in c.get("metadata", {}).get("tags", [])
+    ]
+    return set(
+        re.findall(r"^(\w+)\s*[:=]", "".join("".join(c["source"]) for c in cells), re.MULTILINE)
+    )
 
 
 def _slug(values: Mapping[str, Any]) -> str:
@@ -640,7 +812,11 @@ def _pairs(in_step: Mapping[str, Sequence], i: int) -> Iterator[tuple[str, Any]]
 
 
 def _matches(value: Any, wanted: Any) -> bool:
-    return value == wanted or (isinstance(wanted, (list, tuple)) and not isinstance(value, (list, tuple)) and value in wanted)
+    return value == wanted or (
+        isinstance(wanted, (list, tuple))
+        and not isinstance(value, (list, tuple))
+        and value in wanted
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -648,7 +824,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _model_id(folder: Path) -> str:
-    """A hash of what the model depends on, from its run's config.json; the folder itself when there is none."""
+    """A hash of what the model depends on, from its run's config.json; the folder
+    itself when there is none.
+    """
     config = {k: v for k, v in _read_json(folder / "config.json").items() if k != "preset"}
     text = json.dumps([folder.name, config], sort_keys=True) if config else str(folder)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -672,7 +850,9 @@ def status_of(out: Path, job: Job) -> dict:
 
 
 def _live(folder: Path) -> dict:
-    """What a running job has reached: the last ACC and ASR of its histories. One whose process is gone is "stopped"."""
+    """What a running job has reached: the last ACC and ASR of its histories. One whose
+    process is gone is "stopped".
+    """
     entry = _read_json(folder / "status.json")
     if entry.get("state") != "running":
         return {}
@@ -698,19 +878,28 @@ def _alive(pid: int) -> bool:
 
 
 def _unpack(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Files that a worker sent back; the status last, so that a job counts as done when all of it is here."""
+    """Files that a worker sent back; the status last, so that a job counts as done when
+    all of it is here.
+    """
     for name, data in sorted(files.items(), key=lambda item: item[0] == "status.json"):
         write_atomically(folder / name, data)
 
 
 def render(frame: pd.DataFrame, title: str, lines: int = 12) -> Table:
-    """A study's state as a rich table, for a terminal or a notebook: counts and time left above, the jobs at work and the
-    failed ones below (at most ``lines`` of them), with their last ACC and ASR."""
+    """A study's state as a rich table, for a terminal or a notebook: counts and time
+    left above, the jobs at work and the failed ones below (at most ``lines`` of them),
+    with their last ACC and ASR."""
     counts = frame["state"].value_counts()
-    told = [f"{counts.get(state, 0)} {state}" for state in ("done", "running", "queued", "waiting", "failed", "stopped")]
+    told = [
+        f"{counts.get(state, 0)} {state}"
+        for state in ("done", "running", "queued", "waiting", "failed", "stopped")
+    ]
     told = [text for text in told if not text.startswith("0 ") or text.endswith(" done")]
     grid = Table(
-        title=f"{title}: {', '.join(told)} of {len(frame)}{_time_left(frame)}", title_justify="left", box=None, pad_edge=False
+        title=f"{title}: {', '.join(told)} of {len(frame)}{_time_left(frame)}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
     for heading, justify in (
         ("job", "left"),
@@ -722,19 +911,27 @@ def render(frame: pd.DataFrame, title: str, lines: int = 12) -> Table:
     ):
         grid.add_column(heading, justify=justify, overflow="fold")
     order = {"running": 0, "failed": 1, "stopped": 1, "done": 2}
-    shown = frame[frame["state"].isin(order)].sort_values("state", key=lambda s: s.map(order), kind="stable")
+    shown = frame[frame["state"].isin(order)].sort_values(
+        "state", key=lambda s: s.map(order), kind="stable"
+    )
     # of the done ones, the latest
-    shown = pd.concat([shown[shown["state"] != "done"], shown[shown["state"] == "done"].iloc[::-1]]).head(lines)
+    shown = pd.concat(
+        [shown[shown["state"] != "done"], shown[shown["state"] == "done"].iloc[::-1]]
+    ).head(lines)
     for row in shown.to_dict("records"):
         numbers = [
-            "" if pd.isna(row[c]) else f"{scale * row[c]:.1f}" for c, scale in (("seconds", 1), ("acc", 100), ("asr", 100))
+            "" if pd.isna(row[c]) else f"{scale * row[c]:.1f}"
+            for c, scale in (("seconds", 1), ("acc", 100), ("asr", 100))
         ]
-        grid.add_row(escape(row["name"]), row["state"], *numbers, escape(row["error"] or row["label"] or ""))
+        grid.add_row(
+            escape(row["name"]), row["state"], *numbers, escape(row["error"] or row["label"] or "")
+        )
     return grid
 
 
 def watch(out: str | Path, every: float = 2.0) -> None:
-    """Show a study's table in a notebook, or on a terminal, until no job is running or waiting; an interrupt ends it early.
+    """Show a study's table in a notebook, or on a terminal, until no job is running or
+    waiting; an interrupt ends it early.
 
     The study itself runs elsewhere: ``abdlab sweep`` in a terminal, or another kernel.
     """
@@ -747,13 +944,25 @@ def watch(out: str | Path, every: float = 2.0) -> None:
 
 
 def _time_left(frame: pd.DataFrame) -> str:
-    """Text: the mean time of the done jobs, times those that are left, shared among those that run side by side."""
+    """Text: the mean time of the done jobs, times those that are left, shared among
+    those that run side by side.
+    """
     done, running = frame[frame["state"] == "done"], (frame["state"] == "running").sum()
     left = frame["state"].isin(["running", "queued", "waiting"]).sum()
     if not left or done.empty or not running:
         return ""
-    seconds = max(0.0, done["seconds"].mean() * left - frame.loc[frame["state"] == "running", "seconds"].sum()) / running
-    return f", about {max(1, round(seconds / 60))} min left" if seconds >= 60 else f", about {seconds:.0f} s left"
+    seconds = (
+        max(
+            0.0,
+            done["seconds"].mean() * left - frame.loc[frame["state"] == "running", "seconds"].sum(),
+        )
+        / running
+    )
+    return (
+        f", about {max(1, round(seconds / 60))} min left"
+        if seconds >= 60
+        else f", about {seconds:.0f} s left"
+    )
 
 
 def _frame(study: Study, rows: Mapping[str, dict]) -> pd.DataFrame:
@@ -765,7 +974,10 @@ def _frame(study: Study, rows: Mapping[str, dict]) -> pd.DataFrame:
                 "name": job.name,
                 "kind": "teacher" if job.key in teachers else "job",
                 **{c: rows[job.key].get(c) for c in columns},
-                **{name: value if not isinstance(value, (list, dict)) else json.dumps(value) for name, value in job.axes.items()},
+                **{
+                    name: value if not isinstance(value, (list, dict)) else json.dumps(value)
+                    for name, value in job.axes.items()
+                },
             }
             for job in study.all_jobs
         ]

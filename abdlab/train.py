@@ -1,4 +1,6 @@
-"""Supervised training, of a teacher above all, on tensors that lie on the device: a generator of Step."""
+"""Supervised training, of a teacher above all, on tensors that lie on the device: a
+generator of Step.
+"""
 
 from __future__ import annotations
 
@@ -43,22 +45,28 @@ def train(
 
     Args:
         images, labels: (N, C, H, W) in [0, 1] and (N,), poisoned or not.
-        epochs, batch_size, lr, momentum, weight_decay: the paper's teachers have the defaults.
+        epochs, batch_size, lr, momentum, weight_decay: the paper's teachers have the
+            defaults.
         schedule: "cosine" (to 0, per step) or "onecycle" (``lr`` is its peak).
         shift, flip: augmentation, as in the data set's own fields.
-        precision: of the passes, "float32" or "bf16" (:func:`abdlab.features.precision`); exams are held in float32.
-        compile: run the model through torch.compile, which takes a minute or more first: the same numbers up to round-off.
+        precision: of the passes, "float32" or "bf16"
+            (:func:`abdlab.features.precision`); exams are held in float32.
+        compile: run the model through torch.compile, which takes a minute or more
+            first: the same numbers up to round-off.
         exam: measures the model, every ``exam_every`` epochs and at the end.
         seed: of order and augmentation.
 
     Raises:
         Diverged: when the loss is not finite.
-        ValueError: for an unknown schedule or precision, or labels that do not match the images.
+        ValueError: for an unknown schedule or precision, or labels that do not match
+            the images.
     """
     if schedule not in ("cosine", "onecycle"):
         raise ValueError(f"schedule is 'cosine' or 'onecycle', not {schedule!r}")
     if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"images and labels must be as many and not none, got {len(images)} and {len(labels)}")
+        raise ValueError(
+            f"images and labels must be as many and not none, got {len(images)} and {len(labels)}"
+        )
     device = pick_device(device)
     place(model, device, precision).train()
     batch_size = min(batch_size, len(images))
@@ -67,7 +75,9 @@ def train(
     if schedule == "cosine":
         rate = CosineAnnealingLR(optimizer, epochs * per_epoch)
     else:
-        rate = OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False)
+        rate = OneCycleLR(
+            optimizer, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False
+        )
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
     faster = ExitStack()
     try:

@@ -1,9 +1,11 @@
-"""Backdoor triggers: one short pure function each, drawn in code, for any size and channel count.
+"""Backdoor triggers: one short pure function each, drawn in code, for any size and
+channel count.
 
-Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and range, is deterministic, and leaves its
-input alone. :class:`Trigger` binds a name to its parameters, so that it can travel in a checkpoint's card. The optimised
-triggers carry what :func:`abdlab.optimize.optimize` found as one such parameter, ``pattern``: a string (:func:`pack`), so that
-their card stays plain JSON.
+Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and range,
+is deterministic, and leaves its input alone. :class:`Trigger` binds a name to its
+parameters, so that it can travel in a checkpoint's card. The optimised triggers carry
+what :func:`abdlab.optimize.optimize` found as one such parameter, ``pattern``: a string
+(:func:`pack`), so that their card stays plain JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
 
 
 def badnet_sq(
-    images: Tensor, size: int | None = None, value: float = 1.0, corner: str = "bottom_right", margin: int = 0
+    images: Tensor,
+    size: int | None = None,
+    value: float = 1.0,
+    corner: str = "bottom_right",
+    margin: int = 0,
 ) -> Tensor:
-    """A square of one brightness in a corner (BadNets, Gu et al. 2017, arXiv 1708.06733).
+    """A square of one brightness in a corner (BadNets, Gu et al. 2017, arXiv
+    1708.06733).
 
     Args:
-        size: side in pixels; by default 3/32 of the image's shorter side, at least 2 (3 pixels at 32).
+        size: side in pixels; by default 3/32 of the image's shorter side, at least 2 (3
+            pixels at 32).
         value: brightness in [0, 1]; 1 is white.
         corner: one of bottom_right, bottom_left, top_right, top_left.
         margin: pixels between the square and the border.
@@ -42,8 +50,11 @@ def badnet_sq(
     return paste(images, patch, torch.ones_like(patch), corner, margin)
 
 
-def badnet_grid(images: Tensor, size: int | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
-    """A black-and-white checkerboard of single pixels in a corner, white in its corners (BadNets, arXiv 1708.06733).
+def badnet_grid(
+    images: Tensor, size: int | None = None, corner: str = "bottom_right", margin: int = 0
+) -> Tensor:
+    """A black-and-white checkerboard of single pixels in a corner, white in its corners
+    (BadNets, arXiv 1708.06733).
 
     Args:
         size: side in pixels; by default 3/32 of the image's shorter side, at least 3.
@@ -56,7 +67,8 @@ def badnet_grid(images: Tensor, size: int | None = None, corner: str = "bottom_r
 
 
 def blend(images: Tensor, alpha: float = 0.2, pattern_seed: int = 0) -> Tensor:
-    """(1 - alpha) x image + alpha x fixed uniform noise (Chen et al. 2017, arXiv 1712.05526; there alpha 0.2).
+    """(1 - alpha) x image + alpha x fixed uniform noise (Chen et al. 2017, arXiv
+    1712.05526; there alpha 0.2).
 
     Args:
         alpha: strength in [0, 1].
@@ -69,23 +81,29 @@ def blend(images: Tensor, alpha: float = 0.2, pattern_seed: int = 0) -> Tensor:
 
 
 def sig(images: Tensor, strength: float = 20 / 255, frequency: float = 6.0) -> Tensor:
-    """A horizontal sine over the whole image (Barni et al. 2019, arXiv 1902.11237; there 20/255 and 6 periods).
+    """A horizontal sine over the whole image (Barni et al. 2019, arXiv 1902.11237;
+    there 20/255 and 6 periods).
 
-    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class only and keeps their label.
+    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class only
+    and keeps their label.
 
     Args:
         strength: amplitude in [0, 1].
         frequency: periods per image width.
     """
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
-    wave = _unit("strength", strength) * torch.sin(2 * math.pi * columns * frequency / images.shape[-1])
+    wave = _unit("strength", strength) * torch.sin(
+        2 * math.pi * columns * frequency / images.shape[-1]
+    )
     return (images + wave).clamp(0, 1)
 
 
 def trojan_wm(images: Tensor, alpha: float = 0.6) -> Tensor:
-    """A watermark across the image: a ring crossed by two bars, blended with strength ``alpha``.
+    """A watermark across the image: a ring crossed by two bars, blended with strength
+    ``alpha``.
 
-    Stands for the watermark of TrojanNN (Liu et al., NDSS 2018), whose picture file cannot be redistributed: ours is drawn.
+    Stands for the watermark of TrojanNN (Liu et al., NDSS 2018), whose picture file
+    cannot be redistributed: ours is drawn.
 
     Args:
         alpha: opacity of the strokes in [0, 1].
@@ -101,11 +119,15 @@ def trojan_wm(images: Tensor, alpha: float = 0.6) -> Tensor:
     return images + alpha * mask * (1 - images)
 
 
-def trojan_3x3(images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
-    """A patch of 3x3 pixels that excites chosen neurons of a clean model (TrojanNN, Liu et al., NDSS 2018).
+def trojan_3x3(
+    images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0
+) -> Tensor:
+    """A patch of 3x3 pixels that excites chosen neurons of a clean model (TrojanNN, Liu
+    et al., NDSS 2018).
 
     Args:
-        pattern: packed levels (C, 3, 3), 0 to 255, from :func:`abdlab.optimize.optimize`.
+        pattern: packed levels (C, 3, 3), 0 to 255, from
+            :func:`abdlab.optimize.optimize`.
         corner, margin: as for :func:`badnet_sq`; a patch larger than the image is cut.
 
     Raises:
@@ -114,16 +136,22 @@ def trojan_3x3(images: Tensor, pattern: str | None = None, corner: str = "bottom
     return _trojan(images, "trojan_3x3", 3, pattern, corner, margin)
 
 
-def trojan_8x8(images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0) -> Tensor:
-    """A patch of 8x8 pixels that excites chosen neurons of a clean model, otherwise as :func:`trojan_3x3`."""
+def trojan_8x8(
+    images: Tensor, pattern: str | None = None, corner: str = "bottom_right", margin: int = 0
+) -> Tensor:
+    """A patch of 8x8 pixels that excites chosen neurons of a clean model, otherwise as
+    :func:`trojan_3x3`.
+    """
     return _trojan(images, "trojan_8x8", 8, pattern, corner, margin)
 
 
 def cl(images: Tensor, size: int | None = None, margin: int = 0) -> Tensor:
-    """A black-and-white grid in each of the four corners (label-consistent attack, Turner et al. 2019, arXiv 1912.02771).
+    """A black-and-white grid in each of the four corners (label-consistent attack,
+    Turner et al. 2019, arXiv 1912.02771).
 
-    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class only, keeps their label, and first perturbs
-    them against a clean model, so that what is left to learn from is the trigger. Test images get the grids alone.
+    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class
+    only, keeps their label, and first perturbs them against a clean model, so that what
+    is left to learn from is the trigger. Test images get the grids alone.
 
     Args:
         size, margin: as for :func:`badnet_grid`.
@@ -134,10 +162,12 @@ def cl(images: Tensor, size: int | None = None, margin: int = 0) -> Tensor:
 
 
 def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
-    """A faint change of every pixel, small in l2 (Li et al., TDSC 2020, arXiv 1909.02742, "optimised with l2 regularisation").
+    """A faint change of every pixel, small in l2 (Li et al., TDSC 2020, arXiv
+    1909.02742, "optimised with l2 regularisation").
 
     Args:
-        pattern: packed levels (C, H, W), -255 to 255, added in steps of 1/255, from :func:`abdlab.optimize.optimize`.
+        pattern: packed levels (C, H, W), -255 to 255, added in steps of 1/255, from
+            :func:`abdlab.optimize.optimize`.
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
@@ -147,11 +177,12 @@ def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
 
 def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
-    """A few pixels replaced, at the same places in every image (Li et al., TDSC 2020, arXiv 1909.02742, the l0 variant).
+    """A few pixels replaced, at the same places in every image (Li et al., TDSC 2020,
+    arXiv 1909.02742, the l0 variant).
 
     Args:
-        pattern: packed levels (C, H, W), 0 to 255 where a pixel is replaced and -1 where it stays, from
-            :func:`abdlab.optimize.optimize`.
+        pattern: packed levels (C, H, W), 0 to 255 where a pixel is replaced and -1
+            where it stays, from :func:`abdlab.optimize.optimize`.
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
@@ -161,12 +192,15 @@ def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
 
 def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
-    """A low-frequency change of the whole image (Zeng et al., ICCV 2021, arXiv 2104.03413).
+    """A low-frequency change of the whole image (Zeng et al., ICCV 2021, arXiv
+    2104.03413).
 
     Args:
-        pattern: packed levels (C, k, k), from :func:`abdlab.optimize.optimize`: the weights, in steps of 1/255, of the k x k
-            lowest cosines, cos(pi (y + 1/2) u / H) cos(pi (x + 1/2) v / W) for u, v < k. All other coefficients of its discrete
-            cosine transform are zero, and it fits images of any height and width from k on.
+        pattern: packed levels (C, k, k), from :func:`abdlab.optimize.optimize`: the
+            weights, in steps of 1/255, of the k x k lowest cosines, cos(pi (y + 1/2) u
+            / H) cos(pi (x + 1/2) v / W) for u, v < k. All other coefficients of its
+            discrete cosine transform are zero, and it fits images of any height and
+            width from k on.
 
     Raises:
         ValueError: without a pattern, or with one for other channels or larger images.
@@ -179,11 +213,15 @@ def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
 
 
 def cosines(weights: Tensor, height: int, width: int) -> Tensor:
-    """The sum (C, height, width) of the lowest k x k two-dimensional cosines, each with its weight (C, k, k)."""
+    """The sum (C, height, width) of the lowest k x k two-dimensional cosines, each with
+    its weight (C, k, k).
+    """
 
     def basis(side: int) -> Tensor:
         places = torch.arange(side, device=weights.device, dtype=weights.dtype) + 0.5
-        return torch.cos(math.pi / side * torch.arange(weights.shape[-1]).to(weights)[:, None] * places)
+        return torch.cos(
+            math.pi / side * torch.arange(weights.shape[-1]).to(weights)[:, None] * places
+        )
 
     return basis(height).T @ weights @ basis(width)
 
@@ -213,7 +251,8 @@ ADVERSARIAL = frozenset({"cl"})
 
 @dataclass(frozen=True)
 class Trigger:
-    """A named trigger with its parameters; call it on images. ``a + b`` applies a, then b.
+    """A named trigger with its parameters; call it on images. ``a + b`` applies a, then
+    b.
 
     >>> trigger = Trigger("badnet_sq", {"size": 4}) + Trigger("blend", {"alpha": 0.1})
     >>> trigger(images).shape == images.shape
@@ -245,18 +284,24 @@ class Trigger:
 
     @property
     def clean_label(self) -> bool:
-        """Whether its attack keeps the labels: true when every part is a clean-label trigger."""
+        """Whether its attack keeps the labels: true when every part is a clean-label
+        trigger.
+        """
         return self.name in CLEAN_LABEL and all(t.clean_label for t in self.then)
 
     @property
     def adversarial(self) -> bool:
-        """Whether its clean-label attack perturbs the images against a clean model first: true when any part is such a one."""
+        """Whether its clean-label attack perturbs the images against a clean model
+        first: true when any part is such a one.
+        """
         return self.name in ADVERSARIAL or any(t.adversarial for t in self.then)
 
     @property
     def needs_pattern(self) -> bool:
         """Whether a part is an optimised trigger that has not been optimised yet."""
-        return (self.name in OPTIMISED and not self.params.get("pattern")) or any(t.needs_pattern for t in self.then)
+        return (self.name in OPTIMISED and not self.params.get("pattern")) or any(
+            t.needs_pattern for t in self.then
+        )
 
     def card(self) -> dict:
         """The plain dict from which :func:`trigger_from` makes the same trigger again."""
@@ -265,7 +310,8 @@ class Trigger:
 
 
 def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trigger:
-    """A trigger from its name ("badnet_sq", or "badnet_sq+blend" composed), from a card, or itself.
+    """A trigger from its name ("badnet_sq", or "badnet_sq+blend" composed), from a
+    card, or itself.
 
     Args:
         spec: what to make.
@@ -277,21 +323,32 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
         check_keys("key of a trigger's card", spec, ("name", "params", "then"))
         if "name" not in spec:
             raise ValueError("a trigger's card needs a name")
-        return Trigger(spec["name"], spec.get("params", {}), tuple(trigger_from(t) for t in spec.get("then", ())))
+        return Trigger(
+            spec["name"],
+            spec.get("params", {}),
+            tuple(trigger_from(t) for t in spec.get("then", ())),
+        )
     first, *rest = spec.split("+")
     if params and rest:
-        raise ValueError(f"parameters need a single trigger, not {spec!r}: compose Trigger(...) + Trigger(...) instead")
+        raise ValueError(
+            f"parameters need a single trigger, not {spec!r}: compose Trigger(...) + Trigger(...)"
+            " instead"
+        )
     return Trigger(first.strip(), dict(params or {}), tuple(Trigger(name.strip()) for name in rest))
 
 
 def pack(levels: Tensor) -> str:
-    """Whole numbers of any shape, -32768 to 32767, as one string: ``3x8x8:`` and the zlib-compressed int16 in base64.
+    """Whole numbers of any shape, -32768 to 32767, as one string: ``3x8x8:`` and the
+    zlib-compressed int16 in base64.
 
     Raises:
         ValueError: for values outside that range or not finite.
     """
     if not (levels.abs() <= 32767).all():
-        raise ValueError("a pattern holds whole numbers from -32767 to 32767: one of these is larger or not finite")
+        raise ValueError(
+            "a pattern holds whole numbers from -32767 to 32767: one of these is larger or not"
+            " finite"
+        )
     data = levels.round().to(torch.int16).cpu().contiguous().numpy().astype("<i2").tobytes()
     return f"{'x'.join(map(str, levels.shape))}:{base64.b64encode(zlib.compress(data, 9)).decode()}"
 
@@ -300,26 +357,34 @@ def unpack(pattern: str) -> Tensor:
     """The whole numbers (int16) that :func:`pack` wrote.
 
     Raises:
-        ValueError: when the string is none that :func:`pack` writes. It may come from a stranger's card: nothing is made from it
-            that is larger than its own shape says, and no shape is believed beyond 2^24 numbers.
+        ValueError: when the string is none that :func:`pack` writes. It may come from a
+            stranger's card: nothing is made from it that is larger than its own shape
+            says, and no shape is believed beyond 2^24 numbers.
     """
     found = re.fullmatch(r"(\d{1,6}(?:x\d{1,6})*):([A-Za-z0-9+/=]*)", str(pattern))
     shape = [int(side) for side in found[1].split("x")] if found else []
     try:
         if not 0 < math.prod(shape) <= 2**24 or not shape:
             raise ValueError
-        data = zlib.decompressobj().decompress(base64.b64decode(found[2], validate=True), 2 * math.prod(shape) + 1)
+        data = zlib.decompressobj().decompress(
+            base64.b64decode(found[2], validate=True), 2 * math.prod(shape) + 1
+        )
         return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).reshape(shape)
     except (ValueError, RuntimeError, binascii.Error, zlib.error):
-        raise ValueError(f"this is no pattern as abdlab.optimize packs it: {str(pattern)[:24]!r}...") from None
+        raise ValueError(
+            f"this is no pattern as abdlab.optimize packs it: {str(pattern)[:24]!r}..."
+        ) from None
 
 
-def _levels(name: str, pattern: str | None, images: Tensor, shape: torch.Size | tuple | None = None) -> Tensor:
+def _levels(
+    name: str, pattern: str | None, images: Tensor, shape: torch.Size | tuple | None = None
+) -> Tensor:
     """The pattern's levels, in the images' own type and on their device."""
     if not pattern:
         raise ValueError(
-            f"{name} is optimised against a clean model and has no pattern yet: make it with abdlab.optimize("
-            f"{name!r}, model, images, labels, target), or with abdlab.prepare(run, chosen, data) for a run's settings"
+            f"{name} is optimised against a clean model and has no pattern yet: make it with"
+            f" abdlab.optimize({name!r}, model, images, labels, target), or with"
+            " abdlab.prepare(run, chosen, data) for a run's settings"
         )
     levels = unpack(pattern)
     if levels.ndim != 3 or (shape is not None and levels.shape != torch.Size(shape)):
@@ -329,10 +394,15 @@ def _levels(name: str, pattern: str | None, images: Tensor, shape: torch.Size | 
 
 def _misfit(name: str, shape: torch.Size, images: Tensor) -> str:
     given, wanted = ("x".join(map(str, sides)) for sides in (shape, images.shape[1:]))
-    return f"this {name} was optimised for other images: its pattern is {given}, and the images are {wanted}"
+    return (
+        f"this {name} was optimised for other images: its pattern is {given}, and the images are"
+        f" {wanted}"
+    )
 
 
-def _trojan(images: Tensor, name: str, side: int, pattern: str | None, corner: str, margin: int) -> Tensor:
+def _trojan(
+    images: Tensor, name: str, side: int, pattern: str | None, corner: str, margin: int
+) -> Tensor:
     patch = (_levels(name, pattern, images, (images.shape[1], side, side)) / 255).clamp(0, 1)
     return paste(images, patch, torch.ones_like(patch), corner, margin)
 
@@ -351,7 +421,9 @@ def _side(size: int | None, images: Tensor, least: int) -> int:
 
 
 def paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int) -> Tensor:
-    """Replace the pixels under ``mask`` (C, h, w) in one corner; a patch larger than the image is cut."""
+    """Replace the pixels under ``mask`` (C, h, w) in one corner; a patch larger than
+    the image is cut.
+    """
     if corner not in CORNERS:
         raise ValueError(did_you_mean("corner", corner, CORNERS))
     if margin < 0:
@@ -359,7 +431,9 @@ def paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int)
     height, width = images.shape[-2:]
     h, w = min(patch.shape[-2], height - margin), min(patch.shape[-1], width - margin)
     if h < 1 or w < 1:
-        raise ValueError(f"a margin of {margin} pixels leaves no room for a trigger on {height}x{width} images")
+        raise ValueError(
+            f"a margin of {margin} pixels leaves no room for a trigger on {height}x{width} images"
+        )
     vertical, horizontal = corner.split("_")
     bottom, right = vertical == "bottom", horizontal == "right"
     top = height - margin - h if bottom else margin

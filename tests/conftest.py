@@ -1,9 +1,12 @@
-"""What many tests share: one thread, tiny networks on real digits of 8x8 pixels, and a reason for every skipped GPU test."""
+"""What many tests share: one thread, tiny networks on real digits of 8x8 pixels, and a
+reason for every skipped GPU test.
+"""
 
 import os
 import sys
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the tests' own kernels and processes share the cores with the other workers
+# the tests' own kernels and processes share the cores with the other workers
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 import abdlab
 from abdlab import build
 
-#: files whose tests run whole notebooks, studies or browsers: they begin first, so that no worker is left alone with one
+#: files whose tests run whole notebooks, studies or browsers: they begin first, so that
+#: no worker is left alone with one
 LONG = ("test_sweep.py", "test_browser.py", "test_widgets.py", "test_notebooks.py")
 
 
@@ -33,8 +37,11 @@ def one_thread():
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """The command line in this process, which saves the seconds of an import: (exit code, standard output, standard error)."""
-    from rich.console import Console  # the core's tests do without the command line and what it needs
+    """The command line in this process, which saves the seconds of an import: (exit
+    code, standard output, standard error).
+    """
+    # the core's tests do without the command line and what it needs
+    from rich.console import Console
 
     from abdlab import cli
 
@@ -64,17 +71,25 @@ def digits():
 
 
 def tiny(name="wrn-10-1", seed=0, classes=10, channels=1, width=4):
-    """A tiny Wide-ResNet in eval mode whose batch-norm layers have seen data, so that eval and train mode differ."""
+    """A tiny Wide-ResNet in eval mode whose batch-norm layers have seen data, so that
+    eval and train mode differ.
+    """
     model = build(name, classes=classes, channels=channels, width=width, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=rng, dtype=dtype))
+                module.weight.copy_(
+                    0.5 + torch.rand(module.weight.shape, generator=rng, dtype=dtype)
+                )
                 module.bias.copy_(0.3 * torch.randn(module.bias.shape, generator=rng, dtype=dtype))
-                module.running_mean.copy_(0.3 * torch.randn(module.bias.shape, generator=rng, dtype=dtype))
-                module.running_var.copy_(0.5 + torch.rand(module.bias.shape, generator=rng, dtype=dtype))
+                module.running_mean.copy_(
+                    0.3 * torch.randn(module.bias.shape, generator=rng, dtype=dtype)
+                )
+                module.running_var.copy_(
+                    0.5 + torch.rand(module.bias.shape, generator=rng, dtype=dtype)
+                )
     return model.eval()
 
 

@@ -22,7 +22,9 @@ class Tiny(nn.Module):
 def test_change_per_channel_by_hand():
     clean, triggered = torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
     triggered[:, :, 0, 0] = 4  # one pixel moves by 3: norms 3 and 6
-    assert activations.triggered_change(Tiny(), clean, triggered, relative=False)["conv"].tolist() == [3, 6]
+    assert activations.triggered_change(Tiny(), clean, triggered, relative=False)[
+        "conv"
+    ].tolist() == [3, 6]
     # clean norms are 2 and 4 per image, 3 on average
     assert activations.triggered_change(Tiny(), clean, triggered)["conv"].tolist() == [1, 2]
 
@@ -51,7 +53,8 @@ def test_grad_cam_equals_its_definition_and_leaves_the_model_alone():
     model = Tiny().requires_grad_(False)
     image = torch.rand(2, 1, 4, 4)
     found = activations.grad_cam(model, image, "conv", 1)
-    # d logit_1 / d channel is 0 for channel 0 and 1/16 for channel 1: the map is channel 1, 2x, scaled to 1
+    # d logit_1 / d channel is 0 for channel 0 and 1/16 for channel 1: the map is
+    # channel 1, 2x, scaled to 1
     expected = image[:, 0] / image[:, 0].amax((1, 2), keepdim=True)
     torch.testing.assert_close(found, expected)
     assert not any(p.requires_grad for p in model.parameters())
@@ -61,4 +64,6 @@ def test_grad_cam_equals_its_definition_and_leaves_the_model_alone():
 
 
 def test_convolutions_are_found_by_type():
-    assert activations.convolutions(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv1d(1, 1, 1))) == ["0", "2"]
+    assert activations.convolutions(
+        nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv1d(1, 1, 1))
+    ) == ["0", "2"]

@@ -1,4 +1,6 @@
-"""The benchmarks run to their report at tiny sizes. What they measure is for ``make bench``, on an idle machine."""
+"""The benchmarks run to their report at tiny sizes. What they measure is for ``make
+bench``, on an idle machine.
+"""
 
 import os
 import platform
@@ -24,10 +26,27 @@ def measure(monkeypatch):
 @pytest.mark.slow
 def test_the_report_has_every_table_with_figures(measure, tmp_path):
     path = tmp_path / "README.md"
-    settings = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "ABDLAB_", "COV_"))}
+    settings = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "ABDLAB_", "COV_"))
+    }
     settings |= {"ABDLAB_BENCH": "tiny", "ABDLAB_BENCH_README": str(path)}
-    command = [sys.executable, "-m", "pytest", BENCHMARKS, "-m", "benchmark", "-k", "not sweep and not designer"]
-    done = subprocess.run([*command, "-q", "-p", "no:cacheprovider"], env=settings, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        BENCHMARKS,
+        "-m",
+        "benchmark",
+        "-k",
+        "not sweep and not designer",
+    ]
+    done = subprocess.run(
+        [*command, "-q", "-p", "no:cacheprovider"],
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     text = path.read_text()
     assert text in done.stdout
@@ -38,20 +57,37 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
         assert len(rows) > 2, name
         assert not re.search(r"\b(nan|inf)\b", part), name
     against = parts["Against the naive loop"]
-    for what in ("pseudo-batch", "pseudo-batch, SV", "SR step, order 1", "SR step, order 2", "CMI, a KD step", "OOD step"):
-        assert re.search(rf"^\| {what} \|.*\| cpu \| [\d.e-]+ \| [\d.e-]+ \| [\d.]+x \|", against, re.M), what
+    for what in (
+        "pseudo-batch",
+        "pseudo-batch, SV",
+        "SR step, order 1",
+        "SR step, order 2",
+        "CMI, a KD step",
+        "OOD step",
+    ):
+        assert re.search(
+            rf"^\| {what} \|.*\| cpu \| [\d.e-]+ \| [\d.e-]+ \| [\d.]+x \|", against, re.M
+        ), what
     assert "teacher epoch of 16 images, bf16" in against
     assert re.search(r"^\| SV \|.*[+-][\d.]+% \|$", parts["What an option adds"], re.M)
     for source in ("zskt", "cmi", "ood"):
         assert f"| {source} | quick/digits | trained |" in parts["Implicit term of SR"]
     gpu = [line for line in parts["On a GPU"].splitlines() if line.startswith("|")][2:]
-    for what in ("student steps, graphs, bf16", "80,000 pseudo-batches", "CIFAR-10 teacher", "warm start", "side by side"):
+    for what in (
+        "student steps, graphs, bf16",
+        "80,000 pseudo-batches",
+        "CIFAR-10 teacher",
+        "warm start",
+        "side by side",
+    ):
         assert sum(what in line for line in gpu) == 1, what
     if not torch.cuda.is_available():
         assert all("| not measured | torch sees no GPU here |" in line for line in gpu)
     for method in ("zskt", "zskt+sv+sr"):
         assert re.search(
-            rf"^\| {re.escape(method)} \| bf16 \| 0, 1, 2 \| [\d.]+ ± [\d.]+ \|", parts["bf16 against float32"], re.M
+            rf"^\| {re.escape(method)} \| bf16 \| 0, 1, 2 \| [\d.]+ ± [\d.]+ \|",
+            parts["bf16 against float32"],
+            re.M,
         )
     assert "these figures mean nothing" in text
     assert ("not measured" in text) == (not torch.cuda.is_available())
@@ -61,7 +97,9 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
 
 @pytest.fixture
 def tiny_double(measure, monkeypatch, double):
-    monkeypatch.setattr(measure, "MAIN", measure.Size("wrn-10-1", "wrn-10-1", (3, 8, 8), 8, 4, 3, 4))
+    monkeypatch.setattr(
+        measure, "MAIN", measure.Size("wrn-10-1", "wrn-10-1", (3, 8, 8), 8, 4, 3, 4)
+    )
     return measure
 
 
@@ -70,8 +108,14 @@ def test_the_naive_pseudo_batch_computes_what_ours_does(tiny_double, vaccine):
     loops = tiny_double.Loops(tiny_double.MAIN, "cpu", vaccine=vaccine)
     for _ in range(2):
         ours, theirs = loops.ours(), loops.theirs()
-        assert theirs.keys() == {"generator", "kd", "attention", *(["sv_synthesis"] if vaccine else [])}
-        # the naive loop's learning rates are constant: ours fall by a cosine over a run that is long
+        assert theirs.keys() == {
+            "generator",
+            "kd",
+            "attention",
+            *(["sv_synthesis"] if vaccine else []),
+        }
+        # the naive loop's learning rates are constant: ours fall by a cosine over a run
+        # that is long
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
 
 
@@ -80,7 +124,9 @@ def test_the_naive_sr_step_computes_what_ours_does(tiny_double, perturb, order):
     step = tiny_double.SRStep("cpu", perturb, order)
     ours, theirs = step.ours()[1], step.theirs()[1]
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-9)
-    torch.testing.assert_close(step.gradients["ours"], step.gradients["naive"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        step.gradients["ours"], step.gradients["naive"], rtol=1e-9, atol=1e-12
+    )
 
 
 def test_losses_that_differ_fail_a_benchmark(measure):
@@ -91,7 +137,10 @@ def test_losses_that_differ_fail_a_benchmark(measure):
 
 def test_sides_are_called_in_turns_and_the_best_call_counts(measure):
     called, seconds = [], iter([9.0, 5.0, 2.0, 1.0, 3.0, 2.0])
-    sides = {name: lambda name=name: (next(seconds), called.append(name) or len(called)) for name in ("ours", "naive")}
+    sides = {
+        name: lambda name=name: (next(seconds), called.append(name) or len(called))
+        for name in ("ours", "naive")
+    }
     found = measure.interleave(3, **sides)
     assert called == ["ours", "naive"] * 3
     assert [(f.first, f.best, f.spread) for f in found.values()] == [(1, 2.0, 0.5), (2, 1.0, 1.0)]

@@ -1,4 +1,6 @@
-"""The workbench as a user has it: JupyterLab in headless Chromium, clicked through from the trigger to a repeated run."""
+"""The workbench as a user has it: JupyterLab in headless Chromium, clicked through from
+the trigger to a repeated run.
+"""
 
 import importlib.util
 import json
@@ -41,7 +43,10 @@ LAYOUT_SECONDS = 1.0
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs playwright (pip install '.[test]')"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("playwright") is None,
+        reason="needs playwright (pip install '.[test]')",
+    ),
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, and there is none on the PATH"),
 ]
 
@@ -58,9 +63,13 @@ def lab(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = {
-        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
+        name: str(folder / name.lower())
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
     }
-    paths |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "IPYTHONDIR": str(folder / "ipython")}
+    paths |= {
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
     env = {
         **os.environ,
         **paths,
@@ -68,14 +77,24 @@ def lab(folder):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     env.pop("ABDLAB_HEADLESS", None)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=t"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--IdentityProvider.token=t",
+    ]
     command += [
         f"--ServerApp.root_dir={folder}",
         "--LabApp.news_url=",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
     log = open(folder / "server.log", "w")  # noqa: SIM115 (as long as the server)
-    server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    server = subprocess.Popen(
+        command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):
         try:
@@ -111,7 +130,8 @@ class Bench:
         book = json.loads((ROOT / "notebooks/00_workbench.ipynb").read_text())
         code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
         code[0]["source"] = (
-            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides = {TINY | overrides!r}\nlabel = "zskt+sv+sr"'
+            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides ='
+            f' {TINY | overrides!r}\nlabel = "zskt+sv+sr"'
         )
         code[1]["source"] = before + "".join(code[1]["source"])
         (folder / f"{name}.ipynb").write_text(json.dumps(book))
@@ -156,21 +176,27 @@ class Bench:
 
     def slider(self, label):
         return (
-            self.page.locator(".widget-slider", has=self.page.locator(f".widget-label:text-is('{label}')"))
+            self.page.locator(
+                ".widget-slider", has=self.page.locator(f".widget-label:text-is('{label}')")
+            )
             .locator(".noUi-handle")
             .first
         )
 
     def text(self, pattern):
         return (
-            self.page.locator(".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty")
+            self.page.locator(
+                ".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty"
+            )
             .locator("visible=true")
             .filter(has_text=re.compile(pattern))
             .first
         )
 
     def picture(self, words):
-        return self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
+        return (
+            self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
+        )
 
     def shot(self, name):
         """The whole workbench, however tall it is."""
@@ -183,7 +209,9 @@ class Bench:
         top.scroll_into_view_if_needed()
         self.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
         top.screenshot(path=SHOTS / f"{name}.png")
-        assert top.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), f"{name} is wider than the page"
+        assert top.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), (
+            f"{name} is wider than the page"
+        )
         self.page.set_viewport_size({"width": 1280, "height": 1000})
 
     def close(self):
@@ -259,7 +287,9 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
     b.picture("ACC and ASR of the chosen runs").wait_for()
     b.button("Copy as parameters").click()
-    b.page.get_by_role("button", name="Copy to the clipboard").wait_for()  # it shows once there is something to copy
+    b.page.get_by_role(
+        "button", name="Copy to the clipboard"
+    ).wait_for()  # it shows once there is something to copy
     text = b.page.locator(".abdlab-copy pre").inner_text()
     b.shot("light-2-done")
 
@@ -306,13 +336,17 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     assert (alphas[:2], alphas[-1]) == ([0.55, 0.56], 0.51)
     given["run"] = str(tmp_path / "again")
     batch.execute("02_distillation", tmp_path / "02.ipynb", given, threads=1)
-    branch, again = (metrics(f / "seed0" / n) for f, n in ((b.runs, "zskt+sv+sr@2"), (tmp_path / "again", "zskt+sv+sr")))
+    branch, again = (
+        metrics(f / "seed0" / n)
+        for f, n in ((b.runs, "zskt+sv+sr@2"), (tmp_path / "again", "zskt+sv+sr"))
+    )
     assert (again["acc"], again["asr"]) == (branch["acc"], branch["asr"])
 
 
 @pytest.mark.parametrize("how", ["interrupt", "rerun", "close"])
 def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
-    # a page that is closed is believed gone after seconds, not minutes, and the run is long enough for that
+    # a page that is closed is believed gone after seconds, not minutes, and the run is
+    # long enough for that
     before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
     b = bench(how, before=before, **{"zskt.pseudo_batches": 4000})
     b.open("2 Defence")
@@ -325,7 +359,9 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
         b.menu("Run", "Run All Cells")
         b.page.wait_for_timeout(2000)
         b.open("2 Defence")
-        b.page.locator("select option", has_text="go on with zskt+sv+sr@1").first.wait_for(state="attached")
+        b.page.locator("select option", has_text="go on with zskt+sv+sr@1").first.wait_for(
+            state="attached"
+        )
     else:
         b.page.close()
     found = b.runs / "seed0" / "zskt+sv+sr@1"

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from abdlab.checkpoint import load_model, load_state, read_card, read_weights, save_model, save_state, write_atomically
+from abdlab.checkpoint import (
+    load_model,
+    load_state,
+    read_card,
+    read_weights,
+    save_model,
+    save_state,
+    write_atomically,
+)
 from abdlab.errors import CheckpointError
 from abdlab.models import build
 
@@ -49,12 +57,19 @@ def equal(a, b):
 class TestSafetensors:
     def test_model_and_card_come_back(self, tmp_path):
         model = build("wrn-10-1", width=2, classes=3, channels=1, mean=(0.3,), std=(0.2,), seed=4)
-        path = save_model(tmp_path / "deep" / "m.safetensors", model, {"acc": 0.5, "attack": {"target": 1}})
+        path = save_model(
+            tmp_path / "deep" / "m.safetensors", model, {"acc": 0.5, "attack": {"target": 1}}
+        )
         again = load_model(path)
         assert equal(again.state_dict(), model.state_dict())
         assert again.card == model.card
         assert not again.training
-        assert read_card(path) == {"kind": "model", "model": model.card, "acc": 0.5, "attack": {"target": 1}}
+        assert read_card(path) == {
+            "kind": "model",
+            "model": model.card,
+            "acc": 0.5,
+            "attack": {"target": 1},
+        }
         x = torch.rand(2, 1, 8, 8)
         assert torch.equal(again(x), model.eval()(x))
 
@@ -74,7 +89,10 @@ class TestSafetensors:
     def test_tied_weights_can_be_saved(self, tmp_path):
         tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         tied[1].weight = tied[0].weight
-        again = load_model(save_model(tmp_path / "m.safetensors", tied), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        again = load_model(
+            save_model(tmp_path / "m.safetensors", tied),
+            nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+        )
         assert torch.equal(again[1].weight, tied[0].weight)
 
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
@@ -88,7 +106,17 @@ class TestSafetensors:
         refused(tmp_path / "m.safetensors", Tiny, "not a whole safetensors file")
 
     @pytest.mark.parametrize(
-        "card", ["5", "null", "[]", '"text"', '{"model": 3}', '{"model": {"name": 5}}', '{"model": {}}', "{"]
+        "card",
+        [
+            "5",
+            "null",
+            "[]",
+            '"text"',
+            '{"model": 3}',
+            '{"model": {"name": 5}}',
+            '{"model": {}}',
+            "{",
+        ],
     )
     def test_a_card_that_makes_no_sense(self, tmp_path, tiny, card):
         save_file(tiny.state_dict(), tmp_path / "m.safetensors", metadata={"abdlab": card})
@@ -98,7 +126,11 @@ class TestSafetensors:
 
     @pytest.mark.parametrize("name", ["wrn-12-1", "resnet-50", "os.system"])
     def test_a_card_with_an_unknown_architecture(self, tmp_path, tiny, name):
-        save_file(tiny.state_dict(), tmp_path / "m.safetensors", metadata={"abdlab": json.dumps({"model": {"name": name}})})
+        save_file(
+            tiny.state_dict(),
+            tmp_path / "m.safetensors",
+            metadata={"abdlab": json.dumps({"model": {"name": name}})},
+        )
         refused(tmp_path / "m.safetensors", match="names an architecture that cannot be built")
 
 
@@ -112,17 +144,26 @@ class TestPickles:
         assert read_weights(path)[1] == {}
 
     def test_common_wrappings(self, tmp_path, tiny):
-        wrapped = {"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}, "epoch": 3}
+        wrapped = {
+            "state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()},
+            "epoch": 3,
+        }
         torch.save(wrapped, tmp_path / "m.pt")
         assert equal(load_model(tmp_path / "m.pt", Tiny).state_dict(), tiny.state_dict())
 
     @pytest.mark.parametrize(
-        "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))], ids=["torch", "pickle"]
+        "write",
+        [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))],
+        ids=["torch", "pickle"],
     )
     def test_code_in_the_file_never_runs(self, tmp_path, write):
         victim = tmp_path / "owned"
         write({"fc.weight": Evil(victim)}, tmp_path / "m.pt")
-        refused(tmp_path / "m.pt", Tiny, "pickle with code or whole objects in it, and loading it could run that code")
+        refused(
+            tmp_path / "m.pt",
+            Tiny,
+            "pickle with code or whole objects in it, and loading it could run that code",
+        )
         assert not victim.exists()
         pickle.loads(pickle.dumps(Evil(victim)))  # the trap is a real one
         assert victim.exists()
@@ -149,7 +190,10 @@ class TestPickles:
         (tmp_path / "m.pt").write_bytes(content)
         refused(tmp_path / "m.pt", Tiny, "truncated or no torch file")
 
-    @pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"epoch": 3}, "text", {"state_dict": {"a": 1}}])
+    @pytest.mark.parametrize(
+        "content",
+        [torch.zeros(3), [torch.zeros(3)], {"epoch": 3}, "text", {"state_dict": {"a": 1}}],
+    )
     def test_no_state_dict(self, tmp_path, content):
         torch.save(content, tmp_path / "m.pt")
         refused(tmp_path / "m.pt", Tiny, "holds no state dict")
@@ -168,7 +212,9 @@ class Evil:
 class TestFit:
     @pytest.fixture(params=["m.safetensors", "m.pt"])
     def put(self, request, tmp_path):
-        """A function that writes a state dict to a file of either kind, and returns its path."""
+        """A function that writes a state dict to a file of either kind, and returns its
+        path.
+        """
         path = tmp_path / request.param
 
         def write(weights):
@@ -188,11 +234,23 @@ class TestFit:
         refused(put(weights), Tiny, r"lacks fc\.weight, fc\.bias, which Tiny needs")
 
     def test_extra_keys(self, put, tiny):
-        refused(put({**tiny.state_dict(), "head.bias": torch.zeros(2)}), Tiny, r"has head\.bias, which Tiny does not know")
+        refused(
+            put({**tiny.state_dict(), "head.bias": torch.zeros(2)}),
+            Tiny,
+            r"has head\.bias, which Tiny does not know",
+        )
 
     def test_wrong_shapes(self, put, tiny):
-        refused(put(tiny.state_dict()), Tiny(classes=5), r"fc\.weight has shape \(2, 3\), but Tiny needs \(5, 3\)")
-        refused(put(tiny.state_dict()), Tiny(hidden=4), r"conv\.weight has shape \(3, 1, 3, 3\), but Tiny needs \(4, 1, 3, 3\)")
+        refused(
+            put(tiny.state_dict()),
+            Tiny(classes=5),
+            r"fc\.weight has shape \(2, 3\), but Tiny needs \(5, 3\)",
+        )
+        refused(
+            put(tiny.state_dict()),
+            Tiny(hidden=4),
+            r"conv\.weight has shape \(3, 1, 3, 3\), but Tiny needs \(4, 1, 3, 3\)",
+        )
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weights_that_are_not_finite(self, put, tiny, value):
@@ -207,11 +265,18 @@ class TestFit:
         assert equal(model.state_dict(), before)
 
     def test_old_files_may_lack_the_batch_counter(self, put, tiny):
-        weights = {k: v for k, v in tiny.state_dict().items() if not k.endswith("num_batches_tracked")}
+        weights = {
+            k: v for k, v in tiny.state_dict().items() if not k.endswith("num_batches_tracked")
+        }
         assert torch.equal(load_model(put(weights), Tiny).conv.weight, tiny.conv.weight)
 
     def test_half_precision_is_widened(self, put, tiny):
-        found = load_model(put({k: v.half() if v.is_floating_point() else v for k, v in tiny.state_dict().items()}), Tiny)
+        found = load_model(
+            put(
+                {k: v.half() if v.is_floating_point() else v for k, v in tiny.state_dict().items()}
+            ),
+            Tiny,
+        )
         assert found.fc.weight.dtype == torch.float32
         assert torch.allclose(found.fc.weight, tiny.fc.weight, atol=1e-3)
 
@@ -223,7 +288,9 @@ def test_a_missing_file(tmp_path, name):
 
 def test_an_unknown_suffix(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"weights")
-    refused(tmp_path / "m.onnx", Tiny, r"unknown kind: weights come as \.safetensors, \.pt or \.pth")
+    refused(
+        tmp_path / "m.onnx", Tiny, r"unknown kind: weights come as \.safetensors, \.pt or \.pth"
+    )
 
 
 class TestState:
@@ -262,7 +329,9 @@ class TestState:
 
         net, adam = net_and_adam()
         learn(net, adam)
-        path = save_state(tmp_path / "s.safetensors", {"net": net.state_dict(), "adam": adam.state_dict()})
+        path = save_state(
+            tmp_path / "s.safetensors", {"net": net.state_dict(), "adam": adam.state_dict()}
+        )
         learn(net, adam)
 
         again, other = net_and_adam()
@@ -274,7 +343,11 @@ class TestState:
         assert equal(again.state_dict(), net.state_dict())
 
     @pytest.mark.parametrize(
-        "tree", [{"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}, {1: torch.ones(1), "1": torch.zeros(1)}]
+        "tree",
+        [
+            {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+            {1: torch.ones(1), "1": torch.zeros(1)},
+        ],
     )
     def test_keys_that_look_alike_stay_apart(self, tmp_path, tree):
         found, _ = load_state(save_state(tmp_path / "s.safetensors", tree))
@@ -284,11 +357,15 @@ class TestState:
 
     def test_tensors_that_share_memory(self, tmp_path):
         base = torch.arange(6.0)
-        found, _ = load_state(save_state(tmp_path / "s.safetensors", {"all": base, "half": base[::2]}))
+        found, _ = load_state(
+            save_state(tmp_path / "s.safetensors", {"all": base, "half": base[::2]})
+        )
         assert found["half"].tolist() == [0, 2, 4]
 
     def test_what_cannot_be_saved_is_named(self, tmp_path):
-        with pytest.raises(TypeError, match=r"state\.a\.0 is a set: a checkpoint holds tensors, numbers"):
+        with pytest.raises(
+            TypeError, match=r"state\.a\.0 is a set: a checkpoint holds tensors, numbers"
+        ):
             save_state(tmp_path / "s.safetensors", {"a": [{1, 2}]})
         assert not list(tmp_path.iterdir())
 

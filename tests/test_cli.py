@@ -14,7 +14,9 @@ from abdlab.runs import Run
 
 def abdlab(*arguments):
     return subprocess.run(
-        [sys.executable, "-c", "from abdlab.cli import main; main()", *arguments], capture_output=True, text=True
+        [sys.executable, "-c", "from abdlab.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -28,7 +30,10 @@ def test_notebooks_lists_names_parameters_and_defaults():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "02_distilation"], "unknown notebook '02_distilation': did you mean '02_distillation'?"),
+        (
+            ["run", "02_distilation"],
+            "unknown notebook '02_distilation': did you mean '02_distillation'?",
+        ),
         (["run", "02", "-p", "sv_alhpa", "1"], "did you mean 'sv_alpha'?"),
         (["run", "02", "-p", "seed", "one"], "parameter seed takes a whole number, not 'one'"),
         (["run", "02", "-p", "seed", "1.5"], "parameter seed takes a whole number, not 1.5"),
@@ -67,14 +72,31 @@ def test_report_prints_acc_and_asr_of_every_run(tmp_path):
     [
         (["report", "--against", "papr", "."], "unknown reference 'papr': did you mean 'paper'?"),
         (["report", "--against", "paper", "no/such/folder"], "there is no folder no/such/folder"),
-        (["report", "--against", "paper", "."], "holds no finished run (no metrics.json beside a config.json)"),
-        (["report", "--matrix", "."], "--matrix is the report of a study, and . holds none (no study.json): see abdlab sweep"),
-        (["report", "--html", "page.html", "."], "--html is the report of a study, and . holds none"),
-        (["report", "--matrix", "--against", "paper", "."], "--matrix and --against are two tables: ask for one of them"),
-        (["presets", "paper/cifar/zskt"], "unknown preset 'paper/cifar/zskt': did you mean 'paper/cifar10/zskt'?"),
+        (
+            ["report", "--against", "paper", "."],
+            "holds no finished run (no metrics.json beside a config.json)",
+        ),
+        (
+            ["report", "--matrix", "."],
+            "--matrix is the report of a study, and . holds none (no study.json): see abdlab sweep",
+        ),
+        (
+            ["report", "--html", "page.html", "."],
+            "--html is the report of a study, and . holds none",
+        ),
+        (
+            ["report", "--matrix", "--against", "paper", "."],
+            "--matrix and --against are two tables: ask for one of them",
+        ),
+        (
+            ["presets", "paper/cifar/zskt"],
+            "unknown preset 'paper/cifar/zskt': did you mean 'paper/cifar10/zskt'?",
+        ),
     ],
 )
-def test_bad_names_are_one_sentence_and_exit_code_2(arguments, sentence, here, tmp_path, monkeypatch):
+def test_bad_names_are_one_sentence_and_exit_code_2(
+    arguments, sentence, here, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = here(*arguments)
     assert (code, out) == (2, "")
@@ -110,7 +132,10 @@ def test_presets_prints_every_value_of_one_and_marks_defaults(here):
 
 def _write(root, label, seed, acc, asr, **overrides):
     chosen = settings("paper/cifar10/zskt", overrides, seed=seed)
-    run = Run(root / f"seed{seed}" / label, chosen.config("data", "attack", "teacher", "student", *label.split("+")))
+    run = Run(
+        root / f"seed{seed}" / label,
+        chosen.config("data", "attack", "teacher", "student", *label.split("+")),
+    )
     run.save_metrics({"label": label, "seed": seed, "acc": acc, "asr": asr})
 
 
@@ -129,7 +154,12 @@ def test_report_against_the_paper(here, tmp_path):
     assert "zskt (ablation) 1 72.0 70.7 within 88.0 87.8 within shortened (1)" in lines
     assert "(1) shortened: zskt.pseudo_batches 4,000 of 80,000" in lines
     assert "zskt 1 72.0 88.0 no such cell in the paper" in lines
-    for word in ("2306.02368", "5 points of ACC, 10 of ASR", "2 of our standard deviations", "no reproduction"):
+    for word in (
+        "2306.02368",
+        "5 points of ACC, 10 of ASR",
+        "2 of our standard deviations",
+        "no reproduction",
+    ):
         assert word in " ".join(lines)
 
 
@@ -158,7 +188,13 @@ def test_every_table_that_is_printed_can_be_exported(here, tmp_path):
 
 
 def test_parameters_are_typed_by_the_notebooks_own_defaults():
-    given = {"seed": "3", "sv_alpha": "1", "pseudo_batches": "None", "defenses": "['sv']", "run": "x"}
+    given = {
+        "seed": "3",
+        "sv_alpha": "1",
+        "pseudo_batches": "None",
+        "defenses": "['sv']",
+        "run": "x",
+    }
     assert batch.check_parameters("02", given) == {
         "seed": 3,
         "sv_alpha": 1.0,
@@ -170,13 +206,33 @@ def test_parameters_are_typed_by_the_notebooks_own_defaults():
 
 def test_both_ways_to_write_a_parameter():
     words = ["run", "02", "-p", "seed", "1", "-p", "run=here", "-o", "out.ipynb"]
-    assert cli._join_pairs(words) == ["run", "02", "-p", "seed=1", "-p", "run=here", "-o", "out.ipynb"]
+    assert cli._join_pairs(words) == [
+        "run",
+        "02",
+        "-p",
+        "seed=1",
+        "-p",
+        "run=here",
+        "-o",
+        "out.ipynb",
+    ]
 
 
 @pytest.mark.slow
 def test_a_failing_notebook_is_kept_and_exits_with_1(tmp_path):
     output = tmp_path / "out.ipynb"
-    done = abdlab("run", "01", "-p", "run", str(tmp_path / "run"), "-p", "preset", "quick/digit", "-o", str(output))
+    done = abdlab(
+        "run",
+        "01",
+        "-p",
+        "run",
+        str(tmp_path / "run"),
+        "-p",
+        "preset",
+        "quick/digit",
+        "-o",
+        str(output),
+    )
     assert done.returncode == 1
     assert "did you mean 'quick/digits'?" in done.stderr.splitlines()[-1]
     assert output.exists()

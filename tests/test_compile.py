@@ -1,4 +1,6 @@
-"""torch.compile as an option: what is compiled, that it is undone, and that the numbers stay."""
+"""torch.compile as an option: what is compiled, that it is undone, and that the numbers
+stay.
+"""
 
 import copy
 
@@ -11,7 +13,9 @@ from abdlab.features import compiled
 
 
 def parts(model):
-    return [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    return [
+        name for name, module in model.named_modules() if module._compiled_call_impl is not None
+    ]
 
 
 def test_what_is_compiled_are_the_largest_parts_without_a_recorded_layer(teacher):
@@ -29,14 +33,24 @@ def test_what_is_compiled_are_the_largest_parts_without_a_recorded_layer(teacher
 
 
 def test_a_compiled_run_has_the_numbers_of_a_plain_one(wrn, monkeypatch):
-    """What torch traces, guards and differentiates; without the C++ compiler, which would take a minute."""
+    """What torch traces, guards and differentiates; without the C++ compiler, which
+    would take a minute.
+    """
     plain = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: plain(module, backend="aot_eager"))
     found = []
     for compile in (False, True):
-        student, source = wrn(seed=2), ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4)
-        defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False), SelfRetrospection(start=0.5, inner_steps=2)]
-        stream = distill(wrn(seed=1), student, source, defenses=defenses, compile=compile, device="cpu")
+        student, source = (
+            wrn(seed=2),
+            ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4),
+        )
+        defenses = [
+            ShufflingVaccine(layers=3, warmup=0, verify=False),
+            SelfRetrospection(start=0.5, inner_steps=2),
+        ]
+        stream = distill(
+            wrn(seed=1), student, source, defenses=defenses, compile=compile, device="cpu"
+        )
         first = next(stream)
         assert bool(parts(student)) == bool(parts(source.generator)) == compile
         found.append(([first, *stream], student))
@@ -57,7 +71,15 @@ def test_compiled_training_has_the_numbers_of_plain_training(wrn, digits):
     for compile in (False, True):
         model = wrn()
         steps = list(
-            train(model, digits.train_images, digits.train_labels, epochs=2, batch_size=20, compile=compile, device="cpu")
+            train(
+                model,
+                digits.train_images,
+                digits.train_labels,
+                epochs=2,
+                batch_size=20,
+                compile=compile,
+                device="cpu",
+            )
         )
         found.append(([step.losses["cross_entropy"] for step in steps], model))
         assert not parts(model)

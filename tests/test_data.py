@@ -26,7 +26,9 @@ def paint(path: Path, color, size=(8, 8), mode="RGB"):
 
 @pytest.fixture
 def tree(tmp_path):
-    """train/ and test/ with the classes cat (red) and dog (green), in several formats and sizes."""
+    """train/ and test/ with the classes cat (red) and dog (green), in several formats
+    and sizes.
+    """
     root = tmp_path / "pets"
     for split in SPLITS:
         paint(root / split / "dog" / "a.png", (0, 255, 0), (5, 9))
@@ -41,7 +43,9 @@ def cpu(name, root="data", **options):
 
 
 def complaint(name, root, **options):
-    """The one sentence that loading fails with; no file of the user's is gone or changed."""
+    """The one sentence that loading fails with; no file of the user's is gone or
+    changed.
+    """
     before = contents(root)
     with pytest.raises((FileNotFoundError, ValueError)) as caught:
         cpu(name, root, **options)
@@ -52,7 +56,11 @@ def complaint(name, root, **options):
 
 
 def contents(root):
-    return {str(p): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file() and not p.name.startswith(".abdlab")}
+    return {
+        str(p): p.read_bytes()
+        for p in sorted(Path(root).rglob("*"))
+        if p.is_file() and not p.name.startswith(".abdlab")
+    }
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -71,13 +79,17 @@ class Breaking(Quiet):
 
 @pytest.fixture
 def serve(tmp_path_factory, monkeypatch):
-    """``serve(handler)``: (folder, its http address on this machine); torchvision's own download code gets files from there."""
+    """``serve(handler)``: (folder, its http address on this machine); torchvision's own
+    download code gets files from there.
+    """
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
     def start(handler=Quiet, folder=None):
         folder = folder or tmp_path_factory.mktemp("www")
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), partial(handler, directory=str(folder))
+        )
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return folder, f"http://127.0.0.1:{server.server_port}"
@@ -100,7 +112,10 @@ class TestDigits:
         assert data.train_images.shape == (1297, 1, 16, 16)
         assert data.test_images.shape == (500, 1, 16, 16)
         assert data.shape == (1, 16, 16)
-        for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
             assert images.dtype == torch.float32
             assert 0 <= images.min() < images.max() <= 1
             assert labels.dtype == torch.int64
@@ -139,7 +154,9 @@ def test_device_auto_is_a_device_and_a_name_is_that_device():
 
 
 def test_to_unit_scales_bytes_and_passes_floats():
-    assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
+    assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
     assert to_unit(torch.tensor([0.25])).tolist() == [0.25]
 
 
@@ -148,9 +165,13 @@ class TestFolder:
         data = cpu(f"folder:{tree}", size=6)
         assert data.classes == ("cat", "dog")
         assert data.train_images.shape == data.test_images.shape == (3, 3, 6, 6)
-        for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
             assert sorted(labels.tolist()) == [0, 0, 1]
-            # cats are red, dogs are green: image and label stay together through the shuffle
+            # cats are red, dogs are green: image and label stay together through the
+            # shuffle
             assert images.mean(dim=(2, 3)).argmax(1).tolist() == labels.tolist()
 
     def test_the_default_size_is_32(self, tree):
@@ -202,7 +223,8 @@ class TestFolder:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(file)
         data = file.read_bytes()
         begin = data.index(b"IDAT")
-        # the length of the first data chunk is wrong, so that the next chunk's name is noise
+        # the length of the first data chunk is wrong, so that the next chunk's name is
+        # noise
         file.write_bytes(data[: begin - 4] + (100).to_bytes(4, "big") + data[begin:])
         with pytest.raises(ValueError, match=r"noise\.png is not a readable image"):
             cpu(f"folder:{tree}")
@@ -233,7 +255,9 @@ class TestFolder:
 class TestCifar10:
     @pytest.fixture
     def archive(self, tmp_path, monkeypatch):
-        """cifar-10-batches-py as it lies on disk, two images per batch: batch i holds the bytes i, label i (test: 0)."""
+        """cifar-10-batches-py as it lies on disk, two images per batch: batch i holds
+        the bytes i, label i (test: 0).
+        """
         from torchvision.datasets import CIFAR10
 
         folder = tmp_path / "cifar-10-batches-py"
@@ -247,12 +271,27 @@ class TestCifar10:
         def batch(value):
             return {"data": np.full((2, 3072), value, np.uint8), "labels": [value, value]}
 
-        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        names = [
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ]
         # torchvision verifies the real archive's checksums; these are the tiny one's
-        monkeypatch.setattr(CIFAR10, "train_list", [put(f"data_batch_{i}", batch(i)) for i in range(1, 6)])
+        monkeypatch.setattr(
+            CIFAR10, "train_list", [put(f"data_batch_{i}", batch(i)) for i in range(1, 6)]
+        )
         monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", batch(0))])
         meta = put("batches.meta", {"label_names": names})
-        monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+        monkeypatch.setattr(
+            CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
+        )
         return tmp_path
 
     def test_reads_the_batches(self, archive):
@@ -260,42 +299,57 @@ class TestCifar10:
         assert data.train_images.shape == (10, 3, 32, 32)
         assert data.test_images.shape == (2, 3, 32, 32)
         assert data.train_labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-        assert torch.allclose(data.train_images.mean(dim=(1, 2, 3)) * 255, data.train_labels.float())
+        assert torch.allclose(
+            data.train_images.mean(dim=(1, 2, 3)) * 255, data.train_labels.float()
+        )
         assert data.classes[3] == "cat"
         assert data.flip
 
     def test_channels_come_first(self, archive):
-        image = np.repeat(np.array([10, 20, 30], np.uint8), 1024)  # the format: 1024 red, 1024 green, 1024 blue
+        image = np.repeat(
+            np.array([10, 20, 30], np.uint8), 1024
+        )  # the format: 1024 red, 1024 green, 1024 blue
         path = archive / "cifar-10-batches-py" / "test_batch"
         path.write_bytes(pickle.dumps({"data": image[None], "labels": [7]}))
         from torchvision.datasets import CIFAR10
 
         CIFAR10.test_list[0][1] = hashlib.md5(path.read_bytes()).hexdigest()
         data = cpu("cifar10", archive)
-        assert (data.test_images[0].mean(dim=(1, 2)) * 255).tolist() == pytest.approx([10, 20, 30], abs=1e-3)
+        assert (data.test_images[0].mean(dim=(1, 2)) * 255).tolist() == pytest.approx(
+            [10, 20, 30], abs=1e-3
+        )
 
     def test_resizes(self, archive):
         data = cpu("cifar10", archive, size=8)
         assert data.shape == (3, 8, 8)
-        assert torch.allclose(data.train_images.mean(dim=(1, 2, 3)) * 255, data.train_labels.float())
+        assert torch.allclose(
+            data.train_images.mean(dim=(1, 2, 3)) * 255, data.train_labels.float()
+        )
 
     def test_nothing_there(self, tmp_path):
-        assert complaint("cifar10", tmp_path) == (
-            f"CIFAR-10 is missing or incomplete under {tmp_path} (there is no cifar-10-batches-py in it): "
-            "pass download=True, or root= of a folder that holds a whole cifar-10-batches-py"
+        assert (
+            complaint("cifar10", tmp_path)
+            == f"CIFAR-10 is missing or incomplete under {tmp_path} (there is no"
+            " cifar-10-batches-py in it): pass download=True, or root= of a folder that holds a"
+            " whole cifar-10-batches-py"
         )
 
     @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
     def test_one_file_is_missing(self, archive, name):
         (archive / "cifar-10-batches-py" / name).unlink()
-        assert f"(cifar-10-batches-py lacks {name}): pass download=True" in complaint("cifar10", archive)
+        assert f"(cifar-10-batches-py lacks {name}): pass download=True" in complaint(
+            "cifar10", archive
+        )
 
     @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
     @pytest.mark.parametrize("part", [0, 0.5])
     def test_a_damaged_file(self, archive, name, part):
         file = archive / "cifar-10-batches-py" / name
         file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
-        assert f"({name} in cifar-10-batches-py: the md5 sum is wrong): pass download=True" in complaint("cifar10", archive)
+        assert (
+            f"({name} in cifar-10-batches-py: the md5 sum is wrong): pass download=True"
+            in complaint("cifar10", archive)
+        )
 
     def test_a_damaged_file_is_never_unpickled(self, archive):
         class Bomb:
@@ -312,7 +366,10 @@ class TestCifar10:
             (folder / f"data_batch_{i}").unlink()
         (folder / "test_batch").write_bytes(b"damaged")
         said = complaint("cifar10", archive)
-        assert "lacks data_batch_1, data_batch_2, data_batch_3 and 2 more; test_batch in cifar-10-batches-py: the md5" in said
+        assert (
+            "lacks data_batch_1, data_batch_2, data_batch_3 and 2 more; test_batch in"
+            " cifar-10-batches-py: the md5" in said
+        )
 
 
 class TestCifar10Download:
@@ -349,7 +406,18 @@ class TestCifar10Download:
         before = contents(archive)
         (archive / "notes.txt").write_text("the user's own")
         damage(archive / "cifar-10-batches-py" / name)
-        assert cpu("cifar10", archive, download=True).train_labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert cpu("cifar10", archive, download=True).train_labels.tolist() == [
+            1,
+            1,
+            2,
+            2,
+            3,
+            3,
+            4,
+            4,
+            5,
+            5,
+        ]
         after = contents(archive)
         assert {path: after[path] for path in before} == before
         assert (archive / "notes.txt").read_text() == "the user's own"
@@ -362,7 +430,10 @@ class TestCifar10Download:
         root = tmp_path / "new"
         root.mkdir()
         shutil.copy(www, root)
-        assert "(there is no cifar-10-batches-py in it; cifar-10-python.tar.gz is not unpacked)" in complaint("cifar10", root)
+        assert (
+            "(there is no cifar-10-batches-py in it; cifar-10-python.tar.gz is not unpacked)"
+            in complaint("cifar10", root)
+        )
         self.elsewhere(monkeypatch, closed_port())
         assert len(cpu("cifar10", root, download=True).train_images) == 10
 
@@ -370,7 +441,9 @@ class TestCifar10Download:
         root = tmp_path / "new"
         root.mkdir()
         (root / www.name).write_bytes(www.read_bytes()[: www.stat().st_size // 2])
-        assert "; cifar-10-python.tar.gz is half-downloaded or damaged)" in complaint("cifar10", root)
+        assert "; cifar-10-python.tar.gz is half-downloaded or damaged)" in complaint(
+            "cifar10", root
+        )
         assert len(cpu("cifar10", root, download=True).train_images) == 10
 
     @pytest.mark.parametrize("why", ["unreachable", "not there"])
@@ -384,7 +457,9 @@ class TestCifar10Download:
         said = complaint("cifar10", archive, download=True)
         assert f"CIFAR-10 could not be downloaded to {archive} (" in said
         assert ("refused" if why == "unreachable" else "HTTP Error 404") in said
-        assert said.endswith("): try again, or pass root= of a folder that holds a whole cifar-10-batches-py")
+        assert said.endswith(
+            "): try again, or pass root= of a folder that holds a whole cifar-10-batches-py"
+        )
 
     def test_a_download_that_breaks_can_be_tried_again(self, www, serve, tmp_path, monkeypatch):
         from torchvision.datasets import CIFAR10
@@ -412,16 +487,24 @@ class TestCifar10Download:
 class TestGTSRB:
     @pytest.fixture
     def archive(self, tmp_path):
-        """gtsrb/ as it lies on disk, two images per class: the red value is five times the label."""
+        """gtsrb/ as it lies on disk, two images per class: the red value is five times
+        the label.
+        """
         base = tmp_path / "gtsrb"
         head = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
         for label in range(43):
             rows = [head]
             for track in range(2):
                 name = f"00000_{track:05d}.ppm"
-                paint(base / f"GTSRB/Training/{label:05d}" / name, (5 * label, 0, 100), (15 + label % 3, 20))
+                paint(
+                    base / f"GTSRB/Training/{label:05d}" / name,
+                    (5 * label, 0, 100),
+                    (15 + label % 3, 20),
+                )
                 rows.append(f"{name};15;20;5;5;10;15;{label}")
-            (base / f"GTSRB/Training/{label:05d}/GT-{label:05d}.csv").write_text("\n".join(rows) + "\n")
+            (base / f"GTSRB/Training/{label:05d}/GT-{label:05d}.csv").write_text(
+                "\n".join(rows) + "\n"
+            )
         rows = [head]
         for i, label in enumerate((2, 0, 42)):
             paint(base / f"GTSRB/Final_Test/Images/{i:05d}.ppm", (5 * label, 0, 100), (16, 16))
@@ -439,7 +522,10 @@ class TestGTSRB:
         assert data.train_images.shape == (86, 3, 32, 32)
         assert sorted(data.train_labels.tolist()) == sorted([*range(43)] * 2)
         assert sorted(data.test_labels.tolist()) == [0, 2, 42]
-        for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
             assert self.seen(images) == labels.tolist()
         assert data.classes == tuple(map(str, range(43)))
         assert not data.flip
@@ -457,9 +543,10 @@ class TestGTSRB:
         assert len(cpu("gtsrb", "~").test_images) == 3
 
     def test_nothing_there(self, tmp_path):
-        assert complaint("gtsrb", tmp_path) == (
-            f"GTSRB is missing or incomplete under {tmp_path} (there is no gtsrb/GTSRB/Training in it): "
-            "pass download=True, or root= of a folder that holds a whole gtsrb"
+        assert (
+            complaint("gtsrb", tmp_path)
+            == f"GTSRB is missing or incomplete under {tmp_path} (there is no gtsrb/GTSRB/Training"
+            " in it): pass download=True, or root= of a folder that holds a whole gtsrb"
         )
 
     def test_half_an_archive(self, tmp_path):
@@ -467,13 +554,18 @@ class TestGTSRB:
         (tmp_path / "gtsrb" / "GTSRB-Training_fixed.zip").write_bytes(b"PK\x03\x04 and no end")
         (tmp_path / "gtsrb" / "GTSRB_Final_Test_GT.zip").write_bytes(b"of no matter here")
         said = complaint("gtsrb", tmp_path)
-        assert "Training in it; GTSRB-Training_fixed.zip is half-downloaded or damaged): pass" in said
+        assert (
+            "Training in it; GTSRB-Training_fixed.zip is half-downloaded or damaged): pass" in said
+        )
 
     def test_half_an_unpacking(self, archive):
         for label in range(1, 43):
             shutil.rmtree(archive / f"gtsrb/GTSRB/Training/{label:05d}")
         said = complaint("gtsrb", archive)
-        assert "(42 of the 43 class folders are not in Training: 00001, 00002, 00003 and 39 more)" in said
+        assert (
+            "(42 of the 43 class folders are not in Training: 00001, 00002, 00003 and 39 more)"
+            in said
+        )
 
     def test_a_class_folder_without_images(self, archive):
         for file in (archive / "gtsrb/GTSRB/Training/00007").glob("*.ppm"):
@@ -483,17 +575,26 @@ class TestGTSRB:
     def test_a_folder_that_is_no_class(self, archive):
         paint(archive / "gtsrb/GTSRB/Training/00001_old/00000_00000.ppm", (0, 0, 0))
         said = complaint("gtsrb", archive)
-        assert "has folders that are no class of GTSRB: 00001_old (the classes are 00000 to 00042; move" in said
+        assert (
+            "has folders that are no class of GTSRB: 00001_old (the classes are 00000 to 00042;"
+            " move" in said
+        )
 
     def test_a_training_image_is_missing(self, archive):
         (archive / "gtsrb/GTSRB/Training/00007/00000_00001.ppm").unlink()
-        assert "(GT-00007.csv lists images that are not there: 00000_00001.ppm)" in complaint("gtsrb", archive)
+        assert "(GT-00007.csv lists images that are not there: 00000_00001.ppm)" in complaint(
+            "gtsrb", archive
+        )
 
     def test_a_test_image_is_missing(self, archive):
         (archive / "gtsrb/GTSRB/Final_Test/Images/00001.ppm").unlink()
-        assert "(GT-final_test.csv lists images that are not there: 00001.ppm)" in complaint("gtsrb", archive)
+        assert "(GT-final_test.csv lists images that are not there: 00001.ppm)" in complaint(
+            "gtsrb", archive
+        )
 
-    @pytest.mark.parametrize("name", ["Training/00007/00000_00001.ppm", "Final_Test/Images/00001.ppm"])
+    @pytest.mark.parametrize(
+        "name", ["Training/00007/00000_00001.ppm", "Final_Test/Images/00001.ppm"]
+    )
     @pytest.mark.parametrize("part", [0, 0.01, 0.5])
     def test_a_truncated_image(self, archive, name, part):
         file = archive / "gtsrb/GTSRB" / name
@@ -504,7 +605,10 @@ class TestGTSRB:
 
     def test_no_table_of_test_labels(self, archive):
         (archive / "gtsrb" / "GT-final_test.csv").unlink()
-        assert "(there is no GT-final_test.csv, which holds the labels of the test images)" in complaint("gtsrb", archive)
+        assert (
+            "(there is no GT-final_test.csv, which holds the labels of the test images)"
+            in complaint("gtsrb", archive)
+        )
 
     def test_half_a_table_of_test_labels(self, archive):
         table = archive / "gtsrb" / "GT-final_test.csv"
@@ -517,19 +621,30 @@ class TestGTSRB:
         table = archive / "gtsrb" / "GT-final_test.csv"
         table.write_text(table.read_text().replace(";0\n", f";{label}\n"))
         said = complaint("gtsrb", archive)
-        assert "(line 3 of GT-final_test.csv must have a Filename and a ClassId from 0 to 42, not " in said
+        assert (
+            "(line 3 of GT-final_test.csv must have a Filename and a ClassId from 0 to 42, not "
+            in said
+        )
         assert f"not '00001.ppm' and {label!r})" in said
 
     def test_a_line_that_breaks_off(self, archive):
         table = archive / "gtsrb" / "GT-final_test.csv"
         table.write_text(table.read_text()[:-15])
-        assert "line 4 of GT-final_test.csv must have a Filename and a ClassId" in complaint("gtsrb", archive)
+        assert "line 4 of GT-final_test.csv must have a Filename and a ClassId" in complaint(
+            "gtsrb", archive
+        )
 
-    @pytest.mark.parametrize("content", [b"", b"Filename,ClassId\n00000.ppm,2\n", b"\xff\xfe\x00\x00", b"Filename;Width\na;1\n"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"Filename,ClassId\n00000.ppm,2\n", b"\xff\xfe\x00\x00", b"Filename;Width\na;1\n"],
+    )
     def test_no_such_table(self, archive, content):
         (archive / "gtsrb" / "GT-final_test.csv").write_bytes(content)
         said = complaint("gtsrb", archive)
-        assert "(GT-final_test.csv must have the columns Filename and ClassId, separated by semicolons)" in said
+        assert (
+            "(GT-final_test.csv must have the columns Filename and ClassId, separated by"
+            " semicolons)" in said
+        )
 
 
 class TestGTSRBDownload:
@@ -539,7 +654,9 @@ class TestGTSRBDownload:
 
     @pytest.fixture
     def www(self, archive, serve, tmp_path, monkeypatch):
-        """The three zip files on a server. torchvision has their addresses and checksums in its code: they are redirected."""
+        """The three zip files on a server. torchvision has their addresses and
+        checksums in its code: they are redirected.
+        """
         from torchvision.datasets import gtsrb
         from torchvision.datasets.utils import download_and_extract_archive
 
@@ -551,7 +668,9 @@ class TestGTSRBDownload:
             ("GTSRB_Final_Test_GT", base, "GT-final_test.csv"),
         ):
             shutil.make_archive(str(self.folder / name), "zip", root, part)
-        sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in self.folder.iterdir()}
+        sums = {
+            path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in self.folder.iterdir()
+        }
         assert len(sums) == 3
 
         def local(url, **options):
@@ -566,7 +685,9 @@ class TestGTSRBDownload:
         assert torch.equal(data.train_images, cpu("gtsrb", archive).train_images)
         assert self.seen(data.test_images) == data.test_labels.tolist()
 
-    @pytest.mark.parametrize("lost", ["GTSRB/Training/00007", "GTSRB/Final_Test/Images/00001.ppm", "GT-final_test.csv"])
+    @pytest.mark.parametrize(
+        "lost", ["GTSRB/Training/00007", "GTSRB/Final_Test/Images/00001.ppm", "GT-final_test.csv"]
+    )
     def test_completes_half_an_unpacking(self, archive, www, lost):
         before = contents(archive)
         path = archive / "gtsrb" / lost
@@ -590,7 +711,9 @@ class TestGTSRBDownload:
         name, base = "GTSRB-Training_fixed.zip", tmp_path / "new" / "gtsrb"
         base.mkdir(parents=True)
         (base / name).write_bytes((www / name).read_bytes()[:1000])
-        assert f"; {name} is half-downloaded or damaged): pass download=True" in complaint("gtsrb", base.parent)
+        assert f"; {name} is half-downloaded or damaged): pass download=True" in complaint(
+            "gtsrb", base.parent
+        )
         assert len(cpu("gtsrb", base.parent, download=True).train_images) == 86
 
     def test_a_whole_copy_needs_no_net(self, archive, www):
@@ -648,7 +771,11 @@ class TestAugment:
         out = augment(self.images, shift, False, self.rng())
         assert out.shape == self.images.shape
         for original, result in zip(self.images, out, strict=True):
-            matches = [i for i, candidate in enumerate(self.shifts(original, shift)) if torch.equal(candidate, result)]
+            matches = [
+                i
+                for i, candidate in enumerate(self.shifts(original, shift))
+                if torch.equal(candidate, result)
+            ]
             assert len(matches) == 1
             seen.update(matches)
         assert len(seen) > (2 * shift + 1)  # images move independently, in both directions

@@ -1,4 +1,6 @@
-"""The distillation loop: against the naive loop, its stream, its checkpoints, and what stops it."""
+"""The distillation loop: against the naive loop, its stream, its checkpoints, and what
+stops it.
+"""
 
 import copy
 import random
@@ -13,7 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from abdlab import ZSKT, CheckpointError, CleanKD, Diverged, SelfRetrospection, ShufflingVaccine, distill, load_model, save_model
+from abdlab import (
+    ZSKT,
+    CheckpointError,
+    CleanKD,
+    Diverged,
+    SelfRetrospection,
+    ShufflingVaccine,
+    distill,
+    load_model,
+    save_model,
+)
 from abdlab.checkpoint import load_state
 from abdlab.defenses import Defense
 from abdlab.distill import seed_of
@@ -22,12 +34,27 @@ CPU = torch.device("cpu")
 
 
 def zskt(**settings):
-    return ZSKT((1, 8, 8), **{"pseudo_batches": 10, "batch_size": 8, "student_steps": 2, "z": 5, "width": 4, **settings})
+    return ZSKT(
+        (1, 8, 8),
+        **{
+            "pseudo_batches": 10,
+            "batch_size": 8,
+            "student_steps": 2,
+            "z": 5,
+            "width": 4,
+            **settings,
+        },
+    )
 
 
 def abd():
-    """Both defences: the vaccine verifies (half of any pool is below its mean) before the fourth step, SR begins at the seventh."""
-    return [ShufflingVaccine(layers=3, warmup=0.3, sigma=0), SelfRetrospection(start=0.6, inner_steps=2)]
+    """Both defences: the vaccine verifies (half of any pool is below its mean) before
+    the fourth step, SR begins at the seventh.
+    """
+    return [
+        ShufflingVaccine(layers=3, warmup=0.3, sigma=0),
+        SelfRetrospection(start=0.6, inner_steps=2),
+    ]
 
 
 def weights(model):
@@ -40,7 +67,9 @@ def same(one, other):
 
 @pytest.fixture
 def fresh(wrn):
-    """Runs as a new process would: new networks each time; ``fresh(source, ...)`` is (student, stream)."""
+    """Runs as a new process would: new networks each time; ``fresh(source, ...)`` is
+    (student, stream).
+    """
 
     def start(source=None, student="wrn-10-1", **settings):
         student = wrn(student, seed=2)
@@ -63,31 +92,64 @@ def until(stream, stop):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("defended", [False, True])
 def test_a_pseudo_batch_equals_the_naive_loop(double, wrn, defended, temperature):
-    """Weights of student and generator, and the losses; buffers aside, for the student does not record the generator's step."""
+    """Weights of student and generator, and the losses; buffers aside, for the student
+    does not record the generator's step.
+    """
     teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
-    settings = {"pseudo_batches": 2, "batch_size": 6, "student_steps": 3, "temperature": temperature, "clip": 1.0}
-    sv, sr = ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=0.5), SelfRetrospection(start=0, inner_steps=3, weight=2.0)
+    settings = {
+        "pseudo_batches": 2,
+        "batch_size": 6,
+        "student_steps": 3,
+        "temperature": temperature,
+        "clip": 1.0,
+    }
+    sv, sr = (
+        ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=0.5),
+        SelfRetrospection(start=0, inner_steps=3, weight=2.0),
+    )
     twin = zskt(**settings)
     twin.start(teacher.requires_grad_(False), student, CPU, seed_of(0, "source", "zskt"))
-    generator, other, noise = twin.generator, copy.deepcopy(student).train(), torch.randn(6, 5, generator=twin.rng)
+    generator, other, noise = (
+        twin.generator,
+        copy.deepcopy(student).train(),
+        torch.randn(6, 5, generator=twin.rng),
+    )
 
     source = zskt(**settings)
-    step = next(distill(teacher, student, source, defenses=[sv, sr] if defended else [], device="cpu"))
+    step = next(
+        distill(teacher, student, source, defenses=[sv, sr] if defended else [], device="cpu")
+    )
 
     extra = {}
     if defended:
         rng = torch.Generator().manual_seed(seed_of(0, "defense", "sr"))
         extra["starts"] = [0.1 * torch.randn(1, 1, 8, 8, generator=rng) for _ in range(3)]
-        extra |= {"copies": literal.shuffled_teachers(teacher, sv.vaccine.permutations), "alpha": 0.5, "scale": 0.25}
+        extra |= {
+            "copies": literal.shuffled_teachers(teacher, sv.vaccine.permutations),
+            "alpha": 0.5,
+            "scale": 0.25,
+        }
         extra |= {"inner_steps": 3, "weight": 2.0}
     expected = literal.pseudo_batch(
-        generator, teacher, other, noise, student_steps=3, total_student_steps=6, generator_lr=1e-3,
-        student_lr=5e-4 if defended else 2e-3, clip=1.0, temperature=temperature, stages=student.stages, **extra,
-    )  # fmt: skip
+        generator,
+        teacher,
+        other,
+        noise,
+        student_steps=3,
+        total_student_steps=6,
+        generator_lr=1e-3,
+        student_lr=5e-4 if defended else 2e-3,
+        clip=1.0,
+        temperature=temperature,
+        stages=student.stages,
+        **extra,
+    )
     assert step.losses == pytest.approx(expected, rel=1e-6)
     for found, naive in ((student, other), (source.generator, generator)):
         for (name, p), q in zip(found.named_parameters(), naive.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                p, q, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert not torch.allclose(student.fc.weight, wrn(seed=2, classes=3).fc.weight, atol=1e-4)
 
 
@@ -98,7 +160,12 @@ def test_the_stream(fresh):
     assert {s.total for s in steps} == {5}
     assert all(s.losses.keys() == {"generator", "kd", "attention"} for s in steps)
     assert all(type(v) is float for s in steps for v in s.losses.values())
-    assert [None if s.images is None else tuple(s.images.shape) for s in steps] == [None, (8, 1, 8, 8), None, *[(8, 1, 8, 8)] * 2]
+    assert [None if s.images is None else tuple(s.images.shape) for s in steps] == [
+        None,
+        (8, 1, 8, 8),
+        None,
+        *[(8, 1, 8, 8)] * 2,
+    ]
     assert all(s.acc is None and s.asr is None and s.events == () for s in steps)
     assert sorted(s.seconds for s in steps) == [s.seconds for s in steps]
     assert steps[0].seconds > 0
@@ -108,7 +175,10 @@ def test_defences_report_their_terms_and_events(fresh):
     steps = list(fresh(defenses=abd())[1])
     assert ["sv_synthesis" in s.losses for s in steps] == [False] * 3 + [True] * 7
     assert ["sr" in s.losses for s in steps] == [False] * 6 + [True] * 4
-    assert {s.index: s.events[0].split(":")[0] for s in steps if s.events} == {4: "shuffling vaccine", 7: "self-retrospection"}
+    assert {s.index: s.events[0].split(":")[0] for s in steps if s.events} == {
+        4: "shuffling vaccine",
+        7: "self-retrospection",
+    }
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, [7]), (3, [3, 6, 7]), (7, [7])])
@@ -174,7 +244,9 @@ def test_the_teacher_is_never_changed(wrn):
     list(distill(teacher, student, zskt(), defenses=abd(), device="cpu"))
     assert same(weights(teacher), before)
     for model in (teacher, student):
-        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+        assert not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()
+        )
         assert not any(m.training for m in model.modules())
         assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -200,7 +272,9 @@ def test_sample_weights_multiply(fresh):
     assert [s.losses for s in stream] == expected
     assert same(weights(plain), weights(found))
     step = next(fresh(zskt(pseudo_batches=2, student_steps=1), defenses=[Weighs(0.25)])[1])
-    assert step.losses["kd"] == pytest.approx(next(fresh(zskt(pseudo_batches=2, student_steps=1))[1]).losses["kd"] / 4)
+    assert step.losses["kd"] == pytest.approx(
+        next(fresh(zskt(pseudo_batches=2, student_steps=1))[1]).losses["kd"] / 4
+    )
 
 
 def test_closing_leaves_a_checkpoint(fresh, tmp_path):
@@ -233,12 +307,23 @@ def test_checkpoints_to_branch_from_are_kept(fresh, tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Makes the final (losses by step, weights) of a run that is never closed, once per kind."""
+    """Makes the final (losses by step, weights) of a run that is never closed, once per
+    kind.
+    """
     return {}
 
 
 @pytest.mark.parametrize(
-    "stops", [(1,), (3,), (4,), (6,), (7,), (2, 5, 9), tuple(sorted(random.Random(0).sample(range(1, 10), 3)))]
+    "stops",
+    [
+        (1,),
+        (3,),
+        (4,),
+        (6,),
+        (7,),
+        (2, 5, 9),
+        tuple(sorted(random.Random(0).sample(range(1, 10), 3))),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(fresh, tmp_path, uninterrupted, stops):
     if not uninterrupted:
@@ -250,7 +335,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(fresh, tmp_path, uninterrupte
         found.update({s.index: s.losses for s in until(stream, stop)})
     found["weights"] = weights(student)
     assert found.keys() == uninterrupted.keys()
-    assert {k: v for k, v in found.items() if k != "weights"} == {k: v for k, v in uninterrupted.items() if k != "weights"}
+    assert {k: v for k, v in found.items() if k != "weights"} == {
+        k: v for k, v in uninterrupted.items() if k != "weights"
+    }
     assert same(found["weights"], uninterrupted["weights"])
 
 
@@ -280,10 +367,18 @@ def test_a_defended_branch_equals_the_same_run_from_scratch(fresh, tmp_path):
     until(fresh(checkpoint=tmp_path / "undefended.safetensors")[1], 6)
     scratch, stream = fresh(defenses=sr())
     list(stream)
-    branch, stream = fresh(defenses=sr(), resume_from=tmp_path / "undefended.safetensors", checkpoint=tmp_path / "sr.safetensors")
+    branch, stream = fresh(
+        defenses=sr(),
+        resume_from=tmp_path / "undefended.safetensors",
+        checkpoint=tmp_path / "sr.safetensors",
+    )
     assert [s.index for s in until(stream, 8)] == [7, 8]
     # the branch's own checkpoint wins when it goes on
-    branch, stream = fresh(defenses=sr(), resume_from=tmp_path / "undefended.safetensors", checkpoint=tmp_path / "sr.safetensors")
+    branch, stream = fresh(
+        defenses=sr(),
+        resume_from=tmp_path / "undefended.safetensors",
+        checkpoint=tmp_path / "sr.safetensors",
+    )
     assert [s.index for s in stream] == [9, 10]
     assert same(weights(scratch), weights(branch))
     assert load_state(tmp_path / "undefended.safetensors")[1]["index"] == 6
@@ -295,7 +390,10 @@ def test_another_runs_checkpoint_is_refused(fresh, tmp_path, digits, other):
     until(fresh(checkpoint=path)[1], 2)
     settings = {"seed": {"seed": 1}, "length": {"source": zskt(pseudo_batches=11)}}
     settings["source"] = {"source": CleanKD(digits.train_images, digits.train_labels)}
-    with pytest.raises(CheckpointError, match=r"run\.safetensors belongs to another run .* choose another checkpoint file"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"run\.safetensors belongs to another run .* choose another checkpoint file",
+    ):
         next(fresh(checkpoint=path, **settings[other])[1])
 
 
@@ -303,7 +401,9 @@ def test_another_runs_checkpoint_is_refused(fresh, tmp_path, digits, other):
 def test_another_networks_checkpoint_is_refused(fresh, tmp_path, wrong):
     path = tmp_path / "run.safetensors"
     until(fresh(checkpoint=path)[1], 2)
-    with pytest.raises(CheckpointError, match=r"run\.safetensors does not fit these networks") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"run\.safetensors does not fit these networks"
+    ) as caught:
         next(fresh(checkpoint=path, student=wrong)[1])
     assert "\n" not in str(caught.value)
     assert re.search(r"stage\d", str(caught.value)), "the sentence must name what does not fit"
@@ -347,7 +447,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(wrn, digits, tmp_p
     for _ in range(5):
         next(stream)
     teacher.broken = True
-    with pytest.raises(Diverged, match=rf"step 6\b.*the last good checkpoint is {re.escape(str(path))}") as caught:
+    with pytest.raises(
+        Diverged, match=rf"step 6\b.*the last good checkpoint is {re.escape(str(path))}"
+    ) as caught:
         next(stream)
     state, card = load_state(path)
     assert card["index"] == 4
@@ -361,7 +463,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(wrn, digits, tmp_p
 @pytest.mark.parametrize("checkpoint", [None, "run.safetensors"])
 def test_weights_that_are_not_finite_are_never_handed_on(fresh, digits, tmp_path, checkpoint):
     # the loss of the only step is finite; its update is not
-    source = CleanKD(digits.train_images, digits.train_labels, epochs=1, batch_size=40, lr=float("inf"))
+    source = CleanKD(
+        digits.train_images, digits.train_labels, epochs=1, batch_size=40, lr=float("inf")
+    )
     path = tmp_path / checkpoint if checkpoint else None
     with pytest.raises(Diverged, match=r"step 1\b.*not finite; there is no checkpoint"):
         list(fresh(source, checkpoint=path)[1])
@@ -376,8 +480,10 @@ from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, build, distill, sa
 torch.set_num_threads(1)
 teacher, student = (build("wrn-10-1", channels=1, width=4, seed=seed) for seed in (1, 2))
 source = ZSKT((1, 8, 8), pseudo_batches=40, batch_size=4, student_steps=1, z=5, width=2)
-defenses = [ShufflingVaccine(layers=3, warmup=0.1, sigma=0), SelfRetrospection(start=0.3, inner_steps=1)]
-for step in distill(teacher, student, source, defenses=defenses, checkpoint=sys.argv[1], checkpoint_every=2, device="cpu"):
+vaccine = ShufflingVaccine(layers=3, warmup=0.1, sigma=0)
+defenses = [vaccine, SelfRetrospection(start=0.3, inner_steps=1)]
+more = dict(checkpoint=sys.argv[1], checkpoint_every=2, device="cpu")
+for step in distill(teacher, student, source, defenses=defenses, **more):
     pass
 save_model(sys.argv[2], student)
 """
@@ -390,7 +496,12 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path, wrn):
 
     def process(name):
         return subprocess.Popen(
-            [sys.executable, script, tmp_path / f"{name}.safetensors", tmp_path / f"{name}-student.safetensors"]
+            [
+                sys.executable,
+                script,
+                tmp_path / f"{name}.safetensors",
+                tmp_path / f"{name}-student.safetensors",
+            ]
         )
 
     whole, killed = process("whole"), process("killed")
@@ -405,5 +516,8 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path, wrn):
     assert 1 <= reached < 40, f"killed {moment:.2f} s after its first checkpoint, at step {reached}"
     assert whole.wait(timeout=300) == 0
     assert process("killed").wait(timeout=300) == 0
-    one, other = (load_model(tmp_path / f"{name}-student.safetensors", wrn()).state_dict() for name in ("whole", "killed"))
+    one, other = (
+        load_model(tmp_path / f"{name}-student.safetensors", wrn()).state_dict()
+        for name in ("whole", "killed")
+    )
     assert same(one, other), f"killed {moment:.2f} s after its first checkpoint, at step {reached}"

@@ -6,11 +6,21 @@ import torch
 from scipy.stats import entropy
 from torch import nn
 
-from abdlab.evaluate import Exam, accuracy, agreement, attack_success, kl, log_kl, predict, trigger_size
+from abdlab.evaluate import (
+    Exam,
+    accuracy,
+    agreement,
+    attack_success,
+    kl,
+    log_kl,
+    predict,
+    trigger_size,
+)
 from abdlab.poison import Attack
 from abdlab.triggers import Trigger, pack
 
-# Three classes on images of 1x3 pixels: the logits are the pixels, the prediction is the brightest one.
+# Three classes on images of 1x3 pixels: the logits are the pixels, the prediction is
+# the brightest one.
 IMAGES = torch.tensor(
     [
         [0.9, 0.0, 0.0],  # class 0, right; stays 0 under the trigger
@@ -50,24 +60,40 @@ class TestShares:
 
     def test_exam_leaves_the_targets_own_images_out_of_asr(self, identity):
         # with them it were 4/5
-        assert Exam.of(IMAGES, LABELS, TRIGGER, 2)(identity) == pytest.approx({"acc": 4 / 5, "asr": 2 / 3})
+        assert Exam.of(IMAGES, LABELS, TRIGGER, 2)(identity) == pytest.approx(
+            {"acc": 4 / 5, "asr": 2 / 3}
+        )
 
     def test_exam_without_a_trigger_has_no_asr(self, identity):
         assert Exam.of(IMAGES, LABELS)(identity) == pytest.approx({"acc": 4 / 5})
 
     def test_all_to_all_counts_every_image_that_is_called_its_next_class(self, identity):
-        # triggered predictions are 0, 2, 2, 2 and 2 (or 1: a tie would count once); wanted are 1, 1, 2, 0 and 0
+        # triggered predictions are 0, 2, 2, 2 and 2 (or 1: a tie would count once);
+        # wanted are 1, 1, 2, 0 and 0
         attack = Attack(TRIGGER, relabel="all_to_all")
-        assert Exam.of(IMAGES, LABELS, attack)(identity) == pytest.approx({"acc": 4 / 5, "asr": 1 / 5})
-        assert attack_success(identity, IMAGES, torch.tensor([0, 1, 1, 0, 2])) == pytest.approx(3 / 5)
+        assert Exam.of(IMAGES, LABELS, attack)(identity) == pytest.approx(
+            {"acc": 4 / 5, "asr": 1 / 5}
+        )
+        assert attack_success(identity, IMAGES, torch.tensor([0, 1, 1, 0, 2])) == pytest.approx(
+            3 / 5
+        )
 
     def test_several_attacks_have_an_asr_each_and_their_mean(self, identity):
-        dark = Trigger("badnet_sq", {"size": 1, "value": 0.0, "corner": "bottom_left"})  # the first pixel to 0
+        dark = Trigger(
+            "badnet_sq", {"size": 1, "value": 0.0, "corner": "bottom_left"}
+        )  # the first pixel to 0
         attacks = [Attack(TRIGGER, 2), Attack(dark, 1), Attack(Trigger("blend", {"alpha": 0}), 0)]
-        # dark: of the images 0, 1, 3 and 4 the second and third are called 1, and the first, all black, is called 0
-        # blend: nothing changes, and no image of the classes 1 and 2 is called 0
+        # dark: of the images 0, 1, 3 and 4 the second and third are called 1, and the
+        # first, all black, is called 0 blend: nothing changes, and no image of the
+        # classes 1 and 2 is called 0
         exam = Exam.of(IMAGES, LABELS, attacks)
-        expected = {"acc": 4 / 5, "asr": (2 / 3 + 1 / 2) / 3, "asr/badnet_sq": 2 / 3, "asr/badnet_sq-2": 1 / 2, "asr/blend": 0}
+        expected = {
+            "acc": 4 / 5,
+            "asr": (2 / 3 + 1 / 2) / 3,
+            "asr/badnet_sq": 2 / 3,
+            "asr/badnet_sq-2": 1 / 2,
+            "asr/blend": 0,
+        }
         assert exam(identity) == pytest.approx(expected)
         assert exam.target == 2
         assert len(exam.triggered) == 3
@@ -85,7 +111,13 @@ class TestPredict:
     @pytest.fixture
     def net(self):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 4, (1, 2)), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 3))
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, (1, 2)),
+            nn.BatchNorm2d(4),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
         net.train()(IMAGES)
         net[1].eval()
         return net
@@ -110,11 +142,15 @@ class TestPredict:
 class TestKL:
     def test_is_the_one_of_scipy_in_nats(self):
         expected = entropy(PROBABILITIES, OTHERS, axis=1)
-        assert kl(logits(PROBABILITIES), logits(OTHERS)).tolist() == pytest.approx(expected.tolist())
+        assert kl(logits(PROBABILITIES), logits(OTHERS)).tolist() == pytest.approx(
+            expected.tolist()
+        )
 
     def test_by_hand(self):
         # .5 ln(.5/.25) + .25 ln(.25/.5) + 0
-        assert kl(logits(PROBABILITIES[:1]), logits(OTHERS[:1])).item() == pytest.approx(0.25 * math.log(2))
+        assert kl(logits(PROBABILITIES[:1]), logits(OTHERS[:1])).item() == pytest.approx(
+            0.25 * math.log(2)
+        )
 
     def test_is_not_symmetric_and_zero_only_for_equals(self):
         p, q = logits(PROBABILITIES), logits(OTHERS)
@@ -145,9 +181,18 @@ class TestKL:
 
 class TestTriggerSize:
     def test_by_hand(self):
-        # two pixels of nine are set to 1: once from 0 and .5, once from .8 and 1, where one pixel stays as it is
-        images = torch.tensor([[[[0.0, 0.3, 0], [0.5, 0.6, 0], [0, 0, 0]]], [[[0.8, 0.2, 1], [1.0, 0.4, 0], [0, 1, 1]]]])
-        trigger = Trigger("l0_inv", {"pattern": pack(torch.tensor([[[255, -1, -1], [255, -1, -1], [-1, -1, -1]]]))})
+        # two pixels of nine are set to 1: once from 0 and .5, once from .8 and 1, where
+        # one pixel stays as it is
+        images = torch.tensor(
+            [
+                [[[0.0, 0.3, 0], [0.5, 0.6, 0], [0, 0, 0]]],
+                [[[0.8, 0.2, 1], [1.0, 0.4, 0], [0, 1, 1]]],
+            ]
+        )
+        trigger = Trigger(
+            "l0_inv",
+            {"pattern": pack(torch.tensor([[[255, -1, -1], [255, -1, -1], [-1, -1, -1]]]))},
+        )
         found = trigger_size(images, trigger)
         assert found["l0"] == pytest.approx((2 / 9 + 1 / 9) / 2)
         assert found["l2"] == pytest.approx((math.sqrt(1 + 0.25) + 0.2) / 2)
@@ -161,7 +206,8 @@ class TestTriggerSize:
 
     @pytest.mark.parametrize("side", [3, 8, 16])
     def test_the_similarity_of_two_flat_images_by_hand(self, side):
-        # no variance: what is left of the formula is (2 a b + c) / (a^2 + b^2 + c) with c = .01^2
+        # no variance: what is left of the formula is (2 a b + c) / (a^2 + b^2 + c) with
+        # c = .01^2
         flat = torch.full((1, 1, side, side), 0.5)
         lighter = Trigger("smooth", {"pattern": pack(torch.tensor([[[51]]]))})
         expected = (2 * 0.5 * 0.7 + 1e-4) / (0.25 + 0.49 + 1e-4)

@@ -27,8 +27,13 @@ pytestmark = pytest.mark.gpu
 def defended(teacher, student, device, length=1, **settings):
     """A run with both defences from its first step on."""
     source = ZSKT((1, 8, 8), pseudo_batches=length, batch_size=32, student_steps=1, z=5, width=8)
-    defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False), SelfRetrospection(start=0, inner_steps=3)]
-    return distill(copy.deepcopy(teacher), student, source, defenses=defenses, device=device, **settings)
+    defenses = [
+        ShufflingVaccine(layers=3, warmup=0, verify=False),
+        SelfRetrospection(start=0, inner_steps=3),
+    ]
+    return distill(
+        copy.deepcopy(teacher), student, source, defenses=defenses, device=device, **settings
+    )
 
 
 def test_auto_is_the_accelerator(teacher, student):
@@ -40,7 +45,11 @@ def test_auto_is_the_accelerator(teacher, student):
 def test_a_defended_pseudo_batch_is_close_to_the_cpus(teacher, student):
     here, there = copy.deepcopy(student), copy.deepcopy(student)
     (cpu,), (gpu,) = list(defended(teacher, here, "cpu")), list(defended(teacher, there, "auto"))
-    assert cpu.losses.keys() == gpu.losses.keys() == {"generator", "sv_synthesis", "kd", "attention", "sr"}
+    assert (
+        cpu.losses.keys()
+        == gpu.losses.keys()
+        == {"generator", "sv_synthesis", "kd", "attention", "sr"}
+    )
     assert gpu.losses == pytest.approx(cpu.losses, rel=0.05, abs=1e-4)
     assert gpu.images.device.type == "cpu"
     torch.testing.assert_close(gpu.images, cpu.images, rtol=0.05, atol=0.05)
@@ -51,8 +60,12 @@ def test_the_vaccine_in_one_pass_equals_its_copies(wrn):
     teacher = wrn("wrn-16-1", channels=3).to(device)
     images = torch.rand(16, 3, 8, 8, device=device)
     for last in (4, 5):
-        vaccine = ShuffledTeacher(teacher, shuffled_layers(teacher, last), 3, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(vaccine(images), vaccine.copies(images).mean(0), rtol=0.02, atol=0.02)
+        vaccine = ShuffledTeacher(
+            teacher, shuffled_layers(teacher, last), 3, torch.Generator().manual_seed(0)
+        )
+        torch.testing.assert_close(
+            vaccine(images), vaccine.copies(images).mean(0), rtol=0.02, atol=0.02
+        )
         assert suspicion(vaccine, teacher, images).isfinite().all()
 
 
@@ -62,7 +75,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(teacher, student, tmp_path):
     stream = defended(teacher, parts, "auto", length=6, checkpoint=tmp_path / "run.safetensors")
     next(stream), next(stream), stream.close()
     parts = copy.deepcopy(student)
-    assert len(list(defended(teacher, parts, "auto", length=6, checkpoint=tmp_path / "run.safetensors"))) == 4
+    assert (
+        len(
+            list(
+                defended(teacher, parts, "auto", length=6, checkpoint=tmp_path / "run.safetensors")
+            )
+        )
+        == 4
+    )
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
@@ -78,31 +98,49 @@ def test_the_accelerators_random_numbers_are_untouched(teacher, student):
 def test_training_learns_there(wrn, digits):
     model, device = wrn(), pick_device("auto")
     exam = Exam.of(digits.test_images.to(device), digits.test_labels.to(device))
-    steps = list(train(model, digits.train_images, digits.train_labels, epochs=8, batch_size=20, exam=exam))
+    steps = list(
+        train(model, digits.train_images, digits.train_labels, epochs=8, batch_size=20, exam=exam)
+    )
     assert {p.device.type for p in model.parameters()} == {device.type}
     assert steps[-1].losses["cross_entropy"] < 0.3 * steps[0].losses["cross_entropy"]
     assert steps[-1].acc > 0.6
 
 
 def begun(teacher, student, defenses, **settings):
-    """A run of 20 pseudo-batches of 3 student steps; the vaccine from the seventh on, self-retrospection from the thirteenth."""
+    """A run of 20 pseudo-batches of 3 student steps; the vaccine from the seventh on,
+    self-retrospection from the thirteenth.
+    """
     known = {
         "sv": lambda: ShufflingVaccine(layers=3, warmup=0.3, verify=False),
         "sr": lambda: SelfRetrospection(start=0.6, inner_steps=3),
         "sr2": lambda: SelfRetrospection(start=0.6, inner_steps=3, order=2),
     }
     source = ZSKT((1, 8, 8), pseudo_batches=20, batch_size=32, student_steps=3, z=5, width=8)
-    return distill(copy.deepcopy(teacher), student, source, defenses=[known[name]() for name in defenses], **settings)
+    return distill(
+        copy.deepcopy(teacher),
+        student,
+        source,
+        defenses=[known[name]() for name in defenses],
+        **settings,
+    )
 
 
 @pytest.fixture
 def no_tf32():
     """Convolutions and products in float32, so that two runs stay together."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic
+    before = (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    )
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic = before
+    (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    ) = before
 
 
 def cuda():
@@ -111,23 +149,33 @@ def cuda():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("defenses", [(), ("sv",), ("sr",), ("sv", "sr"), ("sr2",)], ids=lambda names: "+".join(names) or "plain")
+@pytest.mark.parametrize(
+    "defenses",
+    [(), ("sv",), ("sr",), ("sv", "sr"), ("sr2",)],
+    ids=lambda names: "+".join(names) or "plain",
+)
 def test_graphs_compute_what_python_does(teacher, student, no_tf32, defenses, precision):
     cuda()
     found = []
     for graphs in (False, True):
         mine = copy.deepcopy(student)
-        found.append((list(begun(teacher, mine, defenses, graphs=graphs, precision=precision)), mine))
+        found.append(
+            (list(begun(teacher, mine, defenses, graphs=graphs, precision=precision)), mine)
+        )
     # bf16 rounds to 8 bits, and training amplifies it
     loose = precision == "bf16"
     for a, b in zip(found[0][0], found[1][0], strict=True):
-        assert b.losses == pytest.approx(a.losses, rel=0.2 if loose else 1e-2, abs=2e-2 if loose else 1e-4)
+        assert b.losses == pytest.approx(
+            a.losses, rel=0.2 if loose else 1e-2, abs=2e-2 if loose else 1e-4
+        )
         assert a.events == b.events
     for p, q in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=0.2 if loose else 1e-2, atol=2e-2 if loose else 1e-3)
 
 
-def test_a_run_with_graphs_resumes_without_and_the_other_way_round(teacher, student, no_tf32, tmp_path):
+def test_a_run_with_graphs_resumes_without_and_the_other_way_round(
+    teacher, student, no_tf32, tmp_path
+):
     cuda()
     whole = copy.deepcopy(student)
     list(begun(teacher, whole, ("sv", "sr")))
@@ -156,7 +204,9 @@ def test_the_host_waits_once_per_pseudo_batch(teacher, student, monkeypatch, gra
         return found
 
     stream = begun(teacher, student, ("sv", "sr"), graphs=graphs)
-    list(itertools.islice(stream, 17))  # both defences have begun, and with graphs their pieces are captured
+    list(
+        itertools.islice(stream, 17)
+    )  # both defences have begun, and with graphs their pieces are captured
     monkeypatch.setattr(module, "_read", waits)
     torch.cuda.set_sync_debug_mode("error")
     try:

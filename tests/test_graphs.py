@@ -1,4 +1,6 @@
-"""No look at the device inside a pseudo-batch, and pieces that can be replayed: what CUDA graphs need, proved on a CPU."""
+"""No look at the device inside a pseudo-batch, and pieces that can be replayed: what
+CUDA graphs need, proved on a CPU.
+"""
 
 import copy
 import itertools
@@ -11,7 +13,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from abdlab import DFAD, OOD, ZSKT, CleanKD, Diverged, Mixed, SelfRetrospection, ShufflingVaccine, distill, graphs
+from abdlab import (
+    DFAD,
+    OOD,
+    ZSKT,
+    CleanKD,
+    Diverged,
+    Mixed,
+    SelfRetrospection,
+    ShufflingVaccine,
+    distill,
+    graphs,
+)
 from abdlab.checkpoint import load_state
 from abdlab.data import deliver
 from abdlab.defenses import Defense, self_retrospection
@@ -23,7 +36,17 @@ CPU = torch.device("cpu")
 
 
 def zskt(**settings):
-    return ZSKT(SHAPE, **{"pseudo_batches": 12, "batch_size": 8, "student_steps": 3, "z": 5, "width": 4, **settings})
+    return ZSKT(
+        SHAPE,
+        **{
+            "pseudo_batches": 12,
+            "batch_size": 8,
+            "student_steps": 3,
+            "z": 5,
+            "width": 4,
+            **settings,
+        },
+    )
 
 
 def abd(**sr):
@@ -57,16 +80,28 @@ class Looks(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        masked = name == "__getitem__" and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1]))
+        masked = name == "__getitem__" and any(
+            getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1])
+        )
         if name in self.NAMES or masked:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
 
 class Reads(TorchDispatchMode):
-    """The operations that make a GPU's host wait, also those that torch calls by itself."""
+    """The operations that make a GPU's host wait, also those that torch calls by
+    itself.
+    """
 
-    WAIT = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "allclose")
+    WAIT = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "allclose",
+    )
 
     def __init__(self):
         super().__init__()
@@ -80,11 +115,21 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("sr", [{}, {"delta_every": 2}, {"order": 2}, {"fraction": 0.5}, {"statistics": "mixed"}])
+@pytest.mark.parametrize(
+    "sr", [{}, {"delta_every": 2}, {"order": 2}, {"fraction": 0.5}, {"statistics": "mixed"}]
+)
 def test_a_pseudo_batch_reads_from_the_device_once(wrn, monkeypatch, sr, precision):
-    # Adam for delta as it is on CUDA: the plain one reads its own count of steps, which then lies on the host
+    # Adam for delta as it is on CUDA: the plain one reads its own count of steps, which
+    # then lies on the host
     monkeypatch.setattr(self_retrospection, "Adam", partial(Adam, fused=True))
-    stream = distill(wrn(seed=1), wrn(seed=2).train(), zskt(), defenses=abd(**sr), precision=precision, device="cpu")
+    stream = distill(
+        wrn(seed=1),
+        wrn(seed=2).train(),
+        zskt(),
+        defenses=abd(**sr),
+        precision=precision,
+        device="cpu",
+    )
     for step in itertools.islice(stream, 8):  # both defences have begun, and know the images' scale
         assert step.losses
     with Looks() as looks, Reads() as reads:
@@ -100,11 +145,21 @@ def test_other_sources_read_once_too(wrn, digits, kind, monkeypatch):
     monkeypatch.setattr("abdlab.models.fusable", lambda model: True)
     made = {
         OOD: lambda: OOD(SHAPE, patches=32, epochs=3, batch_size=8, cutmix_share=0),
-        CleanKD: lambda: CleanKD(digits.train_images, digits.train_labels, epochs=3, batch_size=10, shift=1),
+        CleanKD: lambda: CleanKD(
+            digits.train_images, digits.train_labels, epochs=3, batch_size=10, shift=1
+        ),
         DFAD: lambda: DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=2),
-        Mixed: lambda: Mixed([zskt(), DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=1)]),
+        Mixed: lambda: Mixed(
+            [zskt(), DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=1)]
+        ),
     }[kind]()
-    stream = distill(wrn(seed=1), wrn(seed=2), made, defenses=[ShufflingVaccine(layers=3, warmup=0, verify=False)], device="cpu")
+    stream = distill(
+        wrn(seed=1),
+        wrn(seed=2),
+        made,
+        defenses=[ShufflingVaccine(layers=3, warmup=0, verify=False)],
+        device="cpu",
+    )
     for _ in range(3):
         next(stream)
     with Reads() as reads:
@@ -119,7 +174,11 @@ def test_the_two_recorders_see_a_look():
         assert x[0] > 0
         x[x > 0], x.nonzero()
     assert looks.found == ["item", "__bool__", "__getitem__", "nonzero"]
-    assert set(reads.found) == {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"} - {"aten::is_nonzero"}
+    assert set(reads.found) == {
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::nonzero",
+    } - {"aten::is_nonzero"}
 
 
 OPTIMISERS = [
@@ -145,7 +204,10 @@ def test_a_step_whose_gradient_is_not_finite_is_not_taken(make, bad):
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     norm = step(bad)
     assert not norm.isfinite()
-    for old, new in zip(*(tree_leaves(x) for x in (before, [model.state_dict(), optimizer.state_dict()])), strict=True):
+    for old, new in zip(
+        *(tree_leaves(x) for x in (before, [model.state_dict(), optimizer.state_dict()])),
+        strict=True,
+    ):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
     assert step(0.5).isfinite()
     assert not torch.equal(model.weight, before[0]["weight"])
@@ -155,7 +217,9 @@ def test_a_step_whose_gradient_is_not_finite_is_not_taken(make, bad):
 def test_what_is_not_finite_is_named():
     check_finite({"kd": 1.0}, {"kd": 2.0})
     with pytest.raises(Diverged, match=r"^the loss 'attention' is nan$"):
-        check_finite({"kd": 1.0, "attention": float("nan"), "sr": float("inf")}, {"kd": float("nan")})
+        check_finite(
+            {"kd": 1.0, "attention": float("nan"), "sr": float("inf")}, {"kd": float("nan")}
+        )
     with pytest.raises(Diverged, match=r"^the gradient of kd\+attention is not finite$"):
         check_finite({"kd": 1.0}, {"generator": 1.0, "kd+attention": float("inf")})
 
@@ -183,9 +247,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_finite_losses(wrn, who
 
     source._kd = kd
     student = wrn(seed=2)
-    with pytest.raises(Diverged, match=rf"at step 1 the gradient of {whose} is not finite; there is no checkpoint"):
+    with pytest.raises(
+        Diverged, match=rf"at step 1 the gradient of {whose} is not finite; there is no checkpoint"
+    ):
         next(distill(wrn(seed=1), student, source, device="cpu"))
-    moved = any(not torch.equal(p, q) for p, q in zip(student.parameters(), wrn(seed=2).parameters(), strict=True))
+    moved = any(
+        not torch.equal(p, q)
+        for p, q in zip(student.parameters(), wrn(seed=2).parameters(), strict=True)
+    )
     assert moved == (whose == "generator")
 
 
@@ -195,7 +264,8 @@ def test_draws_reach_a_cpu_as_they_are():
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph's stand-in: it records operations, and runs them again on the very same memory, without their Python.
+    """A CUDA graph's stand-in: it records operations, and runs them again on the very
+    same memory, without their Python.
 
     What a graph cannot hold (a look at the device, a random number) is an error.
     """
@@ -206,7 +276,10 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function._schema.name, kwargs or {}
-        assert not any(word in name for word in ("rand", "bernoulli", "normal_", "local_scalar", "nonzero", "equal")), name
+        assert not any(
+            word in name
+            for word in ("rand", "bernoulli", "normal_", "local_scalar", "nonzero", "equal")
+        ), name
         result = function(*args, **kwargs)
         self.calls.append((function, args, kwargs, result))
         return result
@@ -255,17 +328,31 @@ def both(wrn, make, defenses, **settings):
     found = []
     for with_graphs in (False, True):
         student = wrn(seed=2)
-        stream = distill(wrn(seed=1), student, make(), defenses=defenses(), graphs=with_graphs, device="cpu", **settings)
+        stream = distill(
+            wrn(seed=1),
+            student,
+            make(),
+            defenses=defenses(),
+            graphs=with_graphs,
+            device="cpu",
+            **settings,
+        )
         found.append((list(stream), student))
     return found
 
 
 def assert_alike(plain, replayed):
-    """To the last digits in float64. In float32 learning rates on the device are rounded, and training amplifies it."""
+    """To the last digits in float64. In float32 learning rates on the device are
+    rounded, and training amplifies it.
+    """
     exact = torch.get_default_dtype() == torch.float64
     for a, b in zip(plain[0], replayed[0], strict=True):
-        assert b.losses == pytest.approx(a.losses, rel=1e-9 if exact else 2e-2, abs=1e-12 if exact else 1e-4)
-    for (name, p), q in zip(plain[1].state_dict().items(), replayed[1].state_dict().values(), strict=True):
+        assert b.losses == pytest.approx(
+            a.losses, rel=1e-9 if exact else 2e-2, abs=1e-12 if exact else 1e-4
+        )
+    for (name, p), q in zip(
+        plain[1].state_dict().items(), replayed[1].state_dict().values(), strict=True
+    ):
         tolerance = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 2e-2, "atol": 2e-3}
         torch.testing.assert_close(q, p, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -275,8 +362,16 @@ NONE, SV, SR = list, lambda: abd()[:1], lambda: abd()[1:]
 
 @pytest.mark.parametrize(
     ("defenses", "captures"),
-    # the generator's piece, and the student's: each anew when the vaccine, and when self-retrospection begins
-    [(NONE, 2), (SV, 4), (SR, 4), (abd, 6), (lambda: abd(delta_every=2), 7), (lambda: abd(order=2), 6)],
+    # the generator's piece, and the student's: each anew when the vaccine, and when
+    # self-retrospection begins
+    [
+        (NONE, 2),
+        (SV, 4),
+        (SR, 4),
+        (abd, 6),
+        (lambda: abd(delta_every=2), 7),
+        (lambda: abd(order=2), 6),
+    ],
     ids=["plain", "SV", "SR", "SV and SR", "delta every second step", "order 2"],
 )
 def test_replayed_pieces_compute_what_python_does(double, wrn, taped, defenses, captures):
@@ -300,7 +395,9 @@ def test_the_student_steps_of_other_sources_are_replayed(wrn, taped, digits, kin
     dfad = lambda: DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=2)  # noqa: E731
     make = {
         "ood": lambda: OOD(SHAPE, patches=64, epochs=2, batch_size=8),
-        "clean": lambda: CleanKD(digits.train_images, digits.train_labels, epochs=3, batch_size=10, shift=1),
+        "clean": lambda: CleanKD(
+            digits.train_images, digits.train_labels, epochs=3, batch_size=10, shift=1
+        ),
         "dfad": dfad,
         "mixed": lambda: Mixed([zskt(), dfad()], pseudo_batches=16),
     }[kind]
@@ -320,15 +417,29 @@ def test_a_run_goes_on_with_graphs_or_without(wrn, taped, tmp_path, first):
     whole, parts = wrn(seed=2), wrn(seed=2)
     steps = list(distill(wrn(seed=1), whole, zskt(), defenses=abd(), device="cpu"))
     stream = distill(
-        wrn(seed=1), parts, zskt(), defenses=abd(), device="cpu", checkpoint=tmp_path / "run.safetensors", graphs=first
+        wrn(seed=1),
+        parts,
+        zskt(),
+        defenses=abd(),
+        device="cpu",
+        checkpoint=tmp_path / "run.safetensors",
+        graphs=first,
     )
     found = list(itertools.islice(stream, 8))
     stream.close()
     kept = load_state(tmp_path / "run.safetensors")[0]["optimizer"]
-    assert all(isinstance(group["lr"], float) and not group["capturable"] for group in kept["param_groups"])
+    assert all(
+        isinstance(group["lr"], float) and not group["capturable"] for group in kept["param_groups"]
+    )
     parts = wrn(seed=2)
     stream = distill(
-        wrn(seed=1), parts, zskt(), defenses=abd(), device="cpu", checkpoint=tmp_path / "run.safetensors", graphs=not first
+        wrn(seed=1),
+        parts,
+        zskt(),
+        defenses=abd(),
+        device="cpu",
+        checkpoint=tmp_path / "run.safetensors",
+        graphs=not first,
     )
     assert_alike((steps, whole), (found + list(stream), parts))
 
@@ -347,7 +458,9 @@ class Unknown(Defense):
 
 
 def test_a_defence_that_says_nothing_is_not_captured(wrn, taped):
-    steps = list(distill(wrn(seed=1), wrn(seed=2), zskt(), defenses=[Unknown()], graphs=True, device="cpu"))
+    steps = list(
+        distill(wrn(seed=1), wrn(seed=2), zskt(), defenses=[Unknown()], graphs=True, device="cpu")
+    )
     assert taped == []
     assert steps[0].events == ("CUDA graphs: off from pseudo-batch 0, unknown cannot be captured",)
     assert not Source.captures
@@ -355,7 +468,9 @@ def test_a_defence_that_says_nothing_is_not_captured(wrn, taped):
 
 def test_graphs_keep_a_bounded_number_of_pieces_until_the_run_ends(wrn, taped):
     source, kept = zskt(pseudo_batches=40, student_steps=4), []
-    defenses = [SelfRetrospection(start=0, inner_steps=1, weight=[[i, 1.0 + i] for i in range(0, 40, 2)])]
+    defenses = [
+        SelfRetrospection(start=0, inner_steps=1, weight=[[i, 1.0 + i] for i in range(0, 40, 2)])
+    ]
     for _ in distill(wrn(), wrn(), source, defenses=defenses, graphs=True, device="cpu"):
         kept.append(len(source.phases._pieces))
     assert max(kept) == graphs.KEPT
@@ -363,12 +478,19 @@ def test_graphs_keep_a_bounded_number_of_pieces_until_the_run_ends(wrn, taped):
 
 
 def test_graphs_on_a_cpu_are_one_clear_error(wrn):
-    with pytest.raises(ValueError, match=r"^graphs=True needs a CUDA device, and this run is on cpu: leave graphs out$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^graphs=True needs a CUDA device, and this run is on cpu: leave graphs out$",
+    ):
         next(distill(wrn(), wrn(), zskt(), graphs=True, device="cpu"))
 
 
 def test_held_values_stay_where_they_are():
-    phases, plain, x = graphs.Phases(graphs=True), graphs.Phases(), torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    phases, plain, x = (
+        graphs.Phases(graphs=True),
+        graphs.Phases(),
+        torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    )
     assert plain.hold("x", x) is x
     held = phases.hold("x", x)
     assert held is not x
@@ -385,7 +507,9 @@ def test_a_piece_that_is_replayed_again_still_says_what_its_gradient_was(double,
     source, norms = zskt(pseudo_batches=18), []
     plan = [[0, 0.1], [6, 5.0], [12, 0.1]]
     defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=plan)]
-    for _ in distill(wrn(seed=1), wrn(seed=2), source, defenses=defenses, graphs=True, device="cpu"):
+    for _ in distill(
+        wrn(seed=1), wrn(seed=2), source, defenses=defenses, graphs=True, device="cpu"
+    ):
         norms.append(source.norms["generator+sv_synthesis"].item())
     plain, expected = zskt(pseudo_batches=18), []
     defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=plan)]
@@ -398,6 +522,10 @@ def test_a_piece_that_is_replayed_again_still_says_what_its_gradient_was(double,
 def test_graphs_and_compile_are_settings():
     assert settings("quick/digits", device="cpu").distilling() == {}
     assert {"graphs": False, "compile": False}.items() <= defaults("student").items()
-    chosen = settings("quick/digits", {"student.graphs": True, "student.compile": True, "teacher.compile": True}, device="cpu")
+    chosen = settings(
+        "quick/digits",
+        {"student.graphs": True, "student.compile": True, "teacher.compile": True},
+        device="cpu",
+    )
     assert chosen.distilling() == {"graphs": True, "compile": True}
     assert chosen.training(chosen.dataset())["compile"]

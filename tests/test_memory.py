@@ -1,4 +1,6 @@
-"""Memory stays flat over 300 steps, with every source that keeps a pool and every defence that keeps images; a leak is seen."""
+"""Memory stays flat over 300 steps, with every source that keeps a pool and every
+defence that keeps images; a leak is seen.
+"""
 
 import gc
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ BANK = 40
 
 @dataclass(frozen=True)
 class Held:
-    """What is alive: tensors that Python sees (a graph's inner ones it does not), their bytes, and the process's resident MB."""
+    """What is alive: tensors that Python sees (a graph's inner ones it does not), their
+    bytes, and the process's resident MB.
+    """
 
     tensors: int
     bytes: int
@@ -27,17 +31,32 @@ class Held:
     @classmethod
     def now(cls):
         gc.collect()
-        # exactly these types: whoever compiled something in this process before has left torch's own memory-less FakeTensors
-        alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive if t.layout == torch.strided}
+        # exactly these types: whoever compiled something in this process before has
+        # left torch's own memory-less FakeTensors
+        alive = [
+            thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+        ]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in alive
+            if t.layout == torch.strided
+        }
         return cls(len(alive), sum(storages.values()), psutil.Process().memory_info().rss / 2**20)
 
 
 def assert_flat(before, after):
-    """Nothing grew: but for a few small tensors of a step's own, and 32 MB of anything else."""
-    assert after.tensors <= before.tensors + 5, f"tensors grew from {before.tensors} to {after.tensors}"
-    assert after.bytes <= before.bytes + 2**14, f"tensors grew from {before.bytes} to {after.bytes} bytes"
-    assert after.resident <= before.resident + 32, f"the process grew from {before.resident:.0f} to {after.resident:.0f} MB"
+    """Nothing grew: but for a few small tensors of a step's own, and 32 MB of anything
+    else.
+    """
+    assert after.tensors <= before.tensors + 5, (
+        f"tensors grew from {before.tensors} to {after.tensors}"
+    )
+    assert after.bytes <= before.bytes + 2**14, (
+        f"tensors grew from {before.bytes} to {after.bytes} bytes"
+    )
+    assert after.resident <= before.resident + 32, (
+        f"the process grew from {before.resident:.0f} to {after.resident:.0f} MB"
+    )
 
 
 def held(stream, *marks, look=lambda: None):
@@ -56,16 +75,26 @@ def zskt(kind=ZSKT, steps=STEPS):
 
 
 def pooled(kind, **settings):
-    sizes = {"synthesis_steps": 2, "kd_steps": 4, "synthesis_batch": 16, "batch_size": 16, "pool": POOL, "flip": False}
+    sizes = {
+        "synthesis_steps": 2,
+        "kd_steps": 4,
+        "synthesis_batch": 16,
+        "batch_size": 16,
+        "pool": POOL,
+        "flip": False,
+    }
     return kind(SHAPE, rounds=STEPS // 4, **sizes, **settings)
 
 
 STAMPS = {"shape": "stamp", "inner_steps": 2, "stamps": 3, "stamp_every": 2, "cover": True}
 
 
-@pytest.mark.parametrize("sr", [{"inner_steps": 2, "order": 2, "implicit_steps": 2}, STAMPS], ids=["order 2", "stamps"])
+@pytest.mark.parametrize(
+    "sr", [{"inner_steps": 2, "order": 2, "implicit_steps": 2}, STAMPS], ids=["order 2", "stamps"]
+)
 def test_zskt_with_both_defences_is_flat_and_the_verification_pool_is_bounded(teacher, student, sr):
-    # 100 pseudo-batches fill the pool, which 3 fill; then the vaccine begins, and at 150 self-retrospection
+    # 100 pseudo-batches fill the pool, which 3 fill; then the vaccine begins, and at
+    # 150 self-retrospection
     vaccine = ShufflingVaccine(layers=3, warmup=1 / 3, pool=POOL, threshold=-1.0)
     defenses = [vaccine, SelfRetrospection(start=0.5, **sr)]
     kept = []
@@ -85,7 +114,10 @@ def test_zskt_with_both_defences_is_flat_and_the_verification_pool_is_bounded(te
 def test_sources_with_a_pool_are_flat_and_their_pools_are_bounded(teacher, student, kind):
     extra = {"z": 5, "width": 3, "head": 4, "negatives": 5, "bank": BANK} if kind is CMI else {}
     source, kept = pooled(kind, **extra), []
-    defenses = [ShufflingVaccine(layers=3, warmup=0, verify=False), SelfRetrospection(start=0.1, inner_steps=2)]
+    defenses = [
+        ShufflingVaccine(layers=3, warmup=0, verify=False),
+        SelfRetrospection(start=0.1, inner_steps=2),
+    ]
     marks = held(
         distill(teacher, student, source, defenses=defenses, device="cpu"),
         *(60, 180, STEPS),
@@ -99,7 +131,9 @@ def test_sources_with_a_pool_are_flat_and_their_pools_are_bounded(teacher, stude
 def test_docstrings_state_the_bounds():
     plain = [" ".join(kind.__doc__.split()) for kind in (ShufflingVaccine, CMI, Pooled)]
     for text, bound in zip(
-        plain, ["at most this many images", "features of at most this many images", "at most ``pool``"], strict=True
+        plain,
+        ["at most this many images", "features of at most this many images", "at most ``pool``"],
+        strict=True,
     ):
         assert bound in text
     assert all("bounded memory" in text for text in plain[:2])

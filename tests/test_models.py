@@ -1,4 +1,6 @@
-"""The model families: sizes, counts and answers against the published networks, and what the other parts rely on."""
+"""The model families: sizes, counts and answers against the published networks, and
+what the other parts rely on.
+"""
 
 import copy
 
@@ -7,21 +9,43 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, distill, load_model, save_model, settings
+from abdlab import (
+    ZSKT,
+    SelfRetrospection,
+    ShufflingVaccine,
+    distill,
+    load_model,
+    save_model,
+    settings,
+)
 from abdlab.features import record
-from abdlab.models import MODELS, VGG, BasicBlock, Normalize, WideResNet, build, memory_format, normalization, place
+from abdlab.models import (
+    MODELS,
+    VGG,
+    BasicBlock,
+    Normalize,
+    WideResNet,
+    build,
+    memory_format,
+    normalization,
+    place,
+)
 
 FAMILIES = ["wrn-10-2", "resnet-18", "resnet-20", "resnet-34", "vgg-11", "vgg-16", "mobilenet-v2"]
 
 
 @pytest.fixture
 def seen(wrn):
-    """Makes networks in eval mode whose batch-norm layers have seen data; ``width=None`` is the published width."""
+    """Makes networks in eval mode whose batch-norm layers have seen data;
+    ``width=None`` is the published width.
+    """
     return wrn
 
 
 def wrn_parameters(depth, widen, classes=10, channels=3, width=16):
-    """The number of weights of WRN-depth-widen, counted from the paper's table: convolutions, batch norms, classifier."""
+    """The number of weights of WRN-depth-widen, counted from the paper's table:
+    convolutions, batch norms, classifier.
+    """
     blocks, inside = (depth - 4) // 6, width
     total = 9 * channels * width
     for scale in (1, 2, 4):
@@ -62,7 +86,11 @@ PUBLISHED = {
     "resnet-34": (21_282_122, 36, 64),  # 21.28 M
     "vgg-11": (9_231_114, 8, 64),  # 9.23 M
     "vgg-16": (14_728_266, 13, 64),  # 14.73 M
-    "mobilenet-v2": (2_236_682, 52, 32),  # torchvision's 3,504,872 with 10 instead of 1000 classes of 1281 weights each
+    "mobilenet-v2": (
+        2_236_682,
+        52,
+        32,
+    ),  # torchvision's 3,504,872 with 10 instead of 1000 classes of 1281 weights each
 }
 
 
@@ -72,7 +100,11 @@ def test_every_name_is_the_published_network(name):
     weights, convolutions, width = PUBLISHED[name]
     assert sum(p.numel() for p in model.parameters()) == weights
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
-    assert model.card["width"] == width == next(m for m in model.modules() if isinstance(m, nn.Conv2d)).out_channels
+    assert (
+        model.card["width"]
+        == width
+        == next(m for m in model.modules() if isinstance(m, nn.Conv2d)).out_channels
+    )
     assert model.training
 
 
@@ -116,13 +148,21 @@ def test_sizes_are_positive_in_every_family(name, bad):
     ],
 )
 def test_unknown_names(name, near):
-    with pytest.raises(ValueError, match=f"did you mean '{near}'.* known are {', '.join(MODELS)}, and any other wrn-DEPTH-WIDEN"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"did you mean '{near}'.* known are {', '.join(MODELS)}, and any other wrn-DEPTH-WIDEN"
+        ),
+    ):
         build(name)
 
 
 @pytest.mark.parametrize("name", ["", "alexnet", "zzz"])
 def test_names_that_are_like_no_other(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}': .*{', '.join(MODELS)}, and any other wrn-DEPTH-WIDEN"):
+    with pytest.raises(
+        ValueError,
+        match=f"unknown model '{name}': .*{', '.join(MODELS)}, and any other wrn-DEPTH-WIDEN",
+    ):
         build(name)
 
 
@@ -151,7 +191,9 @@ def test_stages_halve_the_side_and_double_the_channels():
 def test_blocks_per_stage_and_shortcuts():
     model = build("wrn-16-1", width=4)
     assert [len(getattr(model, stage)) for stage in model.stages] == [2, 2, 2]
-    shortcuts = [[block.shortcut is not None for block in getattr(model, stage)] for stage in model.stages]
+    shortcuts = [
+        [block.shortcut is not None for block in getattr(model, stage)] for stage in model.stages
+    ]
     assert shortcuts == [[False, False], [True, False], [True, False]]
 
 
@@ -164,7 +206,9 @@ def test_normalize_by_hand():
 def test_normalisation_is_inside_the_model():
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     model = build("wrn-10-1", width=4, mean=mean, std=std).eval()
-    plain = build("wrn-10-1", width=4, mean=(0.0,), std=(1.0,)).eval()  # the same weights: the seed is the same
+    plain = build(
+        "wrn-10-1", width=4, mean=(0.0,), std=(1.0,)
+    ).eval()  # the same weights: the seed is the same
     x = torch.rand(4, 3, 8, 8)
     normalised = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(model(x), plain(normalised), atol=1e-6)
@@ -181,7 +225,11 @@ def test_the_mean_image_is_the_zero_of_the_network():
 def test_build_draws_from_its_seed_alone():
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
-    first, second, other = build("wrn-10-1", width=4), build("wrn-10-1", width=4), build("wrn-10-1", width=4, seed=1)
+    first, second, other = (
+        build("wrn-10-1", width=4),
+        build("wrn-10-1", width=4),
+        build("wrn-10-1", width=4, seed=1),
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
@@ -191,7 +239,9 @@ def test_build_draws_from_its_seed_alone():
 def test_a_card_rebuilds_the_model():
     model = build("WRN-10-1", width=4, classes=3, channels=1, mean=(0.1,), std=(0.3,), seed=5)
     again = build(**model.card)
-    assert [(k, v.shape) for k, v in again.state_dict().items()] == [(k, v.shape) for k, v in model.state_dict().items()]
+    assert [(k, v.shape) for k, v in again.state_dict().items()] == [
+        (k, v.shape) for k, v in model.state_dict().items()
+    ]
     assert torch.equal(again.normalize.std, model.normalize.std)
     assert model.card["name"] == "wrn-10-1"
 
@@ -203,8 +253,14 @@ def test_a_copied_model_answers_alike():
 
 
 def test_normalization_reads_the_models_own_layer():
-    assert normalization(build("wrn-10-1", width=4, channels=1, mean=(0.25,), std=(0.5,)), 1) == ([0.25], [0.5])
-    assert normalization(build("wrn-10-1", width=4, mean=(0.25,), std=(0.5,)), 3) == ([0.25] * 3, [0.5] * 3)
+    assert normalization(build("wrn-10-1", width=4, channels=1, mean=(0.25,), std=(0.5,)), 1) == (
+        [0.25],
+        [0.5],
+    )
+    assert normalization(build("wrn-10-1", width=4, mean=(0.25,), std=(0.5,)), 3) == (
+        [0.25] * 3,
+        [0.5] * 3,
+    )
     assert normalization(nn.Linear(2, 2), 2) == ([0.5, 0.5], [0.25, 0.25])
 
 
@@ -225,33 +281,58 @@ def pyramid(widths, heights, breadths=None):
     [
         (["wrn-16-2"], (8, 16, 32), (32, 16, 8), ((19, 10, 5), (17, 9, 5))),
         (["resnet-20"], (4, 8, 16), (32, 16, 8), ((19, 10, 5), (17, 9, 5))),
-        (["resnet-18", "resnet-34"], (4, 8, 16, 32), (32, 16, 8, 4), ((19, 10, 5, 3), (17, 9, 5, 3))),
+        (
+            ["resnet-18", "resnet-34"],
+            (4, 8, 16, 32),
+            (32, 16, 8, 4),
+            ((19, 10, 5, 3), (17, 9, 5, 3)),
+        ),
         (["mobilenet-v2"], (3, 4, 12, 40), (32, 16, 8, 4), ((19, 10, 5, 3), (17, 9, 5, 3))),
-        (["vgg-11", "vgg-16"], (4, 8, 16, 32, 32), (32, 16, 8, 4, 2), ((19, 9, 4, 2, 1), (17, 8, 4, 2, 1))),
+        (
+            ["vgg-11", "vgg-16"],
+            (4, 8, 16, 32, 32),
+            (32, 16, 8, 4, 2),
+            ((19, 9, 4, 2, 1), (17, 8, 4, 2, 1)),
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else "",
 )
 def test_stages_are_the_ends_of_the_spatial_sizes(names, widths, even, odd):
     for name in names:
         assert stage_shapes(name, 32, 32) == pyramid(widths, even)
-        assert stage_shapes(name, 16, 16, channels=1) == pyramid(widths, [side // 2 for side in even])
-        assert stage_shapes(name, 19, 17) == pyramid(widths, *odd), "strides round up, VGG's pools round down"
+        assert stage_shapes(name, 16, 16, channels=1) == pyramid(
+            widths, [side // 2 for side in even]
+        )
+        assert stage_shapes(name, 19, 17) == pyramid(widths, *odd), (
+            "strides round up, VGG's pools round down"
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "halvings", "least"),
-    [("wrn-10-1", 2, 4), ("resnet-20", 2, 4), ("resnet-18", 3, 8), ("mobilenet-v2", 3, 8), ("vgg-11", 4, 16)],
+    [
+        ("wrn-10-1", 2, 4),
+        ("resnet-20", 2, 4),
+        ("resnet-18", 3, 8),
+        ("mobilenet-v2", 3, 8),
+        ("vgg-11", 4, 16),
+    ],
 )
 def test_images_too_small_for_the_halvings_are_an_error(name, halvings, least):
     model = build(name, width=2).eval()
     assert model(torch.rand(1, 3, least, least)).isfinite().all()
-    said = f"halves its images {halvings} times: they must be at least {least} pixels high and wide, not {least}x{least - 1}"
+    said = (
+        f"halves its images {halvings} times: they must be at least {least} pixels high and wide,"
+        f" not {least}x{least - 1}"
+    )
     with pytest.raises(ValueError, match=said):
         model(torch.rand(1, 3, least, least - 1))
 
 
 def with_weights_of(theirs, ours, fc="fc"):
-    """Load our weights into another's network by name, with nothing missing and nothing left over but our Normalize."""
+    """Load our weights into another's network by name, with nothing missing and nothing
+    left over but our Normalize.
+    """
     state = {k: v for k, v in ours.state_dict().items() if not k.startswith("normalize")}
     theirs.load_state_dict({k.replace("fc.", f"{fc}."): v for k, v in state.items()})
     return theirs.eval()
@@ -265,7 +346,9 @@ def test_resnets_equal_torchvisions_with_another_stem(seen, name):
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     ours = seen(name, channels=3, width=None)
     x = torch.rand(2, 3, 12, 10)
-    torch.testing.assert_close(ours(x), with_weights_of(theirs, ours)((x - 0.5) / 0.25), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours(x), with_weights_of(theirs, ours)((x - 0.5) / 0.25), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_mobilenet_equals_torchvisions_with_two_other_strides(seen):
@@ -285,12 +368,17 @@ def test_mobilenet_equals_torchvisions_with_two_other_strides(seen):
 def test_vgg_equals_torchvisions_features_but_for_the_last_pool(seen, name, plan):
     from torchvision.models.vgg import cfgs, make_layers
 
-    ours, theirs = seen(name, channels=3, width=None), make_layers(cfgs[plan], batch_norm=True).eval()
+    ours, theirs = (
+        seen(name, channels=3, width=None),
+        make_layers(cfgs[plan], batch_norm=True).eval(),
+    )
     theirs.load_state_dict(ours.features.state_dict())
     x = torch.rand(2, 3, 32, 32)
     maps = ours.maps(ours.normalize(x))
     assert maps.shape[2:] == (2, 2)
-    torch.testing.assert_close(F.max_pool2d(maps, 2), theirs((x - 0.5) / 0.25), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        F.max_pool2d(maps, 2), theirs((x - 0.5) / 0.25), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(ours(x), ours.fc(maps.mean((2, 3))))
 
 
@@ -318,7 +406,9 @@ def test_convolutions_are_registered_in_the_order_in_which_they_run(name):
 def test_no_layer_overwrites_what_another_one_put_out(name):
     model, kept = build(name, width=2).train(), []
     for n, module in model.named_modules():
-        module.register_forward_hook(lambda m, args, out, n=n: kept.append((n, out, out.detach().clone())))
+        module.register_forward_hook(
+            lambda m, args, out, n=n: kept.append((n, out, out.detach().clone()))
+        )
     model(torch.randn(2, 3, 16, 16))
     assert len(kept) > 20
     assert [n for n, now, then in kept if not torch.equal(now, then)] == []
@@ -328,25 +418,34 @@ def test_no_layer_overwrites_what_another_one_put_out(name):
 def test_no_convolution_is_strided_and_1x1(name):
     # see place: oneDNN's weight gradient of those is not safe in every memory format
     assert not [
-        m for m in build(name, width=2).modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+        m
+        for m in build(name, width=2).modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
     ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_cpu_colour_networks_train_in_channels_last_in_float32_alone(name):
     formats = {
-        (channels, precision): memory_format(place(build(name, width=4, channels=channels), torch.device("cpu"), precision))
+        (channels, precision): memory_format(
+            place(build(name, width=4, channels=channels), torch.device("cpu"), precision)
+        )
         for channels in (1, 3)
         for precision in (None, "float32", "bf16")
     }
-    assert {key for key, found in formats.items() if found == torch.channels_last} == {(3, "float32")}
+    assert {key for key, found in formats.items() if found == torch.channels_last} == {
+        (3, "float32")
+    }
 
 
 def test_strided_1x1_convolutions_and_strangers_stay_contiguous():
     cpu, model = torch.device("cpu"), build("wrn-10-1")
     model.stage2[0].shortcut = nn.Conv2d(16, 32, 1, 2, bias=False)
     assert memory_format(place(model, cpu, "float32")) == torch.contiguous_format
-    assert memory_format(place(nn.Sequential(nn.Conv2d(3, 4, 3)), cpu, "float32")) == torch.contiguous_format
+    assert (
+        memory_format(place(nn.Sequential(nn.Conv2d(3, 4, 3)), cpu, "float32"))
+        == torch.contiguous_format
+    )
     last = build("wrn-10-1").to(memory_format=torch.channels_last)
     assert memory_format(place(last, cpu, "bf16")) == torch.contiguous_format
 
@@ -361,7 +460,9 @@ def test_a_training_step_is_the_same_in_either_memory_format(name):
         F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
         found.append([logits, *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * max(1, one.abs().max().item()))
+        torch.testing.assert_close(
+            other, one, rtol=1e-3, atol=1e-4 * max(1, one.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -369,7 +470,8 @@ def test_a_training_pass_draws_no_random_numbers_and_reaches_every_weight(name):
     model = build(name, width=2, classes=3).train()
     before = torch.get_rng_state()
     F.cross_entropy(
-        model(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))), torch.tensor([0, 1, 2, 0])
+        model(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))),
+        torch.tensor([0, 1, 2, 0]),
     ).backward()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -391,23 +493,41 @@ def test_every_family_is_rebuilt_by_its_card(seen, name, tmp_path, monkeypatch):
 
 
 def test_a_card_of_a_wide_resnet_with_its_width_still_means_the_same():
-    old = {"name": "wrn-10-1", "classes": 10, "channels": 1, "width": 16, "mean": [0.5], "std": [0.25]}
+    old = {
+        "name": "wrn-10-1",
+        "classes": 10,
+        "channels": 1,
+        "width": 16,
+        "mean": [0.5],
+        "std": [0.25],
+    }
     assert build(**old).card == old == build("wrn-10-1", channels=1).card
 
 
 def test_presets_take_every_family_at_its_own_width(digits):
-    chosen = settings(overrides={"teacher.model": "resnet-20", "student.model": "mobilenet-v2", "student.width": 4})
+    chosen = settings(
+        overrides={
+            "teacher.model": "resnet-20",
+            "student.model": "mobilenet-v2",
+            "student.width": 4,
+        }
+    )
     assert chosen.teacher(digits).card["width"] == 16
     assert chosen.student(digits).card["width"] == 4
     assert chosen.student(digits)(digits.test_images[:2]).shape == (2, 10)
 
 
 def zskt(size=16, **changes):
-    return ZSKT((1, size, size), **{"pseudo_batches": 1, "batch_size": 4, "student_steps": 1, "z": 5, "width": 2, **changes})
+    return ZSKT(
+        (1, size, size),
+        **{"pseudo_batches": 1, "batch_size": 4, "student_steps": 1, "z": 5, "width": 2, **changes},
+    )
 
 
 def start(source, teacher, student):
-    teacher, student = (build(name, channels=1, width=4, seed=i) for i, name in enumerate((teacher, student)))
+    teacher, student = (
+        build(name, channels=1, width=4, seed=i) for i, name in enumerate((teacher, student))
+    )
     source.start(teacher.eval().requires_grad_(False), student.train(), torch.device("cpu"), 0)
     return source
 
@@ -447,20 +567,33 @@ def test_attention_transfer_elsewhere_says_what_to_set(teacher, student, counts)
 
 
 def test_attention_layers_join_families_whose_stages_differ():
-    source = start(zskt(attention_layers={"features.5": "stage1", "features.22": "stage3"}), "vgg-16", "wrn-10-1")
+    source = start(
+        zskt(attention_layers={"features.5": "stage1", "features.22": "stage3"}),
+        "vgg-16",
+        "wrn-10-1",
+    )
     assert source.student_loss(source.batch())[2]["attention"] > 0
-    with pytest.raises(ValueError, match=r"cannot compare layer1 \(4, 16, 16\) with layer2 \(8, 8, 8\): set attention=0, or"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot compare layer1 \(4, 16, 16\) with layer2 \(8, 8, 8\): set attention=0, or",
+    ):
         start(zskt(attention_layers={"layer1": "layer2"}), "resnet-18", "resnet-20")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_defended_pseudo_batch_from_every_family(seen, name):
-    """Also between families: the student is a ResNet-20, and attention transfer is on where it can be."""
+    """Also between families: the student is a ResNet-20, and attention transfer is on
+    where it can be.
+    """
     teacher, student = seen(name, width=4), build("resnet-20", channels=1, width=4, seed=1)
     sv = ShufflingVaccine(layers=3, warmup=0, verify=False)
     sr = SelfRetrospection(start=0, inner_steps=2)
     matching = len(teacher.stages) == len(student.stages)
-    (step,) = distill(teacher, student, zskt(attention=250.0 * matching), defenses=[sv, sr], device="cpu")
-    assert set(step.losses) == {"generator", "sv_synthesis", "kd", "sr"} | ({"attention"} if matching else set())
+    (step,) = distill(
+        teacher, student, zskt(attention=250.0 * matching), defenses=[sv, sr], device="cpu"
+    )
+    assert set(step.losses) == {"generator", "sv_synthesis", "kd", "sr"} | (
+        {"attention"} if matching else set()
+    )
     assert sv.report()["found"]
     assert len(sv.report()["layers"]) == 3

@@ -1,4 +1,6 @@
-"""Every notebook under papermill with tiny settings: alone, and as a chain that shares one folder."""
+"""Every notebook under papermill with tiny settings: alone, and as a chain that shares
+one folder.
+"""
 
 import json
 
@@ -27,7 +29,11 @@ pytestmark = pytest.mark.slow
 
 
 def execute(name, root, **given):
-    output = batch.execute(name, root / f"{name}.ipynb", {"run": str(root), "overrides": TINY, "device": "cpu", **given})
+    output = batch.execute(
+        name,
+        root / f"{name}.ipynb",
+        {"run": str(root), "overrides": TINY, "device": "cpu", **given},
+    )
     book = nbformat.read(output, 4)
     folder = next(p for p in root.iterdir() if p.is_dir() and p.name.startswith(name))
     figures = {p.stem: p.stat().st_size for p in (folder / "figures").glob("*.png")}
@@ -45,11 +51,14 @@ def walk(tmp_path_factory):
 def test_01_trains_and_reports_the_teacher(walk):
     metrics, figures, book = walk[1]["01"]
     assert figures == {"trigger", "teacher_training", "predictions", "gallery"}
-    assert {"badnet_grid", "badnet_sq", "blend", "sig", "trojan_wm", "cl"} == set(metrics["trigger_sizes"])
+    assert {"badnet_grid", "badnet_sq", "blend", "sig", "trojan_wm", "cl"} == set(
+        metrics["trigger_sizes"]
+    )
     assert 0 <= metrics["acc"] <= 1
     assert metrics["poison_rate"] == pytest.approx(0.1, abs=0.01)
     text = json.dumps(book)
-    assert "WeakTeacher" in text  # two epochs are not enough, and it says so before any distillation
+    # two epochs are not enough, and it says so before any distillation
+    assert "WeakTeacher" in text
 
 
 def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
@@ -99,33 +108,61 @@ def test_05_reuses_the_chain_and_adds_what_is_missing(walk):
 def test_other_settings_in_the_same_folder_are_refused(walk):
     root, _ = walk
     with pytest.raises(batch.NotebookFailed, match=r"clean\.epochs was 1 and is 3"):
-        batch.execute("02", root / "again.ipynb", {"run": str(root), "overrides": {**TINY, "clean.epochs": 3}, "device": "cpu"})
+        batch.execute(
+            "02",
+            root / "again.ipynb",
+            {"run": str(root), "overrides": {**TINY, "clean.epochs": 3}, "device": "cpu"},
+        )
 
 
 def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_factory):
-    """In the walk the control is off; here it goes on from a folder of its own, with the code's scales."""
+    """In the walk the control is off; here it goes on from a folder of its own, with
+    the code's scales.
+    """
     plain = walk[1]["05"][0]
     assert plain["control"] is None
     assert "loss scales: the preset's own" in plain["notes"]
     root = tmp_path_factory.mktemp("control")
-    given = {"control": True, "scales": "code", "methods": ["zskt", "zskt+sv+sr"], "overrides": {**TINY, "sv.pool": 64}}
+    given = {
+        "control": True,
+        "scales": "code",
+        "methods": ["zskt", "zskt+sv+sr"],
+        "overrides": {**TINY, "sv.pool": 64},
+    }
     metrics, _, book = execute("05", root, **given)
     assert metrics["scales"] == "code"
     assert "loss scales: code" in metrics["notes"]
     rows, vaccines = metrics["control"]["rows"], metrics["control"]["vaccines"]
-    assert [row["label"] for row in rows] == [row["label"] for row in metrics["rows"]] == ["teacher", "zskt", "zskt+sv+sr"]
+    assert (
+        [row["label"] for row in rows]
+        == [row["label"] for row in metrics["rows"]]
+        == ["teacher", "zskt", "zskt+sv+sr"]
+    )
     assert rows != metrics["rows"]
     assert [row["teacher"] for row in vaccines] == ["poisoned", "clean"]
     assert all(0 <= row["accepted"] <= row["tries"] for row in vaccines)
-    config = json.loads((root / "clean_teacher_control" / "seed0" / "zskt+sv+sr" / "config.json").read_text())
-    assert (config["attack"]["rate"], config["sr"]["perturb"], config["sv"]["per"]) == (0, "teacher", "agreeing")
-    tables = [o["data"]["text/html"] for c in book.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    config = json.loads(
+        (root / "clean_teacher_control" / "seed0" / "zskt+sv+sr" / "config.json").read_text()
+    )
+    assert (config["attack"]["rate"], config["sr"]["perturb"], config["sv"]["per"]) == (
+        0,
+        "teacher",
+        "agreeing",
+    )
+    tables = [
+        o["data"]["text/html"]
+        for c in book.cells
+        for o in c.get("outputs", [])
+        if "text/html" in o.get("data", {})
+    ]
     assert any("accepted" in table for table in tables)
 
 
 @pytest.mark.parametrize("name", ["04", "05"])
 def test_a_notebook_stands_alone(name, tmp_path):
-    given = {"seeds": [1, 2], "methods": ["clean", "zskt"]} if name == "05" else {"defended": "zskt+sv"}
+    given = (
+        {"seeds": [1, 2], "methods": ["clean", "zskt"]} if name == "05" else {"defended": "zskt+sv"}
+    )
     metrics, _, _ = execute(name, tmp_path, **given)
     if name == "05":
         assert [(r["seed"], r["label"]) for r in metrics["rows"]] == [
@@ -146,5 +183,10 @@ def test_04_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_pat
 
 def test_every_figure_is_shown_once(walk):
     for name, (_, figures, book) in walk[1].items():
-        pictures = [o for cell in book.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        pictures = [
+            o
+            for cell in book.cells
+            for o in cell.get("outputs", [])
+            if "image/png" in o.get("data", {})
+        ]
         assert len(pictures) == len(figures), name

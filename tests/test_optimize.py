@@ -1,4 +1,6 @@
-"""Optimised triggers: their bounds hold, they do better than chance, and the same seed gives the same trigger."""
+"""Optimised triggers: their bounds hold, they do better than chance, and the same seed
+gives the same trigger.
+"""
 
 import math
 
@@ -47,7 +49,9 @@ def pictures(n=40, shape=SHAPE):
 
 def make(name, net, steps=20, seed=0, shape=SHAPE, **options):
     images, labels = pictures(shape=shape)
-    return optimize(name, net, images, labels, target=1, seed=seed, device="cpu", steps=steps, **options)
+    return optimize(
+        name, net, images, labels, target=1, seed=seed, device="cpu", steps=steps, **options
+    )
 
 
 def levels(trigger):
@@ -81,7 +85,9 @@ class TestEveryMethod:
         assert not net.fc._forward_pre_hooks
 
     def test_unknown_options_get_a_hint(self, name, net):
-        with pytest.raises(ValueError, match=f"unknown option of {name} 'stps': did you mean 'steps'"):
+        with pytest.raises(
+            ValueError, match=f"unknown option of {name} 'stps': did you mean 'steps'"
+        ):
             make(name, net, stps=3)
 
     @given(channels=st.integers(1, 4), height=st.integers(8, 20), width=st.integers(8, 20))
@@ -105,7 +111,9 @@ class TestNeurons:
     def test_activation_by_hand(self, net):
         images, _ = pictures()
         feature = torch.relu(net.eval().norm(net.conv(images))).mean((2, 3))
-        assert torch.allclose(activation(net, images, torch.tensor([4, 0])), feature[:, [4, 0]].mean())
+        assert torch.allclose(
+            activation(net, images, torch.tensor([4, 0])), feature[:, [4, 0]].mean()
+        )
 
     def test_a_model_without_a_linear_layer(self):
         with pytest.raises(ValueError, match=r"has no nn\.Linear"):
@@ -120,7 +128,9 @@ class TestNeurons:
             other = torch.randn(SHAPE, generator=rng)
             other = (other * found.norm() / other.norm()).trunc()
         else:
-            other = torch.where(found < 0, found, torch.randint(0, 256, found.shape, generator=rng).float())
+            other = torch.where(
+                found < 0, found, torch.randint(0, 256, found.shape, generator=rng).float()
+            )
         other = Trigger(name, {"pattern": pack(other)})
         values = [activation(net, x, chosen).item() for x in (made(images), other(images), images)]
         assert values[0] > max(values[1:]) + 0.01 * abs(values[2])
@@ -135,7 +145,9 @@ class TestBounds:
         assert found.abs().max() <= 1
 
     def test_l2_uses_its_bound(self, net):
-        assert (levels(make("l2_inv", net, steps=60)) / 255).norm() > 0.8 * 0.03 * math.sqrt(math.prod(SHAPE))
+        assert (levels(make("l2_inv", net, steps=60)) / 255).norm() > 0.8 * 0.03 * math.sqrt(
+            math.prod(SHAPE)
+        )
 
     @given(share=st.floats(0.005, 0.5))
     @settings(max_examples=8, deadline=None)
@@ -186,7 +198,12 @@ class TestAsking:
         assert made.params["corner"] == "top_left"
 
     def test_options_are_recorded_with_their_defaults(self):
-        assert options_of(Trigger("l2_inv"), bound=0.2) == {"bound": 0.2, "neurons": 2, "steps": 150, "lr": 0.01}
+        assert options_of(Trigger("l2_inv"), bound=0.2) == {
+            "bound": 0.2,
+            "neurons": 2,
+            "steps": 150,
+            "lr": 0.01,
+        }
         assert set(options_of(Trigger("trojan_3x3"))) == {"neurons", "steps", "lr"}
 
     def test_a_drawn_trigger_cannot_be_optimised(self, net):
@@ -218,7 +235,8 @@ class TestPGD:
         assert torch.allclose(hard, PGD(net, steps=3)(images, labels, batch=7), atol=1e-5)
 
     def test_on_a_linear_model_it_finds_the_corner_of_the_cube(self):
-        # two classes, logits (w x, 0): the loss of class 0 falls along w, so every pixel goes against its weight's sign
+        # two classes, logits (w x, 0): the loss of class 0 falls along w, so every
+        # pixel goes against its weight's sign
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         with torch.no_grad():
             model[1].weight.copy_(torch.tensor([[1.0, -2, 3, -4], [0, 0, 0, 0]]))

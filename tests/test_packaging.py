@@ -1,4 +1,6 @@
-"""The two lists of dependencies agree, notebooks are clean, and the Makefile's commands are those of the README."""
+"""The two lists of dependencies agree, notebooks are clean, and the Makefile's commands
+are those of the README.
+"""
 
 import itertools
 import json
@@ -19,7 +21,10 @@ CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 def test_environment_yml_names_the_same_dependencies_as_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {re.sub(r"^[a-z0-9_-]+", lambda m: CONDA_NAMES.get(m[0], m[0]), d) for d in project["dependencies"]}
+    wanted = {
+        re.sub(r"^[a-z0-9_-]+", lambda m: CONDA_NAMES.get(m[0], m[0]), d)
+        for d in project["dependencies"]
+    }
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert set(conda) == wanted | {f"python{project['requires-python']}", "pip"}
 
@@ -63,9 +68,12 @@ def test_no_device_is_written_into_the_library():
 
 
 def test_the_core_needs_no_jupyter():
-    """On a machine without the notebook stack, importing abdlab and training still works."""
+    """On a machine without the notebook stack, importing abdlab and training still
+    works.
+    """
     blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(['papermill', 'ipywidgets', 'jupyterlab', 'captum', 'IPython', 'typer']))\n"
+        "import sys; sys.modules.update(dict.fromkeys(['papermill', 'ipywidgets', 'jupyterlab',"
+        " 'captum', 'IPython', 'typer']))\n"
     )
     code = blocked + "import abdlab; print(len(abdlab.load('digits', device='cpu').test_images))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""The paper's numbers as collected, and ours beside them, on run folders that the real Run class wrote."""
+"""The paper's numbers as collected, and ours beside them, on run folders that the real
+Run class wrote.
+"""
 
 import json
 
@@ -14,7 +16,9 @@ SECTIONS = ("data", "attack", "teacher")
 
 
 def write(root, label, seed, acc, asr, preset=ZSKT, overrides=None):
-    """One finished run, ROOT/seedN/LABEL, with the config that a run has and made-up scores."""
+    """One finished run, ROOT/seedN/LABEL, with the config that a run has and made-up
+    scores.
+    """
     chosen = settings(preset, overrides, seed=seed)
     sections = SECTIONS if label == "teacher" else (*SECTIONS, "student", *label.split("+"))
     run = Run(root / f"seed{seed}" / label, chosen.config(*sections))
@@ -60,9 +64,24 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("data", "teacher", "trigger", "numbers"),
         [
-            ("gtsrb", "wrn-16-2", "badnet_grid", [(88.1, 98.8), (87.0, 99.5), (78.4, 13.0), (89.8, 0.3)]),
-            ("cifar10", "wrn-40-2", "badnet_grid", [(94.5, 100), (84.2, 4.6), (76.9, 10.7), (72.0, 4.7)]),
-            ("cifar10", "wrn-40-2", "trojan_wm", [(94.5, 100), (87.6, 54.5), (82.9, 5.8), (71.2, 5.3)]),
+            (
+                "gtsrb",
+                "wrn-16-2",
+                "badnet_grid",
+                [(88.1, 98.8), (87.0, 99.5), (78.4, 13.0), (89.8, 0.3)],
+            ),
+            (
+                "cifar10",
+                "wrn-40-2",
+                "badnet_grid",
+                [(94.5, 100), (84.2, 4.6), (76.9, 10.7), (72.0, 4.7)],
+            ),
+            (
+                "cifar10",
+                "wrn-40-2",
+                "trojan_wm",
+                [(94.5, 100), (87.6, 54.5), (82.9, 5.8), (71.2, 5.3)],
+            ),
         ],
     )
     def test_other_data_and_teachers(self, data, teacher, trigger, numbers):
@@ -86,18 +105,26 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("method", "grid", "wm"),
         [
-            ("zskt", [(71.9, 96.9), (70.7, 87.8)], [(82.7, 93.9)]),  # grid: the paper has two numbers
+            (
+                "zskt",
+                [(71.9, 96.9), (70.7, 87.8)],
+                [(82.7, 93.9)],
+            ),  # grid: the paper has two numbers
             ("zskt+sv", [(67.2, 0.3)], [(79.0, 57.0)]),
             ("zskt+sr", [(68.3, 76.2)], [(79.7, 44.1)]),
             ("zskt+sv+sr", [(68.3, 0.7)], [(78.2, 22.5)]),
         ],
     )
     def test_the_ablation(self, method, grid, wm):
-        assert printed(trigger="badnet_grid", teacher="wrn-16-2", data="cifar10", method=method) == grid
+        assert (
+            printed(trigger="badnet_grid", teacher="wrn-16-2", data="cifar10", method=method)
+            == grid
+        )
         assert printed(trigger="trojan_wm", teacher="wrn-16-2", data="cifar10", method=method) == wm
 
     def test_there_are_no_others(self):
-        # 40 of the main table, 12 of other data and teachers, 8 of other sources, 8 of the ablation, of which 3 repeat
+        # 40 of the main table, 12 of other data and teachers, 8 of other sources, 8 of
+        # the ablation, of which 3 repeat
         assert len(paper.numbers()) == 40 + 12 + 8 + 8 - 3
         assert paper.numbers().part.str.split(", ").explode().value_counts().to_dict() == {
             "main": 40,
@@ -145,7 +172,9 @@ class TestCompare:
         row = only(paper.compare(tmp_path))
         assert row.n == 3
         assert (row.acc, row.asr) == pytest.approx((72, 30))
-        assert (row.acc_std, row.asr_std) == pytest.approx((2, 20))  # sqrt((4 + 4 + 0) / 2), sqrt((400 + 400 + 0) / 2)
+        assert (row.acc_std, row.asr_std) == pytest.approx(
+            (2, 20)
+        )  # sqrt((4 + 4 + 0) / 2), sqrt((400 + 400 + 0) / 2)
         assert (row.paper_acc, row.paper_asr, row.part) == (67.2, 0.3, "ablation")
         assert (row.acc_is, row.asr_is) == ("within", "within")  # 4.8 <= 5; 29.7 <= 2 x 20
         assert (row.shortened, row.changed) == ("", "")
@@ -155,7 +184,10 @@ class TestCompare:
         write(tmp_path, "clean", 0, 0.80, 0.043)
         write(tmp_path, "zskt+sv+sr", 0, 0.60, 0.20)
         clean, abd = paper.compare(tmp_path).itertuples()
-        assert (clean.acc_is, clean.asr_is) == ("above", "within")  # 80 against 74.6, 4.3 against 4.3
+        assert (clean.acc_is, clean.asr_is) == (
+            "above",
+            "within",
+        )  # 80 against 74.6, 4.3 against 4.3
         assert (abd.acc_is, abd.asr_is) == ("below", "above")  # 60 against 68.3, 20 against .7
         assert (clean.n, pd.isna(clean.acc_std)) == (1, True)
 
@@ -164,7 +196,12 @@ class TestCompare:
         write(tmp_path, "teacher", 0, 0.921, 0.999)
         table = paper.compare(tmp_path)
         assert list(table.method) == ["teacher", "clean"]
-        assert (table.student[0], table.paper_acc[0], table.acc_is[0], table.shortened[0]) == ("-", 92.1, "within", "")
+        assert (table.student[0], table.paper_acc[0], table.acc_is[0], table.shortened[0]) == (
+            "-",
+            92.1,
+            "within",
+            "",
+        )
 
     def test_both_of_the_papers_numbers_are_shown(self, tmp_path):
         write(tmp_path, "zskt", 0, 0.72, 0.80)
@@ -175,7 +212,14 @@ class TestCompare:
         ]
 
     def test_a_shortened_run_says_so(self, tmp_path):
-        write(tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"zskt.pseudo_batches": 4000, "teacher.epochs": 30})
+        write(
+            tmp_path,
+            "zskt+sv",
+            0,
+            0.7,
+            0.1,
+            overrides={"zskt.pseudo_batches": 4000, "teacher.epochs": 30},
+        )
         row = only(paper.compare(tmp_path))
         assert row.shortened == "teacher.epochs 30 of 200; zskt.pseudo_batches 4,000 of 80,000"
         assert row.changed == ""
@@ -188,7 +232,13 @@ class TestCompare:
         assert row.changed == ("" if steps == 80_000 else "zskt.pseudo_batches 100000, not 80000")
 
     def test_every_other_setting_that_differs_is_named(self, tmp_path):
-        changes = {"sv.layers": 3, "attack.params": {"size": 5}, "zskt.batch_size": 64, "sr.weight": 2.0, "data.size": 16}
+        changes = {
+            "sv.layers": 3,
+            "attack.params": {"size": 5},
+            "zskt.batch_size": 64,
+            "sr.weight": 2.0,
+            "data.size": 16,
+        }
         write(tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides=changes)
         said = only(paper.compare(tmp_path)).changed.split("; ")
         assert said == [
@@ -199,13 +249,22 @@ class TestCompare:
         ]  # sr is no part of zskt+sv
 
     def test_where_the_data_lie_is_no_setting(self, tmp_path):
-        write(tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"data.root": "/elsewhere", "data.download": True})
+        write(
+            tmp_path,
+            "zskt+sv",
+            0,
+            0.7,
+            0.1,
+            overrides={"data.root": "/elsewhere", "data.download": True},
+        )
         write(tmp_path, "zskt+sv", 1, 0.7, 0.1)
         row = only(paper.compare(tmp_path))
         assert (row.n, row.changed) == (2, "")
 
     def test_a_default_that_is_written_out_is_the_same_setting(self, tmp_path):
-        write(tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"sv.form": "auto", "data.download": False})
+        write(
+            tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"sv.form": "auto", "data.download": False}
+        )
         write(tmp_path, "zskt+sv", 1, 0.7, 0.1)
         row = only(paper.compare(tmp_path))
         assert (row.n, row.changed) == (2, "")
@@ -231,7 +290,10 @@ class TestCompare:
 
     def test_an_optimised_pattern_is_not_a_setting(self, tmp_path):
         for seed in (0, 1):
-            overrides = {"attack.trigger": "trojan_3x3", "attack.params": {"pattern": f"3x3x3:{seed}"}}
+            overrides = {
+                "attack.trigger": "trojan_3x3",
+                "attack.params": {"pattern": f"3x3x3:{seed}"},
+            }
             write(tmp_path, "zskt", seed, 0.8, 0.9, overrides=overrides)
         row = only(paper.compare(tmp_path))
         assert (row.n, row.trigger, row.paper_asr, row.changed) == (2, "trojan_3x3", 96.8, "")
@@ -241,9 +303,14 @@ class TestCompare:
         assert only(paper.compare(tmp_path)).method == "zskt+sv+sr"
 
     def test_a_folder_of_cifar10_is_its_cell_but_changed(self, tmp_path):
-        write(tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"data.name": "folder:/data/cifar10-jpeg"})
+        write(
+            tmp_path, "zskt+sv", 0, 0.7, 0.1, overrides={"data.name": "folder:/data/cifar10-jpeg"}
+        )
         row = only(paper.compare(tmp_path))
-        assert (row.paper_acc, row.changed) == (67.2, "data.name folder:/data/cifar10-jpeg, not cifar10")
+        assert (row.paper_acc, row.changed) == (
+            67.2,
+            "data.name folder:/data/cifar10-jpeg, not cifar10",
+        )
 
     def test_a_folder_with_the_classes_of_cifar10_is_its_cell_whatever_its_name(self, tmp_path):
         folder = tmp_path / "data"
@@ -255,7 +322,11 @@ class TestCompare:
         assert pd.isna(only(paper.compare(tmp_path / "runs")).paper_acc), "a class is missing"
         (folder / "train" / last).mkdir()
         row = only(paper.compare(tmp_path / "runs"))
-        assert (row.data, row.paper_acc, row.changed) == ("cifar10", 67.2, f"data.name folder:{folder}, not cifar10")
+        assert (row.data, row.paper_acc, row.changed) == (
+            "cifar10",
+            67.2,
+            f"data.name folder:{folder}, not cifar10",
+        )
 
     @pytest.mark.parametrize(
         ("preset", "overrides", "label"),
@@ -288,7 +359,15 @@ class TestCompare:
         assert (row.part, row.shortened, row.changed) == (source, "", "")
 
     def test_the_length_of_other_sources(self, tmp_path):
-        write(tmp_path, "cmi", 0, 0.7, 0.1, "paper/cifar10/cmi", {"cmi.rounds": 20, "cmi.kd_steps": 100})
+        write(
+            tmp_path,
+            "cmi",
+            0,
+            0.7,
+            0.1,
+            "paper/cifar10/cmi",
+            {"cmi.rounds": 20, "cmi.kd_steps": 100},
+        )
         write(tmp_path, "ood", 0, 0.7, 0.1, "paper/cifar10/ood", {"ood.epochs": 30})
         cmi, ood = paper.compare(tmp_path).itertuples()
         assert cmi.shortened == "cmi.rounds 20 of 200; cmi.kd_steps 100 of 400"
@@ -298,7 +377,12 @@ class TestCompare:
         run = Run(tmp_path / "seed0" / "clean_teacher", settings(ZSKT).config("data", "teacher"))
         run.save_metrics({"label": "clean_teacher", "seed": 0, "acc": 0.95})
         row = only(paper.compare(tmp_path))
-        assert (row.method, row.trigger, pd.isna(row.asr), pd.isna(row.part)) == ("clean_teacher", "-", True, True)
+        assert (row.method, row.trigger, pd.isna(row.asr), pd.isna(row.part)) == (
+            "clean_teacher",
+            "-",
+            True,
+            True,
+        )
 
     def test_folders_of_notebooks_and_unfinished_runs_do_not_count(self, tmp_path):
         Run(tmp_path / "05_abd_ablation").save_metrics({"acc": 0.5})

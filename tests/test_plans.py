@@ -1,4 +1,6 @@
-"""A defence's weights that change between pseudo-batches: asked for while the run goes on, or planned beforehand."""
+"""A defence's weights that change between pseudo-batches: asked for while the run goes
+on, or planned beforehand.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,10 @@ def test_what_was_asked_for_equals_what_was_planned(wrn):
             asked[1].tune(weight=3.0)
 
     events, live = run(wrn, asked, ask)
-    assert events == ["sv: alpha 0.5 -> 0.1 from pseudo-batch 2 on", "sr: weight 1 -> 3 from pseudo-batch 4 on"]
+    assert events == [
+        "sv: alpha 0.5 -> 0.1 from pseudo-batch 2 on",
+        "sr: weight 1 -> 3 from pseudo-batch 4 on",
+    ]
     assert asked[0].plans == {"alpha": [(0, 0.5), (2, 0.1)]}
     planned = defences([[0, 0.5], [2, 0.1]], [[0, 1.0], [4, 3.0]])
     again = run(wrn, planned)
@@ -53,7 +58,12 @@ def test_a_plan_is_followed_after_a_resume(wrn, tmp_path):
     assert events[1] == "sv: alpha 0.1 -> 0.9 from pseudo-batch 4 on"
     student, path = wrn(seed=2), tmp_path / "run.safetensors"
     stream = distill(
-        wrn(seed=1), student, source(), defenses=defences([[0, 0.5], [2, 0.1], [4, 0.9]]), device="cpu", checkpoint=path
+        wrn(seed=1),
+        student,
+        source(),
+        defenses=defences([[0, 0.5], [2, 0.1], [4, 0.9]]),
+        device="cpu",
+        checkpoint=path,
     )
     for step in stream:
         if step.index == 3:
@@ -88,7 +98,9 @@ def test_only_what_is_tunable_can_be_asked_for():
         sr.tune(start=0.1)
 
 
-@pytest.mark.parametrize("plan", [[], [[1, 0.5]], [[0, 0.5], [0, 0.1]], [[0, 0.5], [5, 0.1], [3, 0.2]], [[0]]])
+@pytest.mark.parametrize(
+    "plan", [[], [[1, 0.5]], [[0, 0.5], [0, 0.1]], [[0, 0.5], [5, 0.1], [3, 0.2]], [[0]]]
+)
 def test_a_plan_begins_at_0_and_goes_up(plan):
     with pytest.raises(ValueError, match="goes up"):
         ShufflingVaccine(alpha=plan)

@@ -1,4 +1,6 @@
-"""Figures carry what a reader needs: labelled axes, every series, values that are right."""
+"""Figures carry what a reader needs: labelled axes, every series, values that are
+right.
+"""
 
 import matplotlib
 
@@ -38,7 +40,9 @@ def test_pictures_are_clamped(channels):
 
 
 def test_training_curves_are_in_percent_with_a_floor():
-    history = pd.DataFrame({"label": ["zskt", "zskt"], "step": [10, 20], "acc": [0.5, 0.9], "asr": [0.1, 0.95]})
+    history = pd.DataFrame(
+        {"label": ["zskt", "zskt"], "step": [10, 20], "acc": [0.5, 0.9], "asr": [0.1, 0.95]}
+    )
     ax = plots.training_curves(history, floor=0.03)
     acc, asr, floor = ax.lines
     assert list(acc.get_ydata()) == [50, 90]
@@ -51,7 +55,9 @@ def test_training_curves_are_in_percent_with_a_floor():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_trigger_gallery_names_and_measures_every_trigger(channels):
     clean = torch.rand(5, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
-    figure = plots.trigger_gallery(clean, [Trigger("badnet_sq", {"size": 2}), Trigger("blend") + Trigger("sig")], columns=3)
+    figure = plots.trigger_gallery(
+        clean, [Trigger("badnet_sq", {"size": 2}), Trigger("blend") + Trigger("sig")], columns=3
+    )
     assert len(figure.axes) == 3 * 6
     names = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::6]]
     assert names == ["clean", "badnet_sq", "blend+sig"]
@@ -61,7 +67,9 @@ def test_the_trigger_gallery_names_and_measures_every_trigger(channels):
     assert "SSIM" in sizes[0]
     assert "difference x" in figure.axes[6].get_ylabel()
     # left the triggered image, right the difference, whose largest value is white
-    left, right = ([np.asarray(ax.images[0].get_array()) for ax in figure.axes[i : i + 3]] for i in (6, 9))
+    left, right = (
+        [np.asarray(ax.images[0].get_array()) for ax in figure.axes[i : i + 3]] for i in (6, 9)
+    )
     assert all(image.max() == 1 for image in left)
     assert max(image.max() for image in right) == pytest.approx(1)
     assert all((image > 0).sum() == 4 for image in right)
@@ -91,7 +99,9 @@ def test_samples_by_class_sorts_by_the_teachers_answer():
 
 
 def test_samples_over_training_shows_first_and_last():
-    figure = plots.samples_over_training({i: images(4) for i in range(10, 210, 10)}, columns=4, rows=5)
+    figure = plots.samples_over_training(
+        {i: images(4) for i in range(10, 210, 10)}, columns=4, rows=5
+    )
     steps = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
     assert steps[0] == "step 10"
     assert steps[-1] == "step 200"
@@ -100,14 +110,25 @@ def test_samples_over_training_shows_first_and_last():
 
 def test_heatmap_rows_are_layers_sorted_by_change_on_one_scale():
     change = {"conv1": torch.tensor([0.1, 0.9]), "conv2": torch.tensor([0.2, 0.1, 0.3])}
-    figure = plots.change_heatmaps({"teacher": change, "ZSKT": {k: v / 2 for k, v in change.items()}})
+    figure = plots.change_heatmaps(
+        {"teacher": change, "ZSKT": {k: v / 2 for k, v in change.items()}}
+    )
     meshes = [ax.collections[0] for ax in figure.axes if ax.get_title() in ("teacher", "ZSKT")]
     assert [m.get_clim() for m in meshes] == [(0, pytest.approx(0.9))] * 2
-    assert meshes[0].get_array().filled(-1).ravel().tolist() == pytest.approx([0.9, 0.1, -1, 0.3, 0.2, 0.1])
+    assert meshes[0].get_array().filled(-1).ravel().tolist() == pytest.approx(
+        [0.9, 0.1, -1, 0.3, 0.2, 0.1]
+    )
 
 
 def test_ablation_shows_means_spread_and_the_floor():
-    frame = pd.DataFrame({"label": ["clean", "zskt", "zskt"], "seed": [1, 1, 2], "acc": [0.9, 0.8, 1.0], "asr": [0.05, 0.9, 0.7]})
+    frame = pd.DataFrame(
+        {
+            "label": ["clean", "zskt", "zskt"],
+            "seed": [1, 1, 2],
+            "acc": [0.9, 0.8, 1.0],
+            "asr": [0.05, 0.9, 0.7],
+        }
+    )
     figure = plots.ablation_figure(frame)
     assert [round(bar.get_width(), 6) for bar in figure.axes[0].patches] == [90, 90]
     assert [round(bar.get_width(), 6) for bar in figure.axes[1].patches] == [5, 80]
@@ -119,29 +140,45 @@ def test_ablation_shows_means_spread_and_the_floor():
 
 
 def test_a_vaccine_that_was_not_found_is_told_to_the_reader():
-    found = plots.rows({"zskt+sv": {"seed": 0, "acc": 1.0, "asr": 1.0, "defenses": {"sv": {"found": False}}}})
+    found = plots.rows(
+        {"zskt+sv": {"seed": 0, "acc": 1.0, "asr": 1.0, "defenses": {"sv": {"found": False}}}}
+    )
     assert "no vaccine was found" in found[0]["notes"][0]
 
 
 def test_figures_of_images_have_a_caption_per_image():
     said = torch.tensor([0, 2])
-    figure = plots.prediction_figure(images(2), images(2), said, torch.tensor([1, 1]), CLASSES, target=1)
+    figure = plots.prediction_figure(
+        images(2), images(2), said, torch.tensor([1, 1]), CLASSES, target=1
+    )
     assert [ax.get_title() for ax in figure.axes] == ["says a", "says c", "says b", "says b"]
     assert figure.axes[2].title.get_color() == plots.color_of("zskt")
     figure = plots.trigger_figure(images(2), images(2) + 0.1, ["a", "b"], "blend")
-    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == ["clean", "triggered", "difference\n(x 10)"]
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == [
+        "clean",
+        "triggered",
+        "difference\n(x 10)",
+    ]
 
 
 def test_embedding_marks_groups_and_overlay_names_its_rows():
-    ax = plots.embedding_figure(torch.rand(6, 2).numpy(), ["clean", "triggered", "synthetic"] * 2, ["a", "b"] * 3)
-    assert {"clean", "triggered", "synthetic", "a", "b"} <= {t.get_text() for t in ax.get_legend().get_texts()}
-    figure = plots.overlay_figure({"clean": (images(2), {"teacher": torch.rand(2, 4, 4)})}, {"clean/teacher": ["a", "b"]})
+    ax = plots.embedding_figure(
+        torch.rand(6, 2).numpy(), ["clean", "triggered", "synthetic"] * 2, ["a", "b"] * 3
+    )
+    assert {"clean", "triggered", "synthetic", "a", "b"} <= {
+        t.get_text() for t in ax.get_legend().get_texts()
+    }
+    figure = plots.overlay_figure(
+        {"clean": (images(2), {"teacher": torch.rand(2, 4, 4)})}, {"clean/teacher": ["a", "b"]}
+    )
     assert figure.axes[0].get_ylabel() == "teacher\nclean"
     assert figure.axes[1].get_title() == "b"
 
 
 def study_results():
-    """Two sources, two triggers, two seeds by hand: undefended ASR .8 and .9, defended .2 and .4; jobs repeat the undefended one."""
+    """Two sources, two triggers, two seeds by hand: undefended ASR .8 and .9, defended
+    .2 and .4; jobs repeat the undefended one.
+    """
     rows = []
     for source in ("zskt", "cmi"):
         for trigger in ("badnet_sq", "blend"):
@@ -149,8 +186,18 @@ def study_results():
                 for defence, asr in (("none", 0.8 + 0.1 * seed), ("sv+sr", 0.2 + 0.2 * seed)):
                     for alpha in (0.1, 0.5):
                         label = source if defence == "none" else f"{source}+{defence}"
-                        model = f"{label} {trigger} {seed}" + (f" {alpha}" if defence != "none" else "")
-                        rows.append({"label": label, "source": source, "defence": defence, "trigger": trigger, "seed": seed})
+                        model = f"{label} {trigger} {seed}" + (
+                            f" {alpha}" if defence != "none" else ""
+                        )
+                        rows.append(
+                            {
+                                "label": label,
+                                "source": source,
+                                "defence": defence,
+                                "trigger": trigger,
+                                "seed": seed,
+                            }
+                        )
                         rows[-1] |= {"sv.alpha": alpha, "acc": 0.9, "asr": asr, "model": model}
     return pd.DataFrame(rows)
 
@@ -167,11 +214,20 @@ def test_a_study_counts_each_model_once():
 def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
     frame = study_results()
     frame.loc[frame["label"] == "zskt", "acc"] = 0.875
-    teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {"defence": "none", "trigger": "badnet_sq", "acc": 1.0}
+    teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {
+        "defence": "none",
+        "trigger": "badnet_sq",
+        "acc": 1.0,
+    }
     twin = teacher | dict.fromkeys(("label", "source", "model"), "clean_teacher")
     matrix = plots.study_matrix(pd.concat([frame, pd.DataFrame([teacher, twin])]))
     assert list(matrix.columns) == ["teacher", "zskt", "cmi"]
-    assert list(matrix.index) == [("badnet_sq", "none"), ("badnet_sq", "sv+sr"), ("blend", "none"), ("blend", "sv+sr")]
+    assert list(matrix.index) == [
+        ("badnet_sq", "none"),
+        ("badnet_sq", "sv+sr"),
+        ("blend", "none"),
+        ("blend", "sv+sr"),
+    ]
     assert matrix.loc[("badnet_sq", "none")].tolist() == ["100.0/-", "87.5/85.0", "90.0/85.0"]
     assert matrix.loc[("blend", "sv+sr")].tolist() == ["", "90.0/30.0", "90.0/30.0"]
 
@@ -186,7 +242,11 @@ def test_heatmaps_before_and_after():
 
 
 def test_a_clean_teacher_is_no_student_in_a_studys_table_and_figures():
-    twin = dict.fromkeys(("label", "source", "model"), "clean_teacher") | {"defence": "none", "trigger": "blend", "acc": 1.0}
+    twin = dict.fromkeys(("label", "source", "model"), "clean_teacher") | {
+        "defence": "none",
+        "trigger": "blend",
+        "acc": 1.0,
+    }
     results = pd.concat([study_results(), pd.DataFrame([twin])])
     assert list(plots.study_summary(results).index.unique("source")) == ["cmi", "zskt"]
     figure = plots.study_heatmaps(results)
@@ -208,7 +268,9 @@ def test_study_figures_say_what_they_show():
     ax = plots.tradeoff_figure(study_results())
     assert "%" in ax.get_xlabel()
     assert "%" in ax.get_ylabel()
-    assert {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"} <= {t.get_text() for t in ax.get_legend().get_texts()}
+    assert {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"} <= {
+        t.get_text() for t in ax.get_legend().get_texts()
+    }
     figure = plots.sensitivity_figure(study_results(), "sv.alpha")
     assert [a.get_ylabel() for a in figure.axes] == ["ACC (%)", "ASR (%)"]
     assert figure.axes[1].lines[1].get_ydata() == pytest.approx([30, 30])
@@ -221,5 +283,10 @@ def test_a_defence_has_one_colour_whatever_the_source():
     assert plots.color_of("cmi+sv") == plots.color_of("zskt+sv") != plots.color_of("zskt")
     assert plots.name_of("clean") == "clean KD"
     assert plots.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [
-        "teacher", "clean", "cmi", "cmi+sv", "zskt", "zskt+sr",
-    ]  # fmt: skip
+        "teacher",
+        "clean",
+        "cmi",
+        "cmi+sv",
+        "zskt",
+        "zskt+sr",
+    ]

@@ -107,7 +107,9 @@ def test_a_rate_is_a_share(images, labels, rate):
 
 @pytest.mark.parametrize("target", [-1, 4])
 def test_a_target_is_a_class(images, labels, target):
-    with pytest.raises(ValueError, match=f"target {target} is not a class: the labels run from 0 to 3"):
+    with pytest.raises(
+        ValueError, match=f"target {target} is not a class: the labels run from 0 to 3"
+    ):
         poison(images, labels, SQUARE, target=target)
 
 
@@ -144,12 +146,16 @@ class TestAllToAll:
     def test_contradictions_and_hints(self, images, labels):
         with pytest.raises(ValueError, match="sig keeps its labels"):
             poison(images, labels, Trigger("sig"), relabel="all_to_all")
-        with pytest.raises(ValueError, match="unknown relabelling 'all_to_al': did you mean 'all_to_all'"):
+        with pytest.raises(
+            ValueError, match="unknown relabelling 'all_to_al': did you mean 'all_to_all'"
+        ):
             poison(images, labels, SQUARE, relabel="all_to_al")
 
 
 class TestCovers:
-    def test_they_carry_the_trigger_keep_their_label_and_are_none_of_the_target(self, images, labels):
+    def test_they_carry_the_trigger_keep_their_label_and_are_none_of_the_target(
+        self, images, labels
+    ):
         found = poison(images, labels, SQUARE, rate=0.1, covers=0.2, target=1)
         assert (found.mask.sum(), found.covers.sum()) == (4, 8)
         assert not (found.mask & found.covers).any()
@@ -167,7 +173,9 @@ class TestCovers:
         assert torch.equal(found.labels, labels)
 
     def test_they_do_not_change_what_is_poisoned(self, images, labels):
-        assert torch.equal(poison(images, labels, SQUARE).mask, poison(images, labels, SQUARE, covers=0.5).mask)
+        assert torch.equal(
+            poison(images, labels, SQUARE).mask, poison(images, labels, SQUARE, covers=0.5).mask
+        )
 
     def test_too_many(self, images, labels):
         with pytest.raises(ValueError, match=r"asks for 32 covers, and [0-9]+ images are left"):
@@ -178,7 +186,11 @@ class TestCovers:
 
 class TestSeveralAttacks:
     def test_disjoint_samples_each_with_its_own_trigger_and_target(self, images, labels):
-        attacks = [Attack(SQUARE, 2, 0.1), Attack(CORNER, 3, 0.2, covers=0.05), Attack(Trigger("sig"), 1, 0.05)]
+        attacks = [
+            Attack(SQUARE, 2, 0.1),
+            Attack(CORNER, 3, 0.2, covers=0.05),
+            Attack(Trigger("sig"), 1, 0.05),
+        ]
         found = poison_many(images, labels, attacks, seed=3)
         assert [((found.which == i) & found.mask).sum().item() for i in range(3)] == [4, 8, 2]
         assert [found.rate_of(i) for i in range(3)] == pytest.approx([0.1, 0.2, 0.05])
@@ -192,12 +204,21 @@ class TestSeveralAttacks:
         assert (found.trigger, found.target, found.attacks) == (SQUARE, 2, tuple(attacks))
         assert [str(a) for a in attacks] == ["badnet_sq -> 2", "badnet_sq -> 3", "sig -> 1"]
 
-    @given(rates=st.lists(st.floats(0, 0.25), min_size=1, max_size=3), covers=st.floats(0, 0.2), seed=st.integers(0, 9))
+    @given(
+        rates=st.lists(st.floats(0, 0.25), min_size=1, max_size=3),
+        covers=st.floats(0, 0.2),
+        seed=st.integers(0, 9),
+    )
     @settings(max_examples=40, deadline=None)
     def test_counts_for_any_shares(self, rates, covers, seed):
         labels = torch.arange(60) % 5
         images = torch.zeros(60, 1, 4, 4)
-        found = poison_many(images, labels, [Attack(SQUARE, i, r, covers=covers / 3) for i, r in enumerate(rates)], seed)
+        found = poison_many(
+            images,
+            labels,
+            [Attack(SQUARE, i, r, covers=covers / 3) for i, r in enumerate(rates)],
+            seed,
+        )
         assert found.mask.sum() == sum(round(60 * r) for r in rates)
         assert found.covers.sum() == len(rates) * round(60 * covers / 3)
         assert (found.images.flatten(1).sum(1) == 4.0 * (found.which >= 0)).all()
@@ -208,7 +229,9 @@ class TestSeveralAttacks:
         assert torch.equal(alone.mask, (both.which == 0) & both.mask)
 
     def test_more_than_there_is(self, images, labels):
-        with pytest.raises(ValueError, match="badnet_sq -> 1 asks for 24 poisoned images, and 16 images are left"):
+        with pytest.raises(
+            ValueError, match="badnet_sq -> 1 asks for 24 poisoned images, and 16 images are left"
+        ):
             poison_many(images, labels, [Attack(SQUARE, 0, 0.6), Attack(CORNER, 1, 0.6)])
         with pytest.raises(ValueError, match="at least one attack"):
             poison_many(images, labels, [])
@@ -227,8 +250,12 @@ class TestSeveralAttacks:
 class TestLabelConsistent:
     CL = Trigger("cl", {"size": 3})
 
-    def test_perturbs_the_targets_images_within_the_bound_and_keeps_every_label(self, images, labels):
-        found = poison(images, labels, self.CL, rate=0.2, target=2, adversary=PGD(Linear(), bound=0.1))
+    def test_perturbs_the_targets_images_within_the_bound_and_keeps_every_label(
+        self, images, labels
+    ):
+        found = poison(
+            images, labels, self.CL, rate=0.2, target=2, adversary=PGD(Linear(), bound=0.1)
+        )
         assert found.mask.sum() == 8
         assert (labels[found.mask] == 2).all()
         assert torch.equal(found.labels, labels)
@@ -249,11 +276,16 @@ class TestLabelConsistent:
 
     def test_a_model_alone_is_perturbed_against_with_the_default_bound(self, images, labels):
         model = Linear()
-        found, same = (poison(images, labels, self.CL, target=2, adversary=a) for a in (model, PGD(model)))
+        found, same = (
+            poison(images, labels, self.CL, target=2, adversary=a) for a in (model, PGD(model))
+        )
         assert torch.equal(found.images, same.images)
 
     def test_without_an_adversary(self, images, labels):
-        with pytest.raises(ValueError, match="cl perturbs the target's images against a clean model: pass adversary="):
+        with pytest.raises(
+            ValueError,
+            match="cl perturbs the target's images against a clean model: pass adversary=",
+        ):
             poison(images, labels, self.CL)
 
     def test_with_wrong_labels_it_needs_none(self, images, labels):

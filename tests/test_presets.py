@@ -23,9 +23,14 @@ def stand_in(name):
     if name == "digits":
         return load("digits", device="cpu").subset(40, 40)
     classes = 43 if name == "gtsrb" else 10
-    images, labels = torch.rand(86, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(86) % classes
+    images, labels = (
+        torch.rand(86, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        torch.arange(86) % classes,
+    )
     names = tuple(map(str, range(classes)))
-    return Dataset(name, images, labels, images, labels, names, (0.5,) * 3, (0.25,) * 3, shift=2, flip=False)
+    return Dataset(
+        name, images, labels, images, labels, names, (0.5,) * 3, (0.25,) * 3, shift=2, flip=False
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -57,9 +62,16 @@ class TestEveryPreset:
         defences = chosen.defenses(*DEFENSES)
         assert [type(d) for d in defences] == list(DEFENSES.values())
         # binding checks every keyword; nothing runs until the first step
-        stream = train(chosen.teacher(data), data.train_images, data.train_labels, **chosen.training(data))
+        stream = train(
+            chosen.teacher(data), data.train_images, data.train_labels, **chosen.training(data)
+        )
         stream.close()
-        distill(chosen.teacher(data), chosen.student(data), chosen.source("zskt", data), defenses=defences).close()
+        distill(
+            chosen.teacher(data),
+            chosen.student(data),
+            chosen.source("zskt", data),
+            defenses=defences,
+        ).close()
 
     def test_names_only_known_settings(self, preset):
         for section, values in PRESETS[preset].items():
@@ -70,15 +82,27 @@ PAPER = [name for name in PRESETS if name.startswith("paper/")]
 
 
 class TestPaper:
-    """What the paper's presets are, spelled out: equal to a default of a signature or not, the preset itself says it."""
+    """What the paper's presets are, spelled out: equal to a default of a signature or
+    not, the preset itself says it.
+    """
 
     ZSKT = "paper/cifar10/zskt"
 
     @pytest.mark.parametrize("preset", PAPER)
     def test_what_all_share(self, preset):
         said = PRESETS[preset]
-        teacher = {"batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
-        assert {**teacher, "model": "wrn-40-2" if preset.endswith("wrn-40-2") else "wrn-16-2"} == said["teacher"]
+        teacher = {
+            "batch_size": 128,
+            "epochs": 200,
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "schedule": "cosine",
+        }
+        assert {
+            **teacher,
+            "model": "wrn-40-2" if preset.endswith("wrn-40-2") else "wrn-16-2",
+        } == said["teacher"]
         assert said["student"] == {"model": "wrn-16-1"}
         assert said["attack"]["rate"] == 0.1
         assert said["attack"]["target"] == (1 if "gtsrb" in preset else 0)
@@ -86,7 +110,13 @@ class TestPaper:
         clean = said["clean"]
         assert (clean["share"], clean["temperature"], clean["alpha"]) == (0.2, 6, 0.95)
         sv = said["sv"]
-        assert (sv["k"], sv["layers"], sv["alpha"], sv["per"], sv["cap"]) == (3, 5, 0.1, "agreeing", None)
+        assert (sv["k"], sv["layers"], sv["alpha"], sv["per"], sv["cap"]) == (
+            3,
+            5,
+            0.1,
+            "agreeing",
+            None,
+        )
         assert (sv["tries"], sv["sigma"], sv["threshold"], sv["verify"]) == (8, 3, 0.02, True)
         sr = said["sr"]
         assert (sr["start"], sr["weight"], sr["fraction"], sr["lr"]) == (0.99, 1, 1, 5e-4)
@@ -116,20 +146,39 @@ class TestPaper:
         said = PRESETS["paper/cifar10/cmi"]["cmi"]
         assert (said["rounds"], said["synthesis_steps"], said["kd_steps"]) == (200, 200, 400)
         assert (said["batch_size"], said["synthesis_batch"]) == (128, 256)
-        assert (said["lr"], said["momentum"], said["weight_decay"], said["temperature"]) == (0.1, 0.9, 1e-4, 20)
+        assert (said["lr"], said["momentum"], said["weight_decay"], said["temperature"]) == (
+            0.1,
+            0.9,
+            1e-4,
+            20,
+        )
         assert (said["generator_lr"], said["z"]) == (1e-3, 256)
-        weights = {"adversarial": 0.5, "batch_norm": 1, "one_hot": 1, "contrastive": 0.8, "contrast": 0.1}
+        weights = {
+            "adversarial": 0.5,
+            "batch_norm": 1,
+            "one_hot": 1,
+            "contrastive": 0.8,
+            "contrast": 0.1,
+        }
         assert {key: said[key] for key in weights} == weights
         assert said["crop"] == [0.25, 1]
 
     def test_ood(self):
         said = PRESETS["paper/cifar10/ood"]["ood"]
-        assert (said["epochs"], said["batch_size"], said["lr"], said["temperature"]) == (300, 512, 1e-3, 8)
+        assert (said["epochs"], said["batch_size"], said["lr"], said["temperature"]) == (
+            300,
+            512,
+            1e-3,
+            8,
+        )
         assert [share * said["epochs"] for share in said["drops"]] == [150, 300]
         assert (said["gamma"], said["class_mean"]) == (0.5, True)
         assert (said["cutmix_beta"], said["cutmix_share"]) == (0.25, 1)
         sv = PRESETS["paper/cifar10/ood"]["sv"]
-        assert (sv["form"], sv["ascent"]) == ("weights", False)  # the printed form; the official code's divides by 0
+        assert (sv["form"], sv["ascent"]) == (
+            "weights",
+            False,
+        )  # the printed form; the official code's divides by 0
 
     @pytest.mark.parametrize("preset", [*PAPER, "reduced/cifar10"])
     def test_the_vaccine_ends_where_self_retrospection_begins(self, preset):
@@ -138,7 +187,11 @@ class TestPaper:
 
     def test_presets_share_no_state(self):
         settings(self.ZSKT, {"zskt.width": 8, "sv.k": 1})
-        assert PRESETS["paper/gtsrb/zskt"]["zskt"]["width"] == PRESETS[self.ZSKT]["zskt"]["width"] == 64
+        assert (
+            PRESETS["paper/gtsrb/zskt"]["zskt"]["width"]
+            == PRESETS[self.ZSKT]["zskt"]["width"]
+            == 64
+        )
         assert settings(self.ZSKT).values["sv"]["k"] == 3
 
 
@@ -156,12 +209,15 @@ class TestAbout:
         for figure in re.findall(r"\d+\.\d", ABOUT[preset].verified):
             assert figure in readme
         if preset not in (QUICK, "reduced/cifar10"):
-            assert ABOUT[preset].mark == "not yet verified"  # until somebody has run it; then say on what, with figures
+            # until somebody has run it; then say on what, with figures
+            assert ABOUT[preset].mark == "not yet verified"
 
 
 class TestDefaults:
     def test_are_those_of_the_signatures(self):
-        assert defaults("teacher")["epochs"] == inspect.signature(train).parameters["epochs"].default
+        assert (
+            defaults("teacher")["epochs"] == inspect.signature(train).parameters["epochs"].default
+        )
         assert defaults("sv")["alpha"] == ShufflingVaccine().alpha
         assert defaults("attack") | {"rate": 0.1, "target": 0} == defaults("attack")
         assert defaults("data")["download"] is False
@@ -197,7 +253,9 @@ class TestOverrides:
         assert repr(PRESETS) == before
 
     def test_none_keeps_the_presets_value(self):
-        assert settings(QUICK, {"zskt.pseudo_batches": None, "attack.trigger": None}) == settings(QUICK)
+        assert settings(QUICK, {"zskt.pseudo_batches": None, "attack.trigger": None}) == settings(
+            QUICK
+        )
 
     @pytest.mark.parametrize("value", [0, 0.0, False])
     def test_nought_is_a_value(self, value):
@@ -207,18 +265,25 @@ class TestOverrides:
         other = "blend" if settings(QUICK).trigger.name != "blend" else "badnet_grid"
         assert settings(QUICK, {"attack.trigger": other}).trigger == Trigger(other)
 
-    def test_another_trigger_takes_what_is_recommended_for_it_unless_told_otherwise(self, monkeypatch):
+    def test_another_trigger_takes_what_is_recommended_for_it_unless_told_otherwise(
+        self, monkeypatch
+    ):
         monkeypatch.setitem(ATTACKS, QUICK, {"sig": {"params": {"strength": 0.3}, "rate": 0.07}})
         attack = settings(QUICK, {"attack.trigger": "sig"}).attacks[0]
         assert attack == Attack(Trigger("sig", {"strength": 0.3}), 0, 0.07)
         for order in (1, -1):
-            pairs = [("attack.trigger", "sig"), ("attack.rate", 0.01), ("attack.params", {})][::order]
+            pairs = [("attack.trigger", "sig"), ("attack.rate", 0.01), ("attack.params", {})][
+                ::order
+            ]
             assert settings(QUICK, dict(pairs)).attacks[0] == Attack(Trigger("sig"), 0, 0.01)
         assert settings(QUICK).attacks[0].rate == 0.1
 
     def test_the_same_trigger_keeps_them(self):
         chosen = settings(QUICK)
-        assert settings(QUICK, {"attack.trigger": PRESETS[QUICK]["attack"]["trigger"]}).trigger == chosen.trigger
+        assert (
+            settings(QUICK, {"attack.trigger": PRESETS[QUICK]["attack"]["trigger"]}).trigger
+            == chosen.trigger
+        )
 
     def test_another_trigger_with_its_own_parameters(self):
         for order in (1, -1):
@@ -249,7 +314,9 @@ class TestOverrides:
         assert torch.equal(weight[0], weight[1])
         assert not torch.equal(weight[0], weight[2])
         assert torch.equal(first.poison(data).mask, same.poison(data).mask)
-        assert not torch.equal(first.student(data).conv1.weight, settings(QUICK, seed=1).student(data).conv1.weight)
+        assert not torch.equal(
+            first.student(data).conv1.weight, settings(QUICK, seed=1).student(data).conv1.weight
+        )
 
 
 @pytest.mark.parametrize("preset", ATTACKS)
@@ -288,7 +355,9 @@ class TestSeveralAttacks:
         assert torch.equal(chosen.exam(data).target, (data.test_labels + 1) % 10)
 
     def test_hints(self):
-        with pytest.raises(ValueError, match=r"unknown setting of attack\.more 'tigger': did you mean 'trigger'"):
+        with pytest.raises(
+            ValueError, match=r"unknown setting of attack\.more 'tigger': did you mean 'trigger'"
+        ):
             settings(QUICK, {"attack.more": [{"tigger": "blend"}]})
         with pytest.raises(ValueError, match="attack 2 names no trigger"):
             settings(QUICK, {"attack.more": [{"trigger": "blend"}, {"rate": 0.1}]})
@@ -296,12 +365,16 @@ class TestSeveralAttacks:
     @pytest.mark.parametrize(("trigger", "words"), [("l2_inv", "prepare"), ("cl", "prepare")])
     def test_an_attack_that_needs_a_clean_model_says_so(self, trigger, words):
         with pytest.raises(ValueError, match=words):
-            settings(QUICK, {"attack.trigger": trigger, "attack.rate": 0.5}, device="cpu").poison(stand_in("digits"))
+            settings(QUICK, {"attack.trigger": trigger, "attack.rate": 0.5}, device="cpu").poison(
+                stand_in("digits")
+            )
 
 
 class TestHints:
     def test_an_unknown_preset(self):
-        with pytest.raises(ValueError, match="unknown preset 'quick/digit': did you mean 'quick/digits'"):
+        with pytest.raises(
+            ValueError, match="unknown preset 'quick/digit': did you mean 'quick/digits'"
+        ):
             settings("quick/digit")
 
     @pytest.mark.parametrize(
@@ -317,7 +390,9 @@ class TestHints:
         with pytest.raises(ValueError, match=f"unknown setting '{given}': did you mean '{meant}'"):
             settings(QUICK, {given: 1})
 
-    @pytest.mark.parametrize("given", ["teacher.seed", "teacher.device", "clean.images", "zskt.shape", "sv", "attack"])
+    @pytest.mark.parametrize(
+        "given", ["teacher.seed", "teacher.device", "clean.images", "zskt.shape", "sv", "attack"]
+    )
     def test_what_the_run_itself_provides_is_no_setting(self, given):
         with pytest.raises(ValueError, match=f"unknown setting '{given}'"):
             settings(QUICK, {given: 1})

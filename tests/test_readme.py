@@ -1,4 +1,6 @@
-"""The README's code runs: a stranger's teacher is distilled without any test data in under 15 lines."""
+"""The README's code runs: a stranger's teacher is distilled without any test data in
+under 15 lines.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +21,8 @@ class TheirNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(),
+            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 2), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
         )
 
@@ -41,7 +44,12 @@ def test_a_strangers_teacher_is_distilled_without_data(tmp_path, monkeypatch, ca
     torch.manual_seed(0)
     save_file(space["TheirNet"]().state_dict(), tmp_path / "their_teacher.safetensors")
     assert "pseudo_batches=2000" in code
-    exec(code.replace("pseudo_batches=2000", "pseudo_batches=2, batch_size=16, student_steps=1, width=4"), {})
+    exec(
+        code.replace(
+            "pseudo_batches=2000", "pseudo_batches=2, batch_size=16, student_steps=1, width=4"
+        ),
+        {},
+    )
     student = abdlab.load_model(tmp_path / "student.safetensors")
     assert abdlab.predict(student, torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert "'layers': ['layers.2', 'layers.4']" in capsys.readouterr().out

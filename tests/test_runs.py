@@ -71,8 +71,12 @@ class TestFolder:
 
     def test_belongs_to_one_config(self, tmp_path):
         Run(tmp_path / "a", {"preset": "x", "seed": 1, "sv": {"alpha": 0.1, "k": 3}})
-        Run(tmp_path / "a", {"preset": "y", "seed": 1, "sv": {"alpha": 0.1, "k": 3}})  # the name of a preset does not matter
-        with pytest.raises(ValueError, match=r"sv\.alpha was 0\.1 and is 0\.2\): choose another folder"):
+        Run(
+            tmp_path / "a", {"preset": "y", "seed": 1, "sv": {"alpha": 0.1, "k": 3}}
+        )  # the name of a preset does not matter
+        with pytest.raises(
+            ValueError, match=r"sv\.alpha was 0\.1 and is 0\.2\): choose another folder"
+        ):
             Run(tmp_path / "a", {"seed": 1, "sv": {"alpha": 0.2, "k": 3}})
         with pytest.raises(ValueError, match="seed was 1 and is 2"):
             Run(tmp_path / "a", {"seed": 2, "sv": {"alpha": 0.1, "k": 3}})
@@ -101,7 +105,9 @@ class TestFolder:
 
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(ValueError, match=r"cannot write to .*file.run: .*; choose another folder"):
+        with pytest.raises(
+            ValueError, match=r"cannot write to .*file.run: .*; choose another folder"
+        ):
             Run(tmp_path / "file" / "run")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.json").mkdir()
@@ -173,7 +179,8 @@ class TestWatch:
 
 class TestWeakTeacher:
     @pytest.mark.parametrize(
-        ("acc", "asr", "words"), [(0.99, 0.85, "ASR is 85.0%, under 90 %"), (0.6, 0.99, "ACC is 60.0%, under 75 %")]
+        ("acc", "asr", "words"),
+        [(0.99, 0.85, "ASR is 85.0%, under 90 %"), (0.6, 0.99, "ACC is 60.0%, under 75 %")],
     )
     def test_warns(self, acc, asr, words):
         with pytest.warns(WeakTeacher, match=words) as caught:
@@ -193,7 +200,8 @@ class TestWeakTeacher:
             check_teacher(0.6, None)
 
 
-# Width 16: with fewer input channels, strided 1x1 convolutions in channels_last corrupt memory on CPUs (oneDNN issue 6035).
+# Width 16: with fewer input channels, strided 1x1 convolutions in channels_last corrupt
+# memory on CPUs (oneDNN issue 6035).
 TINY = {
     "teacher.model": "wrn-10-1",
     "teacher.width": 16,
@@ -216,7 +224,12 @@ TINY = {
 
 
 def tiny(seed=0, **overrides):
-    return settings("quick/digits", {**TINY, **{k.replace("__", "."): v for k, v in overrides.items()}}, seed=seed, device="cpu")
+    return settings(
+        "quick/digits",
+        {**TINY, **{k.replace("__", "."): v for k, v in overrides.items()}},
+        seed=seed,
+        device="cpu",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +259,11 @@ class TestTeacher:
         assert card["attack"] == {"trigger": tiny().trigger.card(), "target": 3, "rate": 0.25}
         assert run.metrics["poison_rate"] == 0.25
         last = run.history().iloc[-1]
-        assert (last["acc"], last["asr"]) == (card["acc"], card["asr"]) == (run.metrics["acc"], run.metrics["asr"])
+        assert (
+            (last["acc"], last["asr"])
+            == (card["acc"], card["asr"])
+            == (run.metrics["acc"], run.metrics["asr"])
+        )
         assert run.config["teacher"]["epochs"] == 1
 
     def test_a_weak_one_is_reported_also_when_read(self, tmp_path, data):
@@ -254,7 +271,9 @@ class TestTeacher:
             with pytest.warns(WeakTeacher, match="a student cannot be better"):
                 poisoned_teacher(tmp_path, tiny(), data)
 
-    @pytest.mark.parametrize("change", [{"attack__trigger": "trojan_wm"}, {"attack__target": 5}, {"teacher__epochs": 2}])
+    @pytest.mark.parametrize(
+        "change", [{"attack__trigger": "trojan_wm"}, {"attack__target": 5}, {"teacher__epochs": 2}]
+    )
     def test_other_settings_are_not_answered_with_the_old_teacher(self, tmp_path, data, change):
         poisoned_teacher(tmp_path, tiny(), data)
         with pytest.raises(ValueError, match="choose another folder"):
@@ -272,7 +291,11 @@ class TestPrepare:
         assert not list(tmp_path.iterdir())
 
     def test_an_optimised_trigger_gets_its_pattern_once(self, tmp_path, data):
-        chosen = tiny(attack__trigger="trojan_3x3", attack__params={"corner": "top_left"}, attack__optimize=FAST)
+        chosen = tiny(
+            attack__trigger="trojan_3x3",
+            attack__params={"corner": "top_left"},
+            attack__optimize=FAST,
+        )
         first = prepare(tmp_path, chosen, data)
         (file,) = (tmp_path / "seed0" / "trigger").iterdir()
         written = file.stat().st_mtime_ns
@@ -304,24 +327,38 @@ class TestPrepare:
 
     def test_other_options_make_another_trigger(self, tmp_path, data):
         found = [
-            prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": bound}), data).trigger
+            prepare(
+                tmp_path,
+                tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": bound}),
+                data,
+            ).trigger
             for bound in (0.02, 0.2)
         ]
         assert found[0] != found[1]
         assert len(list((tmp_path / "seed0" / "trigger").iterdir())) == 2
 
     def test_the_teachers_card_holds_the_pattern_and_its_messages_do_not(self, tmp_path, data):
-        chosen = prepare(tmp_path, tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": 0.3}), data)
+        chosen = prepare(
+            tmp_path,
+            tiny(attack__trigger="l2_inv", attack__optimize={"steps": 2, "bound": 0.3}),
+            data,
+        )
         poisoned_teacher(tmp_path, chosen, data)
         run = Run(tmp_path / "seed0" / "teacher")
-        assert read_card(run.file("teacher.safetensors"))["attack"]["trigger"] == chosen.trigger.card()
+        assert (
+            read_card(run.file("teacher.safetensors"))["attack"]["trigger"] == chosen.trigger.card()
+        )
         assert len(chosen.trigger.params["pattern"]) > 200
-        with pytest.raises(ValueError, match=r"attack\.params was .*pattern.*characters.*choose another folder") as error:
+        with pytest.raises(
+            ValueError, match=r"attack\.params was .*pattern.*characters.*choose another folder"
+        ) as error:
             poisoned_teacher(tmp_path, tiny(attack__trigger="blend"), data)
         assert len(str(error.value)) < 800
 
     def test_cl_gets_the_clean_model_and_its_bound(self, tmp_path, data):
-        chosen = tiny(attack__trigger="cl", attack__optimize={"bound": 0.2, "steps": 2}, attack__rate=0.05)
+        chosen = tiny(
+            attack__trigger="cl", attack__optimize={"bound": 0.2, "steps": 2}, attack__rate=0.05
+        )
         with pytest.raises(ValueError, match="prepare"):
             chosen.poison(data)
         chosen = prepare(tmp_path, chosen, data)
@@ -334,7 +371,9 @@ class TestPrepare:
 
     def test_composed_and_several_ones(self, tmp_path, data):
         more = [{"trigger": "trojan_3x3", "target": 2, "optimize": FAST}, {"trigger": "blend"}]
-        chosen = prepare(tmp_path, tiny(attack__trigger="l0_inv", attack__optimize=FAST, attack__more=more), data)
+        chosen = prepare(
+            tmp_path, tiny(attack__trigger="l0_inv", attack__optimize=FAST, attack__more=more), data
+        )
         assert [a.trigger.name for a in chosen.attacks] == ["l0_inv", "trojan_3x3", "blend"]
         assert not any(a.trigger.needs_pattern for a in chosen.attacks)
         with pytest.raises(ValueError, match="is for a single trigger"):
@@ -346,7 +385,9 @@ class TestPrepare:
         assert str(found) == "blend+trojan_3x3"
         assert found(data.test_images).shape == data.test_images.shape
 
-    def test_ready_triggers_are_those_asked_for_and_the_chosen_one_last(self, tmp_path, data, monkeypatch):
+    def test_ready_triggers_are_those_asked_for_and_the_chosen_one_last(
+        self, tmp_path, data, monkeypatch
+    ):
         names = ["badnet_grid", "cl", "blend"]
         found = ready_triggers(tmp_path, tiny(attack__trigger="blend"), data, names)
         assert [str(t) for t in found] == ["badnet_grid", "cl", "blend"]
@@ -408,7 +449,8 @@ class TestDistilled:
     def test_clean_kd_runs_too(self, tmp_path, data, teacher):
         _, metrics = distilled(tmp_path, tiny(), data, teacher, "clean")
         assert (metrics["label"], metrics["defenses"]) == ("clean", {})
-        assert Run(tmp_path / "seed0" / "clean").history()["step"].iloc[-1] == 3  # 48 images in batches of 16
+        # 48 images in batches of 16
+        assert Run(tmp_path / "seed0" / "clean").history()["step"].iloc[-1] == 3
 
     def test_a_branch_ends_like_a_run_from_scratch(self, tmp_path, data, teacher):
         distilled(tmp_path / "a", tiny(), data, teacher, "zskt")
@@ -434,7 +476,9 @@ class TestDistilled:
         assert (found["acc"], found["asr"]) == (metrics["acc"], metrics["asr"])
         assert {1, 2, 4} <= set(Run(tmp_path / "a" / "seed0" / "zskt+sr").history()["step"])
 
-    def test_a_run_killed_between_its_last_checkpoint_and_its_result_can_be_finished(self, tmp_path, data, teacher):
+    def test_a_run_killed_between_its_last_checkpoint_and_its_result_can_be_finished(
+        self, tmp_path, data, teacher
+    ):
         student, metrics = distilled(tmp_path, tiny(), data, teacher, "zskt")
         for name in ("student.safetensors", "metrics.json"):
             (tmp_path / "seed0" / "zskt" / name).unlink()
@@ -478,7 +522,9 @@ def test_distill_all_gives_every_method_in_the_order_asked_for(tmp_path, data):
     labels = ["zskt+sr", "clean", "zskt"]
     found = distill_all(tmp_path, tiny(), data, labels, with_teacher=True, workers=1)
     assert list(found) == ["teacher", *labels]
-    assert {name: metrics["label"] for name, metrics in found.items()} == {name: name for name in found}
+    assert {name: metrics["label"] for name, metrics in found.items()} == {
+        name: name for name in found
+    }
     assert sorted(table(tmp_path)["label"]) == sorted(found)
 
 
@@ -493,10 +539,18 @@ def test_methods_side_by_side_in_one_process_have_the_numbers_of_each_alone(tmp_
     found = distill_all(together, tiny(), data, labels, workers=1)  # only reads
     assert found.keys() == expected.keys()
     for label in labels:
-        assert {k: found[label][k] for k in ("acc", "asr")} == {k: expected[label][k] for k in ("acc", "asr")}
-        one, other = (load_model(root / "seed0" / label / "student.safetensors").state_dict() for root in (alone, together))
+        assert {k: found[label][k] for k in ("acc", "asr")} == {
+            k: expected[label][k] for k in ("acc", "asr")
+        }
+        one, other = (
+            load_model(root / "seed0" / label / "student.safetensors").state_dict()
+            for root in (alone, together)
+        )
         assert all(torch.equal(v, other[k]) for k, v in one.items())
-        histories = [Run(root / "seed0" / label).history().drop(columns="seconds") for root in (alone, together)]
+        histories = [
+            Run(root / "seed0" / label).history().drop(columns="seconds")
+            for root in (alone, together)
+        ]
         pd.testing.assert_frame_equal(*histories)
     assert found["zskt+sr"]["branched_from"]
 
@@ -547,7 +601,9 @@ def test_the_control_runs_the_chain_on_a_teacher_that_is_not_poisoned(control):
     assert read_card(folder / "teacher" / "teacher.safetensors")["attack"]["rate"] == 0
     assert found["teacher"]["poison_rate"] == 0
     assert (folder / "zskt" / "student.safetensors").exists()
-    assert Run(root / "seed0" / "teacher").metrics["poison_rate"] > 0, "the poisoned chain is left alone"
+    assert Run(root / "seed0" / "teacher").metrics["poison_rate"] > 0, (
+        "the poisoned chain is left alone"
+    )
     assert not [message for message in said if "ASR" in message], "an ASR is not asked of it"
 
 
@@ -563,22 +619,38 @@ def test_vaccines_are_tried_on_both_teachers(control, data):
         (0, "poisoned", "zskt", 3),
         (0, "clean", "zskt", 3),
     ]
-    assert all(row["accepted"] == 3 and row["share"] == 1 and 0 < row["largest"] < 1 for row in rows)
+    assert all(
+        row["accepted"] == 3 and row["share"] == 1 and 0 < row["largest"] < 1 for row in rows
+    )
     assert rows == again
     assert [row["accepted"] for row in strict] == [0, 0]
     assert none == []
 
 
 def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
-    small = {"ood__patches": 16, "ood__batch_size": 8, "ood__epochs": 2, "mixed__pseudo_batches": 4, "sv__stop": 1.0}
+    small = {
+        "ood__patches": 16,
+        "ood__batch_size": 8,
+        "ood__epochs": 2,
+        "mixed__pseudo_batches": 4,
+        "sv__stop": 1.0,
+    }
     chosen = tiny(**small)
     teacher = chosen.teacher(data)
     for label in ("ood+sv+sr", "mixed+sv"):
         _, metrics = distilled(tmp_path, chosen, data, teacher, label)
         run = Run(tmp_path / "seed0" / label)
-        assert set(metrics["defenses"]["sv"]["forms"]) == {"ood+sv+sr": {"weights"}, "mixed+sv": {"weights", "synthesis"}}[label]
+        assert (
+            set(metrics["defenses"]["sv"]["forms"])
+            == {"ood+sv+sr": {"weights"}, "mixed+sv": {"weights", "synthesis"}}[label]
+        )
         assert {"ood": {"ood"}, "mix": {"mixed", "zskt", "ood"}}[label[:3]] <= set(run.config)
-    assert synthesize(Run(tmp_path / "seed0" / "ood+sv+sr"), chosen, data, teacher, 5).shape == (5, 1, 16, 16)
+    assert synthesize(Run(tmp_path / "seed0" / "ood+sv+sr"), chosen, data, teacher, 5).shape == (
+        5,
+        1,
+        16,
+        16,
+    )
     with pytest.raises(ValueError, match=r"ood\.patches was 16 and is 17"):
         distilled(tmp_path, tiny(**{**small, "ood__patches": 17}), data, teacher, "mixed+sv")
 
@@ -588,7 +660,9 @@ def test_settings_without_poison(data):
     chosen = tiny(attack__covers=0.1, attack__more=more)
     clean = chosen.unpoisoned()
     assert [attack.rate for attack in clean.attacks] == [0, 0]
-    assert [attack.trigger for attack in clean.attacks] == [attack.trigger for attack in chosen.attacks]
+    assert [attack.trigger for attack in clean.attacks] == [
+        attack.trigger for attack in chosen.attacks
+    ]
     assert not clean.poison(data).mask.any()
     assert torch.equal(clean.poison(data).images, data.train_images)
     assert chosen.attacks[0].rate > 0

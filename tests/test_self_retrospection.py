@@ -1,4 +1,6 @@
-"""Self-Retrospection: delta and both gradients against the literal formulas and by hand, and what it must leave alone."""
+"""Self-Retrospection: delta and both gradients against the literal formulas and by
+hand, and what it must leave alone.
+"""
 
 import copy
 import itertools
@@ -21,7 +23,11 @@ CPU = torch.device("cpu")
 def small(seed, norm=True):
     """A smooth network of about 60 weights on 1x4x4 images, in train mode."""
     torch.manual_seed(seed)
-    layers = [Normalize([0.5], [0.25]), nn.Conv2d(1, 2, 3, stride=2, padding=1), *([nn.BatchNorm2d(2)] if norm else [])]
+    layers = [
+        Normalize([0.5], [0.25]),
+        nn.Conv2d(1, 2, 3, stride=2, padding=1),
+        *([nn.BatchNorm2d(2)] if norm else []),
+    ]
     return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).train()
 
 
@@ -46,28 +52,42 @@ def sigmoid(x):
 
 
 def test_delta_by_hand():
-    # x = 0, w = 1: p is even, q = (s, 1 - s) with s = sigmoid(2 delta), and d KL / d delta = 2 s - 1.
-    # Step 1 from .1: g = .0002 - .099668 < 0, and Adam's first step is lr exactly: delta = .2.
-    # Step 2: g = .0004 - .197375; m^ = -.150788, v^ = .0243537: delta = .2 + .1 x .150788 / .156057 = .2966236
+    # x = 0, w = 1: p is even, q = (s, 1 - s) with s = sigmoid(2 delta), and d KL / d
+    # delta = 2 s - 1. Step 1 from .1: g = .0002 - .099668 < 0, and Adam's first step is
+    # lr exactly: delta = .2. Step 2: g = .0004 - .197375; m^ = -.150788, v^ = .0243537:
+    # delta = .2 + .1 x .150788 / .156057 = .2966236
     one, zero = torch.ones(1, 1, 1, 1), pixel(0.0)
     for steps, expected in ((1, 0.2), (2, 0.2966236)):
-        found = universal_delta(Slope(), zero, Slope()(zero).detach(), pixel(0.1), one, steps, 0.1, 1e-3)
+        found = universal_delta(
+            Slope(), zero, Slope()(zero).detach(), pixel(0.1), one, steps, 0.1, 1e-3
+        )
         assert found.item() == pytest.approx(expected, abs=1e-6)
-    # in units of std 1/2 the same start is .05 in pixels and the slope is halved; Adam's first step is lr all the same
-    found = universal_delta(Slope(), zero, Slope()(zero).detach(), pixel(0.1), 0.5 * one, 1, 0.1, 1e-3)
+    # in units of std 1/2 the same start is .05 in pixels and the slope is halved;
+    # Adam's first step is lr all the same
+    found = universal_delta(
+        Slope(), zero, Slope()(zero).detach(), pixel(0.1), 0.5 * one, 1, 0.1, 1e-3
+    )
     assert found.item() == pytest.approx(0.2, abs=1e-6)
 
 
 def test_gradients_by_hand(double):
     # x = 0, w = 1, delta = .5: s = sigmoid(1). Direct: 2 delta (s - 1/2) = .2310586.
-    # Outer slope g = 2 w (s - 1/2) = .4621172. Inner slope: .002 delta - 2 w (s - 1/2), so that with step .1
-    # dPhi/dw = .1 x (2 (s - 1/2) + 4 w delta s (1 - s)) = .0855341, and dPhi/ddelta = 1 - .1 (.002 - 4 w^2 s (1 - s)) = 1.0784448.
-    # One iteration leaves v = g, two leave v = 1.0784448 g + g.
+    # Outer slope g = 2 w (s - 1/2) = .4621172. Inner slope: .002 delta - 2 w (s - 1/2),
+    # so that with step .1 dPhi/dw = .1 x (2 (s - 1/2) + 4 w delta s (1 - s)) =
+    # .0855341, and dPhi/ddelta = 1 - .1 (.002 - 4 w^2 s (1 - s)) = 1.0784448. One
+    # iteration leaves v = g, two leave v = 1.0784448 g + g.
     student, zero, delta = Slope(), pixel(0.0), pixel(0.5)
     term = literal.self_retrospection(student, zero, delta, 1.0)
-    assert torch.autograd.grad(term, student.w)[0].item() == pytest.approx(2 * 0.5 * (sigmoid(1) - 0.5))
-    for iterations, expected in ((1, 0.0855341 * 0.4621172), (2, 0.0855341 * 0.4621172 * 2.0784448)):
-        (found,) = implicit_gradient(student, zero, delta, torch.ones(1, 1, 1, 1), 1e-3, 0.1, iterations)
+    assert torch.autograd.grad(term, student.w)[0].item() == pytest.approx(
+        2 * 0.5 * (sigmoid(1) - 0.5)
+    )
+    for iterations, expected in (
+        (1, 0.0855341 * 0.4621172),
+        (2, 0.0855341 * 0.4621172 * 2.0784448),
+    ):
+        (found,) = implicit_gradient(
+            student, zero, delta, torch.ones(1, 1, 1, 1), 1e-3, 0.1, iterations
+        )
         assert found.item() == pytest.approx(expected, rel=1e-5)
         oracle = literal.implicit_gradient(student, zero, delta, 1.0, 1e-3, 0.1, iterations)
         assert oracle.item() == pytest.approx(expected, rel=1e-5)
@@ -78,7 +98,9 @@ def test_delta_equals_literal(double, steps):
     student, images = small(0).requires_grad_(False), torch.rand(5, 1, 4, 4)
     start, scale = 0.1 * torch.randn(1, 1, 4, 4), torch.full((1, 1, 1, 1), 0.25)
     found = universal_delta(student, images, student(images), start, scale, steps, 0.1, 1e-3)
-    torch.testing.assert_close(found, literal.universal_delta(student, images, start, scale, steps, 0.1, 1e-3))
+    torch.testing.assert_close(
+        found, literal.universal_delta(student, images, start, scale, steps, 0.1, 1e-3)
+    )
     assert not found.requires_grad
 
 
@@ -89,7 +111,9 @@ def test_implicit_gradient_equals_explicit_matrices(double, norm, iterations):
     delta, scale = torch.randn(1, 1, 4, 4), torch.full((1, 1, 1, 1), 0.25)
     found = implicit_gradient(student, images, delta, scale, 1e-2, 0.1, iterations)
     expected = literal.implicit_gradient(student, images, delta, scale, 1e-2, 0.1, iterations)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in found]), expected, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(
+        torch.cat([g.flatten() for g in found]), expected, rtol=1e-6, atol=1e-10
+    )
     assert expected.abs().max() > 1e-5, "the term must not vanish for this test to mean anything"
 
 
@@ -104,7 +128,9 @@ def begun(student, teacher, seed=0, **settings):
 def term_and_gradient(sr, student, batch):
     sr.observe(batch)
     term = sr.student_term(batch, student(batch.images))
-    return term, torch.cat([g.flatten() for g in torch.autograd.grad(term, list(student.parameters()))])
+    return term, torch.cat(
+        [g.flatten() for g in torch.autograd.grad(term, list(student.parameters()))]
+    )
 
 
 def pair(n=5):
@@ -152,7 +178,9 @@ def test_running_statistics_are_used_when_asked_for(double):
     assert student.training
     student.eval()
     delta = literal.universal_delta(student, batch.images, start, SCALE, 4, 0.1, 1e-3)
-    torch.testing.assert_close(term, 3 * literal.self_retrospection(student, batch.images, delta, SCALE))
+    torch.testing.assert_close(
+        term, 3 * literal.self_retrospection(student, batch.images, delta, SCALE)
+    )
 
 
 def test_delta_is_kept_for_as_many_steps_as_asked(double):
@@ -186,7 +214,9 @@ def test_the_divisor_scales_both_orders(double):
     student, teacher, batch = pair()
     for order in (1, 2):
         terms = [
-            term_and_gradient(begun(student, teacher, fraction=0.4, order=order, per=per)[0], student, batch)
+            term_and_gradient(
+                begun(student, teacher, fraction=0.4, order=order, per=per)[0], student, batch
+            )
             for per in ("perturbed", "batch")
         ]
         for whole, part in zip(*terms, strict=True):
@@ -226,7 +256,17 @@ def test_perturbed_passes_record_no_statistics(settings):
 def zskt_run(wrn, *defenses, length=4, steps=None, **settings):
     """(the student, its Steps) of a tiny run, as far as ``steps``."""
     teacher, student = wrn(seed=1), wrn(seed=2)
-    source = ZSKT((1, 8, 8), **{"pseudo_batches": length, "batch_size": 8, "student_steps": 2, "z": 5, "width": 4, **settings})
+    source = ZSKT(
+        (1, 8, 8),
+        **{
+            "pseudo_batches": length,
+            "batch_size": 8,
+            "student_steps": 2,
+            "z": 5,
+            "width": 4,
+            **settings,
+        },
+    )
     stream = distill(teacher, student, source, defenses=defenses, device="cpu")
     found = [step for _, step in zip(range(steps or length), stream, strict=False)]
     stream.close()
@@ -239,11 +279,20 @@ def buffers(model):
 
 @pytest.mark.parametrize("statistics", ["batch", "running", "mixed"])
 def test_a_run_records_the_same_statistics_with_and_without(wrn, statistics):
-    # one student step, so that both runs are at the same weights when statistics are recorded
+    # one student step, so that both runs are at the same weights when statistics are
+    # recorded
     plain, _ = zskt_run(wrn, steps=1, student_steps=1)
-    defended, _ = zskt_run(wrn, SelfRetrospection(start=0, inner_steps=2, statistics=statistics), steps=1, student_steps=1)
+    defended, _ = zskt_run(
+        wrn,
+        SelfRetrospection(start=0, inner_steps=2, statistics=statistics),
+        steps=1,
+        student_steps=1,
+    )
     assert all(torch.equal(v, buffers(defended)[k]) for k, v in buffers(plain).items())
-    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), defended.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(plain.parameters(), defended.parameters(), strict=True)
+    )
 
 
 def test_weight_zero_is_no_self_retrospection(wrn):
@@ -293,7 +342,9 @@ def test_impossible_settings_are_errors(wrong, message):
 
 @pytest.mark.parametrize("anchor", ["detached", "teacher"])
 def test_an_anchor_takes_no_gradient_and_only_the_perturbed_answer_moves(wrn, anchor):
-    """By hand: the term is KL(anchor || S(x + delta)), so its gradient is that with the anchor as a constant."""
+    """By hand: the term is KL(anchor || S(x + delta)), so its gradient is that with the
+    anchor as a constant.
+    """
     teacher, student = wrn(seed=1), wrn(seed=2).train()
     sr = SelfRetrospection(start=0, weight=3.0, inner_steps=2, anchor=anchor)
     sr.start(teacher, student, torch.device("cpu"), 0, 10)
@@ -349,7 +400,8 @@ def test_options_that_cannot_be(options, sentence):
 
 
 def test_a_stamp_by_hand():
-    # half of a white pattern on .2 is .6; where the mask is 0 the image stays, where it is 1 the pattern stands
+    # half of a white pattern on .2 is .6; where the mask is 0 the image stays, where it
+    # is 1 the pattern stands
     images, mask = torch.full((1, 2, 1, 3), 0.2), torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
     found = stamped(images, mask, torch.ones(1, 2, 1, 3))
     torch.testing.assert_close(found, torch.tensor([0.2, 0.6, 1.0]).expand(1, 2, 1, 3))
@@ -360,12 +412,18 @@ def test_an_inverted_trigger_equals_literal(double, steps):
     model, images = small(0).requires_grad_(False).eval(), torch.rand(5, 1, 4, 4)
     mask, pattern = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     found = inverted_trigger(model, images, 2, mask, pattern, steps, 0.3, 0.05)
-    for a, b in zip(found, literal.inverted_trigger(model, images, 2, mask, pattern, steps, 0.3, 0.05), strict=True):
+    for a, b in zip(
+        found,
+        literal.inverted_trigger(model, images, 2, mask, pattern, steps, 0.3, 0.05),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
 class Corner(nn.Module):
-    """Class 1 when the last pixel is bright; classes 0 and 2 by the mean of the others. What a backdoor does, in one line."""
+    """Class 1 when the last pixel is bright; classes 0 and 2 by the mean of the others.
+    What a backdoor does, in one line.
+    """
 
     def forward(self, x):
         x = x.flatten(1)
@@ -379,7 +437,13 @@ def test_the_class_with_the_cheapest_stamp_is_found_and_its_stamp_is_the_trigger
     images[..., -1, -1] = 0
     teacher, student = Corner(), small(0)
     batch = Batch(images, teacher(images))
-    options = {"perturb": "teacher", "inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5}
+    options = {
+        "perturb": "teacher",
+        "inner_steps": 200,
+        "inner_lr": 0.3,
+        "penalty": 0.05,
+        "init_std": 0.5,
+    }
     sr, _ = begun(student, teacher, shape="stamp", **options)
     sr.observe(batch)
     assert sr.report()["target"] == 1 == min(range(3), key=sr.bank.costs.__getitem__)
@@ -399,13 +463,29 @@ def test_a_given_target_is_not_searched_for():
 @pytest.mark.parametrize("perturb", ["student", "teacher"])
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
 def test_the_stamped_term_equals_literal(double, perturb, fraction):
-    """One stamp, so that every image carries it; found on the network in eval mode, from starts in the order mask, pattern."""
+    """One stamp, so that every image carries it; found on the network in eval mode,
+    from starts in the order mask, pattern.
+    """
     student, teacher, batch = pair()
-    sr, _ = begun(student, teacher, shape="stamp", target=1, perturb=perturb, fraction=fraction, penalty=0.01, stamps=1)
+    sr, _ = begun(
+        student,
+        teacher,
+        shape="stamp",
+        target=1,
+        perturb=perturb,
+        fraction=fraction,
+        penalty=0.01,
+        stamps=1,
+    )
     rng = torch.Generator().manual_seed(0)
     starts = [0.1 * torch.randn(1, 1, 4, 4, generator=rng) for _ in range(2)]
-    images, victim = batch.images[: round(5 * fraction)], student if perturb == "student" else teacher
-    mask, pattern, _ = literal.inverted_trigger(copy.deepcopy(victim).eval(), images, 1, *starts, 4, 0.1, 0.01)
+    images, victim = (
+        batch.images[: round(5 * fraction)],
+        student if perturb == "student" else teacher,
+    )
+    mask, pattern, _ = literal.inverted_trigger(
+        copy.deepcopy(victim).eval(), images, 1, *starts, 4, 0.1, 0.01
+    )
     term, gradient = term_and_gradient(sr, student, batch)
     expected = 3 * literal.mean_kl(student(images), student(images + mask * (pattern - images)))
     torch.testing.assert_close(term, expected)
@@ -436,10 +516,14 @@ def test_stamps_are_renewed_and_the_oldest_goes():
     assert not torch.equal(seen[6][1], seen[6][0])
 
 
-@pytest.mark.parametrize(("renewals", "at"), [(0, []), (1, [5]), (2, [3, 6]), (3, [2, 4, 6]), (20, list(range(1, 10)))])
+@pytest.mark.parametrize(
+    ("renewals", "at"), [(0, []), (1, [5]), (2, [3, 6]), (3, [2, 4, 6]), (20, list(range(1, 10)))]
+)
 def test_renewals_are_so_many_in_a_run_of_ten(renewals, at):
     student, teacher, batch = pair()
-    sr, _ = begun(student, teacher, shape="stamp", target=0, stamps=1, stamp_every=7, renewals=renewals)
+    sr, _ = begun(
+        student, teacher, shape="stamp", target=0, stamps=1, stamp_every=7, renewals=renewals
+    )
     banks = []
     for _ in range(10):
         sr.observe(batch)
@@ -448,15 +532,28 @@ def test_renewals_are_so_many_in_a_run_of_ten(renewals, at):
 
 
 def test_the_target_class_counts_more_by_hand(double):
-    # Of four images one is the target: with balance 3 the weights are 3, 1, 1, 1 over their mean of 1.5
+    # Of four images one is the target: with balance 3 the weights are 3, 1, 1, 1 over
+    # their mean of 1.5
     student, teacher, batch = pair()
     batch = Batch(batch.images[:4], torch.eye(3)[[1, 0, 2, 0]].double())
-    sr, _ = begun(student, teacher, shape="stamp", target=1, stamps=1, balance=3.0, anchor="teacher", statistics="running")
+    sr, _ = begun(
+        student,
+        teacher,
+        shape="stamp",
+        target=1,
+        stamps=1,
+        balance=3.0,
+        anchor="teacher",
+        statistics="running",
+    )
     sr.observe(batch)
     assert sr.sample_weights(batch).tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
     term = sr.student_term(batch, student(batch.images))
     moved = stamped(batch.images, sr.bank.masks, sr.bank.patterns)
-    each = [literal.kl(p, q) for p, q in zip(batch.logits, copy.deepcopy(student).eval()(moved), strict=True)]
+    each = [
+        literal.kl(p, q)
+        for p, q in zip(batch.logits, copy.deepcopy(student).eval()(moved), strict=True)
+    ]
     torch.testing.assert_close(term, 3 * (2 * each[0] + 2 / 3 * sum(each[1:])) / 4)
     sr.balance = 1
     assert sr.sample_weights(batch) is None
@@ -476,22 +573,44 @@ def test_stamps_stay_where_the_teachers_lie():
     images = 0.4 * torch.rand(16, 1, 4, 4) + torch.tensor([0.0, 0.6]).repeat(8).view(-1, 1, 1, 1)
     images[..., -1, -1] = 0
     teacher, student = Corner(), small(0)
-    options = {"inner_steps": 200, "inner_lr": 0.3, "penalty": 0.05, "init_std": 0.5, "stamps": 2, "target": 1, "shape": "stamp"}
+    options = {
+        "inner_steps": 200,
+        "inner_lr": 0.3,
+        "penalty": 0.05,
+        "init_std": 0.5,
+        "stamps": 2,
+        "target": 1,
+        "shape": "stamp",
+    }
     for margin, pixels in ((0, {15}), (1, {10, 11, 14, 15})):
         sr, _ = begun(student, teacher, margin=margin, **options)
         sr.observe(Batch(images, teacher(images)))
-        assert {i for mask in sr.bank.masks for i in mask.flatten().nonzero().flatten().tolist()} == pixels
+        assert {
+            i for mask in sr.bank.masks for i in mask.flatten().nonzero().flatten().tolist()
+        } == pixels
 
 
 def test_a_stamp_that_is_dearer_than_the_other_classes_is_not_taken():
-    # Corner's class 1 costs one bright pixel, .05, and the other classes far more; the student has no such pixel.
+    # Corner's class 1 costs one bright pixel, .05, and the other classes far more; the
+    # student has no such pixel.
     images = 0.4 * torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     images[::2] += 0.6
     images[..., -1, -1] = 0
     teacher, student = Corner(), small(0)
     batch = Batch(images, teacher(images))
-    options = {"shape": "stamp", "inner_steps": 100, "inner_lr": 0.3, "penalty": 0.05, "stamps": 2, "stamp_every": 1}
-    for victim, natural, renewed in (("teacher", 0.5, True), ("student", 0.01, False), ("student", None, True)):
+    options = {
+        "shape": "stamp",
+        "inner_steps": 100,
+        "inner_lr": 0.3,
+        "penalty": 0.05,
+        "stamps": 2,
+        "stamp_every": 1,
+    }
+    for victim, natural, renewed in (
+        ("teacher", 0.5, True),
+        ("student", 0.01, False),
+        ("student", None, True),
+    ):
         sr, _ = begun(student, teacher, perturb=victim, natural=natural, target=1, **options)
         sr.observe(batch)
         first = sr.bank.masks.clone()
@@ -501,8 +620,9 @@ def test_a_stamp_that_is_dearer_than_the_other_classes_is_not_taken():
 
 
 def test_covered_images_are_relabelled_by_hand():
-    # The place is the last pixel. Image 0 is bright there and dark elsewhere: with another image's dark pixel Corner says 0.
-    # Image 1 is bright there and bright elsewhere: it becomes 2. Images 2 and 3 are not the target, and stay.
+    # The place is the last pixel. Image 0 is bright there and dark elsewhere: with
+    # another image's dark pixel Corner says 0. Image 1 is bright there and bright
+    # elsewhere: it becomes 2. Images 2 and 3 are not the target, and stay.
     images = torch.zeros(4, 1, 4, 4)
     images[1] = images[3] = 0.9
     images[:2, ..., -1, -1], images[2:, ..., -1, -1] = 1, 0
@@ -546,8 +666,12 @@ def test_a_resumed_run_has_the_same_stamps(wrn, tmp_path):
     def run(steps, path):
         teacher, student = wrn(seed=1), wrn(seed=2)
         source = ZSKT((1, 8, 8), pseudo_batches=4, batch_size=8, student_steps=2, z=5, width=4)
-        sr = SelfRetrospection(start=0, shape="stamp", inner_steps=2, stamps=2, stamp_every=2, natural=2.0, cover=True)
-        stream = distill(teacher, student, source, defenses=[sr], device="cpu", checkpoint=tmp_path / path)
+        sr = SelfRetrospection(
+            start=0, shape="stamp", inner_steps=2, stamps=2, stamp_every=2, natural=2.0, cover=True
+        )
+        stream = distill(
+            teacher, student, source, defenses=[sr], device="cpu", checkpoint=tmp_path / path
+        )
         for _, _step in zip(range(steps), stream, strict=False):
             pass
         stream.close()

@@ -1,4 +1,6 @@
-"""Several streams at once, each in a thread: the numbers of each alone, closing, errors, and what may not be shared."""
+"""Several streams at once, each in a thread: the numbers of each alone, closing,
+errors, and what may not be shared.
+"""
 
 import copy
 import itertools
@@ -8,7 +10,16 @@ import time
 import pytest
 import torch
 
-from abdlab import OOD, ZSKT, CleanKD, SelfRetrospection, ShufflingVaccine, build, distill, side_by_side
+from abdlab import (
+    OOD,
+    ZSKT,
+    CleanKD,
+    SelfRetrospection,
+    ShufflingVaccine,
+    build,
+    distill,
+    side_by_side,
+)
 from abdlab.checkpoint import load_state
 from abdlab.models import seeded
 from abdlab.side_by_side import claimed
@@ -22,8 +33,15 @@ def zskt(length=8):
 
 def runs(wrn, digits):
     """Four different runs: functions that make a student and its stream."""
-    abd = lambda: [ShufflingVaccine(layers=3, warmup=0, verify=False), SelfRetrospection(start=0.5, inner_steps=2)]  # noqa: E731
-    clean = lambda: CleanKD(digits.train_images, digits.train_labels, epochs=2, batch_size=10, shift=1)  # noqa: E731
+
+    def abd():
+        vaccine = ShufflingVaccine(layers=3, warmup=0, verify=False)
+        return [vaccine, SelfRetrospection(start=0.5, inner_steps=2)]
+
+    def clean():
+        images, labels = digits.train_images, digits.train_labels
+        return CleanKD(images, labels, epochs=2, batch_size=10, shift=1)
+
     kinds = [
         (zskt, {"seed": 1}),
         (zskt, {"seed": 2, "precision": "bf16"}),
@@ -34,9 +52,13 @@ def runs(wrn, digits):
 
     def start(make, defenses=list, **settings):
         student = wrn(seed=2)
-        return student, distill(wrn(seed=1), student, make(), defenses=defenses(), device="cpu", **settings)
+        return student, distill(
+            wrn(seed=1), student, make(), defenses=defenses(), device="cpu", **settings
+        )
 
-    return [lambda make=make, settings=settings: start(make, **settings) for make, settings in kinds]
+    return [
+        lambda make=make, settings=settings: start(make, **settings) for make, settings in kinds
+    ]
 
 
 def test_each_run_has_the_numbers_that_it_has_alone(wrn, digits):
@@ -86,7 +108,14 @@ def test_a_stream_is_at_most_one_step_ahead():
 
 def test_closing_closes_all_and_keeps_their_checkpoints(wrn, tmp_path):
     streams = [
-        distill(wrn(seed=1), wrn(seed=2), zskt(100), device="cpu", seed=i, checkpoint=tmp_path / f"{i}.safetensors")
+        distill(
+            wrn(seed=1),
+            wrn(seed=2),
+            zskt(100),
+            device="cpu",
+            seed=i,
+            checkpoint=tmp_path / f"{i}.safetensors",
+        )
         for i in range(3)
     ]
     both, last = side_by_side(streams), {}
@@ -94,7 +123,11 @@ def test_closing_closes_all_and_keeps_their_checkpoints(wrn, tmp_path):
         last[number] = step.index
     both.close()
     for i in range(3):
-        assert last.get(i, 0) <= load_state(tmp_path / f"{i}.safetensors")[1]["index"] <= last.get(i, 0) + 1
+        assert (
+            last.get(i, 0)
+            <= load_state(tmp_path / f"{i}.safetensors")[1]["index"]
+            <= last.get(i, 0) + 1
+        )
     with pytest.raises(StopIteration):
         next(streams[0])
 
@@ -137,10 +170,22 @@ def test_no_streams_are_no_steps():
 
 def test_runs_that_share_a_teacher_are_refused(teacher, wrn):
     streams = [distill(teacher, wrn(seed=2), zskt(200), device="cpu", seed=i) for i in range(2)]
-    with pytest.raises(ValueError, match=r"two runs side by side use the same teacher: give each run a copy of its own"):
+    with pytest.raises(
+        ValueError,
+        match=r"two runs side by side use the same teacher: give each run a copy of its own",
+    ):
         list(side_by_side(streams))
     assert (
-        len(list(side_by_side([distill(copy.deepcopy(teacher), wrn(seed=2), zskt(), device="cpu", seed=i) for i in range(2)])))
+        len(
+            list(
+                side_by_side(
+                    [
+                        distill(copy.deepcopy(teacher), wrn(seed=2), zskt(), device="cpu", seed=i)
+                        for i in range(2)
+                    ]
+                )
+            )
+        )
         == 16
     )
 

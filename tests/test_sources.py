@@ -1,4 +1,6 @@
-"""ZSKT and clean KD: losses against the literal formulas and by hand, and what a pseudo-batch may touch."""
+"""ZSKT and clean KD: losses against the literal formulas and by hand, and what a
+pseudo-batch may touch.
+"""
 
 import copy
 import math
@@ -22,7 +24,17 @@ def started(source, teacher, student, seed=0):
 
 
 def small_zskt(**settings):
-    return ZSKT((1, 8, 8), **{"pseudo_batches": 4, "batch_size": 6, "student_steps": 2, "z": 5, "width": 3, **settings})
+    return ZSKT(
+        (1, 8, 8),
+        **{
+            "pseudo_batches": 4,
+            "batch_size": 6,
+            "student_steps": 2,
+            "z": 5,
+            "width": 3,
+            **settings,
+        },
+    )
 
 
 def test_kl_by_hand():
@@ -40,7 +52,8 @@ def test_kl_equals_literal(temperature):
 
 
 def test_attention_by_hand():
-    # squares (3, 4) and (4, 3) have norm 5: maps (.6, .8) and (.8, .6); squared differences .04 and .04, mean .04
+    # squares (3, 4) and (4, 3) have norm 5: maps (.6, .8) and (.8, .6); squared
+    # differences .04 and .04, mean .04
     student = torch.tensor([3.0, 4.0]).sqrt().view(1, 1, 1, 2)
     teacher = torch.tensor([4.0, 3.0]).sqrt().view(1, 1, 1, 2)
     torch.testing.assert_close(attention(student), torch.tensor([[0.6, 0.8]]))
@@ -56,7 +69,9 @@ def test_attention_equals_literal():
     teacher = torch.randn(3, 2, 3, 5, dtype=torch.float64, generator=rng)
     maps = torch.stack([torch.stack(literal.attention_map(f)) for f in student])
     torch.testing.assert_close(attention(student), maps)
-    torch.testing.assert_close(attention_loss(student, teacher), literal.attention_transfer(student, teacher))
+    torch.testing.assert_close(
+        attention_loss(student, teacher), literal.attention_transfer(student, teacher)
+    )
 
 
 def test_a_dead_attention_map_sends_a_finite_gradient():
@@ -80,7 +95,9 @@ def test_zskt_losses_equal_literal(double, wrn, temperature):
     _, kd, terms = source.student_loss(batch)
     logits, features = literal.features(student, batch.images, student.stages)
     _, wanted = literal.features(teacher, batch.images, teacher.stages)
-    torch.testing.assert_close(kd.mean(), literal.zskt_kd(teacher(batch.images), logits, temperature))
+    torch.testing.assert_close(
+        kd.mean(), literal.zskt_kd(teacher(batch.images), logits, temperature)
+    )
     transfer = sum(literal.attention_transfer(features[n], wanted[n]) for n in teacher.stages)
     torch.testing.assert_close(terms["attention"], 250 * transfer)
 
@@ -101,7 +118,10 @@ def test_zskt_batch_leaves_the_student_alone(teacher, student):
     batch = source.batch([])
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in student.parameters())
-    assert not any(t.requires_grad for t in (batch.images, batch.logits, *batch.features.values(), *batch.losses.values()))
+    assert not any(
+        t.requires_grad
+        for t in (batch.images, batch.logits, *batch.features.values(), *batch.losses.values())
+    )
     assert not any(m._forward_hooks for model in (teacher, student) for m in model.modules())
 
 
@@ -153,7 +173,12 @@ def test_attention_layers_of_strangers_are_named(student):
     term = source.student_loss(batch)[2]["attention"]
     _, wanted = literal.features(teacher, batch.images, ["first"])
     _, found = literal.features(student, batch.images, ["stage1"])
-    torch.testing.assert_close(term, 250 * literal.attention_transfer(found["stage1"], wanted["first"]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        term,
+        250 * literal.attention_transfer(found["stage1"], wanted["first"]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_attention_zero_needs_no_layers(student):
@@ -161,19 +186,24 @@ def test_attention_zero_needs_no_layers(student):
     assert source.student_loss(source.batch([]))[2] == {}
 
 
-@pytest.mark.parametrize("wrong", [{"shape": (8, 8)}, {"pseudo_batches": 0}, {"student_steps": 0}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"shape": (8, 8)}, {"pseudo_batches": 0}, {"student_steps": 0}, {"batch_size": 1}]
+)
 def test_zskt_refuses_impossible_settings(wrong):
     with pytest.raises(ValueError, match=r"shape|at least"):
         ZSKT(**{"shape": (1, 8, 8), **wrong})
 
 
 def test_clean_kd_by_hand():
-    # T = 2: teacher (2 log 3, 0) softens to (3/4, 1/4), student is even: KL = 3/4 log 3/2 + 1/4 log 1/2 = .130812;
-    # cross-entropy log 2; .9 x 4 x .130812 + .1 x .693147 = .540238
+    # T = 2: teacher (2 log 3, 0) softens to (3/4, 1/4), student is even: KL = 3/4 log
+    # 3/2 + 1/4 log 1/2 = .130812; cross-entropy log 2; .9 x 4 x .130812 + .1 x .693147
+    # = .540238
     teacher, student = nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     nn.init.zeros_(student[1].weight), nn.init.zeros_(student[1].bias)
     images = torch.tensor([2 * math.log(3), 0.0]).view(1, 1, 1, 2)
-    source = CleanKD(images, torch.tensor([0]), share=1.0, epochs=1, batch_size=1, temperature=2, alpha=0.9)
+    source = CleanKD(
+        images, torch.tensor([0]), share=1.0, epochs=1, batch_size=1, temperature=2, alpha=0.9
+    )
     source.start(teacher, student, CPU, 0)
     _, kd, terms = source.student_loss(source.batch())
     assert (kd.mean() + terms["cross_entropy"]).item() == pytest.approx(0.540238, rel=1e-5)
@@ -200,7 +230,10 @@ def test_clean_kd_uses_its_share_and_nothing_else(teacher, student):
     assert len(source) == 6
     batches = [source.batch() for _ in range(6)]
     seen = [batch.images[:, 0, 0, 0].long() for batch in batches]
-    assert all(torch.equal(batch.labels, numbers % 10) for batch, numbers in zip(batches, seen, strict=True))
+    assert all(
+        torch.equal(batch.labels, numbers % 10)
+        for batch, numbers in zip(batches, seen, strict=True)
+    )
     epochs = [sorted(torch.cat(seen[i : i + 2]).tolist()) for i in (0, 2, 4)]
     assert len(set(epochs[0])) == 10
     assert epochs[0] == epochs[1] == epochs[2]
@@ -209,7 +242,10 @@ def test_clean_kd_uses_its_share_and_nothing_else(teacher, student):
 
 def test_clean_kd_draws_its_share_from_the_seed(teacher, student):
     images, labels = numbered(50)
-    pools = [sorted(started(CleanKD(images, labels), teacher, student, seed).pool.tolist()) for seed in (0, 0, 1)]
+    pools = [
+        sorted(started(CleanKD(images, labels), teacher, student, seed).pool.tolist())
+        for seed in (0, 0, 1)
+    ]
     assert pools[0] == pools[1] != pools[2]
 
 
@@ -217,7 +253,9 @@ def test_clean_kd_resumes_in_mid_epoch(teacher, student):
     images, labels = numbered(60)
 
     def fresh():
-        return started(CleanKD(images, labels, share=0.5, epochs=2, batch_size=10, shift=1), teacher, student)
+        return started(
+            CleanKD(images, labels, share=0.5, epochs=2, batch_size=10, shift=1), teacher, student
+        )
 
     whole = fresh()
     expected = [whole.batch().images for _ in range(6)]
@@ -229,7 +267,14 @@ def test_clean_kd_resumes_in_mid_epoch(teacher, student):
 
 
 def test_clean_kd_teaches(teacher, student, digits):
-    steps = list(distill(teacher, student, CleanKD(digits.train_images, digits.train_labels, share=1, epochs=4), device="cpu"))
+    steps = list(
+        distill(
+            teacher,
+            student,
+            CleanKD(digits.train_images, digits.train_labels, share=1, epochs=4),
+            device="cpu",
+        )
+    )
     assert steps[-1].losses["kd"] < 0.7 * steps[0].losses["kd"]
 
 

@@ -1,4 +1,6 @@
-"""DAFL, DFAD and DFQ: terms by hand and against the literal formulas, whole pseudo-batches, and what they may touch."""
+"""DAFL, DFAD and DFQ: terms by hand and against the literal formulas, whole
+pseudo-batches, and what they may touch.
+"""
 
 import copy
 import itertools
@@ -18,7 +20,13 @@ from abdlab.sources.dafl import activation_loss
 from abdlab.sources.dfad import discrepancy
 from abdlab.sources.dfq import instance_entropy
 from abdlab.sources.generator import Generator
-from abdlab.sources.objectives import batch_norm_loss, class_balance, disagreement, norm_inputs, one_hot
+from abdlab.sources.objectives import (
+    batch_norm_loss,
+    class_balance,
+    disagreement,
+    norm_inputs,
+    one_hot,
+)
 
 CPU = torch.device("cpu")
 ONLINE = [DAFL, DFAD, DFQ]
@@ -44,7 +52,9 @@ def same(one, other):
 
 
 def logits_of(seed, *shape):
-    return 2 * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return 2 * torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # the terms
@@ -58,21 +68,31 @@ def test_one_hot_by_hand():
 
 
 def test_class_balance_by_hand():
-    # two certain, opposite samples have the even mean; two certain, equal ones have a certain mean
-    assert class_balance(torch.tensor([[99.0, 0.0], [0.0, 99.0]])).item() == pytest.approx(-math.log(2), rel=1e-6)
-    assert class_balance(torch.tensor([[99.0, 0.0], [99.0, 0.0]])).item() == pytest.approx(0, abs=1e-6)
+    # two certain, opposite samples have the even mean; two certain, equal ones have a
+    # certain mean
+    assert class_balance(torch.tensor([[99.0, 0.0], [0.0, 99.0]])).item() == pytest.approx(
+        -math.log(2), rel=1e-6
+    )
+    assert class_balance(torch.tensor([[99.0, 0.0], [99.0, 0.0]])).item() == pytest.approx(
+        0, abs=1e-6
+    )
     # softmax (1, 0) and (1/2, 1/2): mean (3/4, 1/4)
     wanted = 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
-    assert class_balance(torch.tensor([[99.0, 0.0], [0.0, 0.0]])).item() == pytest.approx(wanted, rel=1e-5)
+    assert class_balance(torch.tensor([[99.0, 0.0], [0.0, 0.0]])).item() == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_disagreement_by_hand():
-    # KL of (1/2, 1/2) from (1/4, 3/4) is 1/2 log 4/3; the second pair is equal; even logits predict class 0, (1/4, 3/4) class 1
+    # KL of (1/2, 1/2) from (1/4, 3/4) is 1/2 log 4/3; the second pair is equal; even
+    # logits predict class 0, (1/4, 3/4) class 1
     teacher, student = torch.zeros(2, 2), torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     assert disagreement(teacher, student).item() == pytest.approx(-0.25 * math.log(4 / 3), rel=1e-5)
     assert disagreement(teacher, student, agreeing_only=True).item() == 0
     swapped = student.flip(1)
-    assert disagreement(teacher, swapped, agreeing_only=True).item() == pytest.approx(-0.25 * math.log(4 / 3), rel=1e-5)
+    assert disagreement(teacher, swapped, agreeing_only=True).item() == pytest.approx(
+        -0.25 * math.log(4 / 3), rel=1e-5
+    )
 
 
 def test_instance_entropy_by_hand():
@@ -82,7 +102,9 @@ def test_instance_entropy_by_hand():
 
 def test_activation_and_discrepancy_by_hand():
     assert activation_loss(torch.tensor([[1.0, -3.0], [0.0, 2.0]])).item() == -1.5
-    found = discrepancy(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, -1.0]]))
+    found = discrepancy(
+        torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, -1.0]])
+    )
     assert found.tolist() == [1.5, 0.5]
 
 
@@ -99,14 +121,21 @@ def test_terms_equal_literal():
         torch.testing.assert_close(found, wanted)
     agreeing = [t.argmax() == s.argmax() for t, s in zip(teacher, student, strict=True)]
     assert 0 < sum(agreeing) < 5, "the seeds must give both kinds of samples"
-    wanted = -sum(literal.kl(t, s) for t, s, yes in zip(teacher, student, agreeing, strict=True) if yes) / 5
+    wanted = (
+        -sum(literal.kl(t, s) for t, s, yes in zip(teacher, student, agreeing, strict=True) if yes)
+        / 5
+    )
     torch.testing.assert_close(disagreement(teacher, student, agreeing_only=True), wanted)
 
 
 def test_batch_norm_loss_by_hand():
-    # channel means (2, 5) against (-1, 1): off by (3, 4), norm 5; variances (1, 4) against (1, 4)
+    # channel means (2, 5) against (-1, 1): off by (3, 4), norm 5; variances (1, 4)
+    # against (1, 4)
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
-    model[0].running_mean, model[0].running_var = torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 4.0])
+    model[0].running_mean, model[0].running_var = (
+        torch.tensor([-1.0, 1.0]),
+        torch.tensor([1.0, 4.0]),
+    )
     images = torch.tensor([[1.0, 3.0], [3.0, 7.0]])
     with norm_inputs(model) as inputs:
         model(images)
@@ -144,7 +173,10 @@ def test_norm_inputs_want_running_statistics():
     with norm_inputs(without.eval()) as inputs:
         without(torch.rand(3, 2))
     assert inputs.keys() == {"1"}
-    with pytest.raises(ValueError, match="Linear has no batch norm with running statistics"), norm_inputs(nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="Linear has no batch norm with running statistics"),
+        norm_inputs(nn.Linear(2, 2)),
+    ):
         pass
 
 
@@ -160,7 +192,9 @@ def test_record_tells_inputs_from_outputs(inputs):
 @pytest.mark.parametrize("output", ["tanh", "sigmoid"])
 def test_generators_of_other_papers(output):
     torch.manual_seed(0)
-    images = Generator((2, 8, 8), 5, 4, [0.5, 0.1], [0.25, 0.3], output).train()(3 * torch.randn(32, 5))
+    images = Generator((2, 8, 8), 5, 4, [0.5, 0.1], [0.25, 0.3], output).train()(
+        3 * torch.randn(32, 5)
+    )
     if output == "sigmoid":
         assert 0 <= images.min() < images.max() <= 1
     else:
@@ -180,7 +214,9 @@ def test_an_unknown_output_has_a_hint():
 @pytest.mark.parametrize("defended", [False, True])
 @pytest.mark.parametrize("kind", [DAFL, DFQ])
 def test_pseudo_batches_equal_the_naive_loop(double, wrn, kind, defended):
-    """Two of four: weights of student and generator, and every loss, also with the vaccine's term."""
+    """Two of four: weights of student and generator, and every loss, also with the
+    vaccine's term.
+    """
     teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
     other = copy.deepcopy(student).train()
     dafl = {"one_hot": 0.3, "activation": 0.2, "balance": 0.7}
@@ -191,7 +227,9 @@ def test_pseudo_batches_equal_the_naive_loop(double, wrn, kind, defended):
         **({**dafl} if kind is DAFL else {**dfq, "warmup": 0, "temperature": 2}),
     }
     sv = ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=0.5)
-    twin = started(tiny(kind, **settings), teacher, student, seed_of(0, "source", kind.__name__.lower()))
+    twin = started(
+        tiny(kind, **settings), teacher, student, seed_of(0, "source", kind.__name__.lower())
+    )
     generator, noises = twin.generator, [torch.randn(6, 5, generator=twin.rng) for _ in range(2)]
 
     source = tiny(kind, **settings)
@@ -206,7 +244,10 @@ def test_pseudo_batches_equal_the_naive_loop(double, wrn, kind, defended):
         kd = literal.mean_kl
     else:
         adam = literal.Adam(generator.parameters(), (0.5, 0.999))
-        sgd, rates = literal.SGD(other.parameters(), 0.9, 1e-4, nesterov=True), [literal.cosine(0.05, i, 4) for i in range(2)]
+        sgd, rates = (
+            literal.SGD(other.parameters(), 0.9, 1e-4, nesterov=True),
+            [literal.cosine(0.05, i, 4) for i in range(2)],
+        )
         terms = lambda images: literal.dfq_terms(teacher, other, images, **dfq)  # noqa: E731
         kd = lambda t, s: 4 * literal.mean_kl(t, s, 2.0)  # noqa: E731
     copies = literal.shuffled_teachers(teacher, sv.vaccine.permutations) if defended else None
@@ -237,11 +278,22 @@ def test_dfad_equals_the_official_order(double, wrn, defended):
     stream.close()
 
     copies = literal.shuffled_teachers(teacher, sv.vaccine.permutations) if defended else None
-    adam, sgd = literal.Adam(twin.generator.parameters()), literal.SGD(other.parameters(), 0.9, 5e-4)
+    adam, sgd = (
+        literal.Adam(twin.generator.parameters()),
+        literal.SGD(other.parameters(), 0.9, 5e-4),
+    )
     rounds = [noises[:2], noises[2:5], [*noises[5:], None]]
-    wanted = literal.dfad_pseudo_batches(twin.generator, teacher, other, rounds, adam, sgd, 0.01, 0.05, copies, alpha=0.5)
+    wanted = literal.dfad_pseudo_batches(
+        twin.generator, teacher, other, rounds, adam, sgd, 0.01, 0.05, copies, alpha=0.5
+    )
     extra = {"sv_synthesis"} if defended else set()
-    assert [set(s) for s in steps] == [{"kd"}, {"generator", "kd"} | extra, {"kd"}, {"generator", "kd"} | extra, {"kd"}]
+    assert [set(s) for s in steps] == [
+        {"kd"},
+        {"generator", "kd"} | extra,
+        {"kd"},
+        {"generator", "kd"} | extra,
+        {"kd"},
+    ]
     for found, naive in zip(steps, wanted, strict=True):
         assert found == pytest.approx(naive, rel=1e-6)
     assert_equal_weights(student, other, source.generator, twin.generator)
@@ -250,14 +302,23 @@ def test_dfad_equals_the_official_order(double, wrn, defended):
 def assert_equal_weights(*models):
     for found, naive in (models[:2], models[2:]):
         for (name, p), q in zip(found.named_parameters(), naive.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                p, q, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("kind", ONLINE)
 def test_generator_steps_do_what_they_are_for(teacher, student, kind):
     """On the same noise, each source's own loss is lower after a few generator steps."""
     source = started(
-        tiny(kind, batch_size=64, generator_lr=1e-3, **({"generator_every": 1} if kind is DFAD else {})), teacher, student
+        tiny(
+            kind,
+            batch_size=64,
+            generator_lr=1e-3,
+            **({"generator_every": 1} if kind is DFAD else {}),
+        ),
+        teacher,
+        student,
     )
     noise = torch.randn(64, 5, generator=torch.Generator().manual_seed(5))
 
@@ -270,7 +331,11 @@ def test_generator_steps_do_what_they_are_for(teacher, student, kind):
             with record(teacher, ["fc"], inputs=True) as found, norm_inputs(teacher) as inputs:
                 teacher(images)
             if kind is DAFL:
-                return 0.05 * one_hot(logits) + 5 / math.log(10) * class_balance(logits) + 0.01 * activation_loss(found["fc"])
+                return (
+                    0.05 * one_hot(logits)
+                    + 5 / math.log(10) * class_balance(logits)
+                    + 0.01 * activation_loss(found["fc"])
+                )
             return (
                 disagreement(logits, answer)
                 + batch_norm_loss(teacher, inputs)
@@ -307,7 +372,9 @@ class Counts:
     [(DAFL, (4, 0), (4, 0), (0, 0)), (DFAD, (2, 4), (2, 4), (2, 0)), (DFQ, (4, 0), (4, 0), (4, 0))],
 )
 def test_no_pass_is_wasted(wrn, kind, generator, teacher, student):
-    """Passes in four pseudo-batches, (with gradients, without); of DFAD the second and the fourth have a generator step."""
+    """Passes in four pseudo-batches, (with gradients, without); of DFAD the second and
+    the fourth have a generator step.
+    """
     nets = wrn(seed=1), wrn(seed=2)
     source = started(tiny(kind, **({"warmup": 0} if kind is DFQ else {})), *nets)
     counts = [Counts(m) for m in (source.generator, *nets)]
@@ -325,10 +392,15 @@ def test_a_batch_leaves_teacher_and_student_alone(teacher, student, kind):
     before = [weights(m) for m in (teacher, student)]
     for _ in range(4):
         batch = source.batch([])
-        assert not any(t.requires_grad for t in (batch.images, batch.logits, *batch.losses.values()))
+        assert not any(
+            t.requires_grad for t in (batch.images, batch.logits, *batch.losses.values())
+        )
         assert batch.images.shape == (6, 1, 8, 8)
         torch.testing.assert_close(batch.logits, teacher(batch.images))
-    assert [same(weights(m), b) for m, b in zip((teacher, student), before, strict=True)] == [True, True]
+    assert [same(weights(m), b) for m, b in zip((teacher, student), before, strict=True)] == [
+        True,
+        True,
+    ]
     assert all(p.grad is None and p.requires_grad for p in student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     for model in (teacher, student):
@@ -355,7 +427,9 @@ def test_a_student_step_reaches_the_student_alone(teacher, student, kind):
 def test_students_statistics_record_only_what_it_trains_on(wrn, kind):
     student = wrn(seed=2)
     list(distill(wrn(seed=1), student, tiny(kind), device="cpu"))
-    counted = {m.num_batches_tracked.item() for m in student.modules() if isinstance(m, nn.BatchNorm2d)}
+    counted = {
+        m.num_batches_tracked.item() for m in student.modules() if isinstance(m, nn.BatchNorm2d)
+    }
     assert counted == {6}
 
 
@@ -382,7 +456,12 @@ def test_dfq_warms_up_without_the_adversarial_term(wrn):
     steps = list(distill(wrn(seed=1), wrn(seed=2), tiny(DFQ, warmup=0.5), device="cpu"))
     assert ["adversarial" in s.losses for s in steps] == [False] * 3 + [True] * 3
     assert all({"batch_norm", "entropy", "balance", "kd"} <= s.losses.keys() for s in steps)
-    assert "adversarial" not in next(distill(wrn(seed=1), wrn(seed=2), tiny(DFQ, warmup=0, adversarial=0), device="cpu")).losses
+    assert (
+        "adversarial"
+        not in next(
+            distill(wrn(seed=1), wrn(seed=2), tiny(DFQ, warmup=0, adversarial=0), device="cpu")
+        ).losses
+    )
 
 
 def rates_of(optimizer, schedule, steps):
@@ -397,14 +476,19 @@ def rates_of(optimizer, schedule, steps):
 
 def test_learning_rates(teacher, student):
     def both(kind, **settings):
-        source = started(tiny(kind, pseudo_batches=10, student_lr=1.0, generator_lr=1.0, **settings), teacher, student)
+        source = started(
+            tiny(kind, pseudo_batches=10, student_lr=1.0, generator_lr=1.0, **settings),
+            teacher,
+            student,
+        )
         of_generator = rates_of(source.generator_optimizer, source.generator_schedule, 10)
         return rates_of(*source.optimizer(student), 10), of_generator
 
     found, of_generator = both(DAFL)
     assert found == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 2)
     assert of_generator == [1] * 10
-    # five generator steps in ten student steps: the milestones .2 and .4 are the first and the second of them
+    # five generator steps in ten student steps: the milestones .2 and .4 are the first
+    # and the second of them
     found, of_generator = both(DFAD)
     assert found == pytest.approx([1] * 2 + [0.1] * 2 + [0.01] * 6)
     assert of_generator[:5] == pytest.approx([1, 0.1, 0.01, 0.01, 0.01])
@@ -418,7 +502,9 @@ def upper(images):
 
 
 class Darkens(Defense):
-    """Asks the generator for images that are dark above (a generator that ends in a batch norm cannot make dark ones)."""
+    """Asks the generator for images that are dark above (a generator that ends in a
+    batch norm cannot make dark ones).
+    """
 
     def synthesis_term(self, images, teacher_logits):
         assert images.requires_grad
@@ -451,16 +537,24 @@ def test_a_generator_that_is_held_learns_no_more(wrn, kind):
         assert torch.equal(held, free), "self-retrospection begins with the fourth pseudo-batch"
     assert all(torch.equal(later, generators[True][2]) for later in generators[True][3:])
     assert not torch.equal(generators[False][5], generators[False][2])
-    assert not any(torch.equal(*pair) for pair in itertools.pairwise(students[True])), "the student goes on"
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(students[True])), (
+        "the student goes on"
+    )
 
 
 @pytest.mark.parametrize("kind", ONLINE)
 def test_a_resumed_run_equals_an_uninterrupted_one(wrn, tmp_path, kind):
     def fresh(**settings):
-        # the vaccine verifies (half of any pool is below its mean) before the third step, SR begins at the fifth
-        defenses = [ShufflingVaccine(layers=3, warmup=0.3, sigma=0), SelfRetrospection(start=0.6, inner_steps=2)]
+        # the vaccine verifies (half of any pool is below its mean) before the third
+        # step, SR begins at the fifth
+        defenses = [
+            ShufflingVaccine(layers=3, warmup=0.3, sigma=0),
+            SelfRetrospection(start=0.6, inner_steps=2),
+        ]
         student = wrn(seed=2)
-        return student, distill(wrn(seed=1), student, tiny(kind), defenses=defenses, device="cpu", **settings)
+        return student, distill(
+            wrn(seed=1), student, tiny(kind), defenses=defenses, device="cpu", **settings
+        )
 
     whole, stream = fresh()
     wanted = [s.losses for s in stream]
@@ -480,7 +574,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(wrn, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ONLINE)
 def test_the_seed_draws_everything(wrn, kind):
-    runs = [[s.losses for s in distill(wrn(seed=1), wrn(seed=2), tiny(kind), seed=seed, device="cpu")] for seed in (0, 0, 1)]
+    runs = [
+        [s.losses for s in distill(wrn(seed=1), wrn(seed=2), tiny(kind), seed=seed, device="cpu")]
+        for seed in (0, 0, 1)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -489,7 +586,9 @@ def test_the_seed_draws_everything(wrn, kind):
 def test_images_of_any_shape(wrn, kind, shape):
     nets = [wrn(seed=seed, channels=shape[0]) for seed in (1, 2)]
     source = kind(shape, **{**TINY, "pseudo_batches": 2})
-    assert [s.images.shape for s in distill(*nets, source, images_every=1, device="cpu")] == [(6, *shape)] * 2
+    assert [s.images.shape for s in distill(*nets, source, images_every=1, device="cpu")] == [
+        (6, *shape)
+    ] * 2
 
 
 # errors
@@ -499,11 +598,14 @@ def test_images_of_any_shape(wrn, kind, shape):
 def test_a_loss_that_is_not_finite_stops_the_run(wrn, kind, loss):
     teacher, student = wrn(seed=1), wrn(seed=2)
     nn.init.constant_(teacher.fc.bias, float("nan"))
-    with pytest.raises(Diverged, match=rf"^at step 1 the loss '{loss}' is nan; there is no checkpoint"):
+    with pytest.raises(
+        Diverged, match=rf"^at step 1 the loss '{loss}' is nan; there is no checkpoint"
+    ):
         next(distill(teacher, student, tiny(kind), device="cpu"))
     if kind is DFAD:
         return  # the gradient of |NaN| is 0
-    # no weight has moved; batch norms have seen the images before the losses were read back
+    # no weight has moved; batch norms have seen the images before the losses were read
+    # back
     for (name, p), q in zip(student.named_parameters(), wrn(seed=2).parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -526,7 +628,10 @@ class Convolutional(nn.Module):
 
 
 def test_dfq_wants_a_teacher_with_batch_norm(student):
-    with pytest.raises(ValueError, match=r"^Convolutional has no batch norm with running statistics: choose a source") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"^Convolutional has no batch norm with running statistics: choose a source",
+    ) as caught:
         started(tiny(DFQ), Convolutional(), student)
     assert "\n" not in str(caught.value)
     losses = started(tiny(DFQ, batch_norm=0), Convolutional(), student).batch([]).losses
@@ -535,21 +640,33 @@ def test_dfq_wants_a_teacher_with_batch_norm(student):
 
 def test_dafl_finds_the_penultimate_features(teacher, student):
     assert last_linear(teacher) == "fc"
-    assert last_linear(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softplus())) == "2"
-    with pytest.raises(ValueError, match=r"^Convolutional has no nn\.Linear .*layer=.*activation=0$"):
+    assert (
+        last_linear(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softplus()))
+        == "2"
+    )
+    with pytest.raises(
+        ValueError, match=r"^Convolutional has no nn\.Linear .*layer=.*activation=0$"
+    ):
         started(tiny(DAFL), Convolutional(), student)
-    with pytest.raises(ValueError, match="unknown layer of Convolutional 'lost': did you mean 'last'"):
+    with pytest.raises(
+        ValueError, match="unknown layer of Convolutional 'lost': did you mean 'last'"
+    ):
         started(tiny(DAFL, layer="lost"), Convolutional(), student)
     other = Convolutional()
     source = started(tiny(DAFL, layer="last", activation=2.0), other, student)
     batch = source.batch([])
     wanted = torch.relu(other.first(batch.images)).mean()
     torch.testing.assert_close(batch.losses["activation"], -2 * wanted)
-    assert "activation" not in started(tiny(DAFL, activation=0), Convolutional(), student).batch([]).losses
+    assert (
+        "activation"
+        not in started(tiny(DAFL, activation=0), Convolutional(), student).batch([]).losses
+    )
 
 
 @pytest.mark.parametrize("kind", [*ONLINE, ZSKT])
-@pytest.mark.parametrize("wrong", [{"shape": (8, 8)}, {"pseudo_batches": 0}, {"batch_size": 1}, {"z": 0}, {"width": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"shape": (8, 8)}, {"pseudo_batches": 0}, {"batch_size": 1}, {"z": 0}, {"width": 0}]
+)
 def test_impossible_sizes_are_refused(kind, wrong):
     with pytest.raises(ValueError, match="shape is" if "shape" in wrong else "at least") as caught:
         kind(**{"shape": (1, 8, 8), **wrong})

@@ -1,4 +1,6 @@
-"""OOD and mixed sources: the loss, CutMix, the patches, and what a resumed run or a mix must keep."""
+"""OOD and mixed sources: the loss, CutMix, the patches, and what a resumed run or a mix
+must keep.
+"""
 
 import copy
 
@@ -25,7 +27,10 @@ def small_ood(shape=(1, 8, 8), **given):
 
 
 def small_zskt(**given):
-    return ZSKT((1, 8, 8), **{"pseudo_batches": 6, "batch_size": 6, "student_steps": 3, "z": 5, "width": 3, **given})
+    return ZSKT(
+        (1, 8, 8),
+        **{"pseudo_batches": 6, "batch_size": 6, "student_steps": 3, "z": 5, "width": 3, **given},
+    )
 
 
 def started(source, teacher, student, seed=0):
@@ -50,12 +55,17 @@ def test_embedded_photographs(name):
 
 def test_a_photograph_of_ones_own_is_rgb(tmp_path):
     Image.new("L", (7, 5), 200).save(tmp_path / "grey.png")
-    assert torch.equal(photograph(tmp_path / "grey.png"), torch.full((3, 5, 7), 200, dtype=torch.uint8))
+    assert torch.equal(
+        photograph(tmp_path / "grey.png"), torch.full((3, 5, 7), 200, dtype=torch.uint8)
+    )
     assert small_ood(image=str(tmp_path / "grey.png")).photo.shape == (3, 5, 7)
 
 
 def test_an_unreadable_photograph_is_a_clear_error_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image 'chyna': name a file, or an embedded photograph: china, flower"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no image 'chyna': name a file, or an embedded photograph: china, flower",
+    ):
         small_ood(image="chyna")
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"text\.jpg is not a readable image"):
@@ -69,8 +79,12 @@ def test_an_unreadable_photograph_is_a_clear_error_at_once(tmp_path):
 # The patches
 
 
-def patches(seed=0, count=8, shape=(3, 8, 12), photo=None, scale=(0.002, 1.0), degrees=30.0, jitter=0.4):
-    return make_patches(photograph("flower") if photo is None else photo, count, shape, seed, scale, degrees, jitter)
+def patches(
+    seed=0, count=8, shape=(3, 8, 12), photo=None, scale=(0.002, 1.0), degrees=30.0, jitter=0.4
+):
+    return make_patches(
+        photograph("flower") if photo is None else photo, count, shape, seed, scale, degrees, jitter
+    )
 
 
 def test_patches_are_bytes_drawn_from_the_seed_alone():
@@ -81,7 +95,9 @@ def test_patches_are_bytes_drawn_from_the_seed_alone():
     assert (first.shape, first.dtype) == ((8, 3, 8, 12), torch.uint8)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert len({patch.numpy().tobytes() for patch in first}) == 8, "every patch has draws of its own"
+    assert len({patch.numpy().tobytes() for patch in first}) == 8, (
+        "every patch has draws of its own"
+    )
     assert torch.equal(patches(0, count=3), first[:3])
 
 
@@ -96,8 +112,11 @@ def test_a_rotated_patch_has_no_black_corner(degrees):
 
 
 def test_jitter_and_rotation_of_nought_leave_plain_crops():
-    # a whole photograph of one value per column half: every crop has only these two, or what resizing makes between them
-    photo = torch.cat([torch.full((3, 32, 16), 50), torch.full((3, 32, 16), 200)], dim=2).to(torch.uint8)
+    # a whole photograph of one value per column half: every crop has only these two, or
+    # what resizing makes between them
+    photo = torch.cat([torch.full((3, 32, 16), 50), torch.full((3, 32, 16), 200)], dim=2).to(
+        torch.uint8
+    )
     found = patches(photo=photo, degrees=0, jitter=0)
     assert (found.min(), found.max()) == (50, 200)
     assert (patches(photo=photo, jitter=0.9, count=20) > 200).any()
@@ -106,7 +125,11 @@ def test_jitter_and_rotation_of_nought_leave_plain_crops():
 def test_a_smaller_scale_shows_less_of_the_photograph():
     photo = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)  # the value is the column
     for scale in (0.01, 0.25):
-        spans = patches(photo=photo, count=30, scale=(scale, scale), degrees=0, jitter=0).flatten(1).float()
+        spans = (
+            patches(photo=photo, count=30, scale=(scale, scale), degrees=0, jitter=0)
+            .flatten(1)
+            .float()
+        )
         width = (spans.amax(1) - spans.amin(1)).mean().item()
         assert width == pytest.approx(256 * scale**0.5, rel=0.25)
 
@@ -172,9 +195,15 @@ def test_ood_loss_equals_literal(double, wrn):
 
 def test_every_epoch_sees_every_patch_once_in_its_own_order(teacher, student):
     source = started(small_ood(cutmix_share=0.0, flip=False, batch_size=5), teacher, student)
-    assert (source.per_epoch, len(source)) == (4, 8)  # 24 patches: the last 4 of each order are left out
+    assert (source.per_epoch, len(source)) == (
+        4,
+        8,
+    )  # 24 patches: the last 4 of each order are left out
     names = {patch.numpy().tobytes(): i for i, patch in enumerate(source.pool)}
-    seen = [[names[(image * 255).round().byte().numpy().tobytes()] for image in source.batch().images] for _ in range(8)]
+    seen = [
+        [names[(image * 255).round().byte().numpy().tobytes()] for image in source.batch().images]
+        for _ in range(8)
+    ]
     first, second = ([i for batch in half for i in batch] for half in (seen[:4], seen[4:]))
     assert len(set(first)) == len(set(second)) == 20
     assert first != second
@@ -209,7 +238,9 @@ def test_synthesize_shows_what_the_student_sees_and_touches_nothing(teacher, stu
 
 def test_ood_teaches(wrn):
     teacher, student = wrn(seed=1, width=8), wrn(seed=2, width=8)
-    steps = run(teacher, student, small_ood(patches=96, batch_size=24, epochs=10, lr=3e-3, temperature=2.0))
+    steps = run(
+        teacher, student, small_ood(patches=96, batch_size=24, epochs=10, lr=3e-3, temperature=2.0)
+    )
     assert sum(s.losses["kd"] for s in steps[-8:]) < 0.5 * sum(s.losses["kd"] for s in steps[:8])
     assert len(steps) == 40
 
@@ -245,14 +276,25 @@ def mix(**given):
 
 @pytest.mark.parametrize(
     ("weights", "length", "expected"),
-    [([1, 1], 4, [2, 2]), ([2, 1], 4, [3, 1]), ([0.7, 0.3], 10, [7, 3]), ([1, 0], 3, [3, 0]), ([1, 1, 1], 8, [3, 3, 2])],
+    [
+        ([1, 1], 4, [2, 2]),
+        ([2, 1], 4, [3, 1]),
+        ([0.7, 0.3], 10, [7, 3]),
+        ([1, 0], 3, [3, 0]),
+        ([1, 1, 1], 8, [3, 3, 2]),
+    ],
 )
 def test_members_come_as_often_as_their_weights_say(weights, length, expected):
-    assert Mixed([small_ood() for _ in weights], weights=weights, pseudo_batches=length).counts() == expected
+    assert (
+        Mixed([small_ood() for _ in weights], weights=weights, pseudo_batches=length).counts()
+        == expected
+    )
 
 
 def test_who_comes_when_is_drawn_from_the_seed(teacher, student):
-    orders = [started(mix(pseudo_batches=40), teacher, student, seed).order.tolist() for seed in (0, 0, 1)]
+    orders = [
+        started(mix(pseudo_batches=40), teacher, student, seed).order.tolist() for seed in (0, 0, 1)
+    ]
     assert orders[0] == orders[1] != orders[2]
     assert [orders[0].count(i) for i in range(3)] == [20, 10, 10]
     assert orders[0] != sorted(orders[0])
@@ -284,13 +326,19 @@ def test_the_schedules_end_with_the_run(teacher, student):
     stream = distill(teacher, student, source, device="cpu")
     for _ in stream:
         seen.append(source.members[0].generator_optimizer.param_groups[0]["lr"])
-    assert source.members[0].generator_schedule.last_epoch == source.members[0].drawn == source.counts()[0]
+    assert (
+        source.members[0].generator_schedule.last_epoch
+        == source.members[0].drawn
+        == source.counts()[0]
+    )
     assert seen[-1] == pytest.approx(0, abs=1e-12)
     assert small_zskt().horizon == 6, "a source alone lasts for its own length"
 
 
 @pytest.mark.parametrize(("chief", "kind", "lr"), [(0, "Adam", 2e-3), (1, "Adam", 1e-3)])
-def test_the_students_optimiser_is_a_members_with_a_cosine_over_the_mix(teacher, student, chief, kind, lr):
+def test_the_students_optimiser_is_a_members_with_a_cosine_over_the_mix(
+    teacher, student, chief, kind, lr
+):
     source = started(mix(student=chief), teacher, student)
     optimizer, schedule = source.optimizer(student)
     assert type(optimizer).__name__ == kind
@@ -303,7 +351,9 @@ def test_the_students_optimiser_is_a_members_with_a_cosine_over_the_mix(teacher,
 def test_defences_act_on_each_member_as_on_it_alone(teacher, student):
     sv = ShufflingVaccine(layers=2, verify=False, warmup=0)
     source = mix()
-    steps = run(teacher, student, source, defenses=[sv, SelfRetrospection(start=0.5, inner_steps=1)])
+    steps = run(
+        teacher, student, source, defenses=[sv, SelfRetrospection(start=0.5, inner_steps=1)]
+    )
     for step, number in zip(steps, source.order.tolist(), strict=True):
         assert ("sv_synthesis" in step.losses) == ("generator" in step.losses)
         assert number != 1 or "generator" not in step.losses
@@ -313,7 +363,13 @@ def test_defences_act_on_each_member_as_on_it_alone(teacher, student):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"weights": [1]}, {"weights": [1, -1, 1]}, {"weights": [0, 0, 0]}, {"student": 3}, {"pseudo_batches": 0}],
+    [
+        {"weights": [1]},
+        {"weights": [1, -1, 1]},
+        {"weights": [0, 0, 0]},
+        {"student": 3},
+        {"pseudo_batches": 0},
+    ],
     ids=str,
 )
 def test_mixed_refuses_impossible_settings(wrong):
@@ -327,8 +383,13 @@ def test_a_mix_of_nothing_is_an_error():
 
 
 def test_a_mix_may_have_clean_data(teacher, student, digits):
-    source = Mixed([small_ood(), CleanKD(digits.train_images, digits.train_labels, epochs=1, batch_size=10)], pseudo_batches=4)
-    assert [("cross_entropy" in step.losses) for step in run(teacher, student, source)].count(True) == 2
+    source = Mixed(
+        [small_ood(), CleanKD(digits.train_images, digits.train_labels, epochs=1, batch_size=10)],
+        pseudo_batches=4,
+    )
+    assert [("cross_entropy" in step.losses) for step in run(teacher, student, source)].count(
+        True
+    ) == 2
 
 
 # Resuming
@@ -370,13 +431,19 @@ def test_another_mix_does_not_resume(teacher, student, tmp_path):
 
 def test_a_mix_by_its_settings():
     small = {"ood.patches": 64, "ood.batch_size": 32, "zskt.pseudo_batches": 9}
-    chosen = settings("quick/digits", {**small, "mixed.members": {"ood": 1, "zskt": 3}, "mixed.pseudo_batches": 8}, device="cpu")
+    chosen = settings(
+        "quick/digits",
+        {**small, "mixed.members": {"ood": 1, "zskt": 3}, "mixed.pseudo_batches": 8},
+        device="cpu",
+    )
     data = chosen.dataset()
     source = chosen.source("mixed", data)
     assert [type(m) for m in source.members] == [OOD, ZSKT]
     assert source.counts() == [2, 6]
     assert source.members[0].patches == 64
-    assert not source.members[0].flip, "digits must not be mirrored, nor patches for a teacher of digits"
+    assert not source.members[0].flip, (
+        "digits must not be mirrored, nor patches for a teacher of digits"
+    )
     assert source.members[0].shift == data.shift
     assert chosen.sections("mixed") == ["mixed", "ood", "zskt"]
     assert chosen.sections("ood") == ["ood"]
@@ -384,7 +451,10 @@ def test_a_mix_by_its_settings():
 
 
 def test_members_that_cannot_be_mixed():
-    for members, message in (({"zkst": 1}, "did you mean 'zskt'"), ({"mixed": 1}, "unknown member of a mix 'mixed'")):
+    for members, message in (
+        ({"zkst": 1}, "did you mean 'zskt'"),
+        ({"mixed": 1}, "unknown member of a mix 'mixed'"),
+    ):
         chosen = settings("quick/digits", {"mixed.members": members}, device="cpu")
         with pytest.raises(ValueError, match=message):
             chosen.source("mixed", chosen.dataset().subset(40, 40))

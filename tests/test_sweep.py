@@ -1,4 +1,6 @@
-"""Studies: what a YAML file stands for, and jobs that survive failing notebooks, dead kernels, dead workers and a killed sweep."""
+"""Studies: what a YAML file stands for, and jobs that survive failing notebooks, dead
+kernels, dead workers and a killed sweep.
+"""
 
 import contextlib
 import io
@@ -22,9 +24,13 @@ from rich.console import Console
 from abdlab import sweep as studies
 from abdlab.engines import LocalEngine, RayEngine
 
-#: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed when tried again
+#: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed
+#: when tried again
 CELLS = [
-    'run = "runs"  # folder\nx = 0  # a number\nmode = "ok"  # what happens\nseconds = 0.0  # to wait\nseed = 0  # of everything',
+    (
+        'run = "runs"  # folder\nx = 0  # a number\nmode = "ok"  # what happens\nseconds = 0.0  #'
+        " to wait\nseed = 0  # of everything"
+    ),
     """import json, os, pathlib, signal, time
 folder = pathlib.Path(run) / f"seed{seed}" / "zskt"
 folder.mkdir(parents=True, exist_ok=True)
@@ -34,9 +40,13 @@ with (folder / "starts.txt").open("a") as file: file.write("start\\n")
 time.sleep(seconds)""",
     """if mode == "fail": raise ValueError("x is wrong")
 if mode == "fail once" and first: raise ValueError("only the first time")
-if mode == "kernel dies" or (mode == "kernel dies once" and first): os.kill(os.getpid(), signal.SIGKILL)
-if mode == "worker dies once" and first: os.kill(os.getppid(), signal.SIGKILL); time.sleep(30)""",
-    """(folder / "metrics.json").write_text(json.dumps({"label": "zskt", "seed": seed, "acc": x / 10, "asr": x / 100, "pid": os.getpid()}))""",
+dies = mode == "kernel dies" or (mode == "kernel dies once" and first)
+if dies: os.kill(os.getpid(), signal.SIGKILL)
+if mode == "worker dies once" and first:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)""",
+    """values = {"label": "zskt", "seed": seed, "acc": x / 10, "asr": x / 100, "pid": os.getpid()}
+(folder / "metrics.json").write_text(json.dumps(values))""",
 ]
 
 
@@ -44,7 +54,11 @@ if mode == "worker dies once" and first: os.kill(os.getppid(), signal.SIGKILL); 
 def notebook(tmp_path):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in CELLS])
     book.cells[0].metadata["tags"] = ["parameters"]
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     path = tmp_path / "trivial.ipynb"
     nbformat.write(book, path)
     return path
@@ -52,7 +66,10 @@ def notebook(tmp_path):
 
 def starts(out):
     """How many times each job's notebook began."""
-    return {p.parent.parent.parent.name: len(p.read_text().splitlines()) for p in out.glob("jobs/*/seed*/zskt/starts.txt")}
+    return {
+        p.parent.parent.parent.name: len(p.read_text().splitlines())
+        for p in out.glob("jobs/*/seed*/zskt/starts.txt")
+    }
 
 
 def study_file(tmp_path, **content):
@@ -65,7 +82,7 @@ def command(*words):
     return [sys.executable, "-c", "from abdlab.cli import main; main()", "sweep", *map(str, words)]
 
 
-# --- what a study stands for ---------------------------------------------------------------------------------------------
+# --- what a study stands for ----------------------------------------------------------
 
 
 def test_axes_multiply_and_exclusions_leave_out(notebook, tmp_path):
@@ -86,7 +103,10 @@ def test_axes_multiply_and_exclusions_leave_out(notebook, tmp_path):
         (3, "ok", 0),
         (3, "ok", 1),
     }
-    assert all(j.parameters["seconds"] == {"ok": 0.5, "fail": 1.5}[j.parameters["mode"]] for j in study.jobs)
+    assert all(
+        j.parameters["seconds"] == {"ok": 0.5, "fail": 1.5}[j.parameters["mode"]]
+        for j in study.jobs
+    )
     assert study.title == "study"
 
 
@@ -98,17 +118,26 @@ def test_a_list_axis_sets_several_names_and_equal_jobs_are_one(notebook):
 def test_1e_3_is_a_number_in_a_study(notebook, tmp_path):
     # YAML 1.1 wants 1.0e-3, and takes this for a text
     path = tmp_path / "study.yaml"
-    path.write_text("notebook: trivial.ipynb\ngrid: {seconds: [1e-3, 2E+1, -5e2, .5], mode: [e1, 1e, ok]}\n")
-    seen = {(job.parameters["seconds"], job.parameters["mode"]) for job in studies.read_study(path).jobs}
-    assert seen == {(seconds, mode) for seconds in (0.001, 20.0, -500.0, 0.5) for mode in ("e1", "1e", "ok")}
+    path.write_text(
+        "notebook: trivial.ipynb\ngrid: {seconds: [1e-3, 2E+1, -5e2, .5], mode: [e1, 1e, ok]}\n"
+    )
+    seen = {
+        (job.parameters["seconds"], job.parameters["mode"]) for job in studies.read_study(path).jobs
+    }
+    assert seen == {
+        (seconds, mode) for seconds in (0.001, 20.0, -500.0, 0.5) for mode in ("e1", "1e", "ok")
+    }
 
 
 def test_folders_are_addressed_by_content(notebook):
-    key = {name: studies.make_study(notebook, **given).jobs[0].key for name, given in {
-        "a": {"grid": {"x": [1]}},
-        "again": {"parameters": {"x": 1}},
-        "b": {"grid": {"x": [2]}},
-    }.items()}  # fmt: skip
+    key = {
+        name: studies.make_study(notebook, **given).jobs[0].key
+        for name, given in {
+            "a": {"grid": {"x": [1]}},
+            "again": {"parameters": {"x": 1}},
+            "b": {"grid": {"x": [2]}},
+        }.items()
+    }
     assert key["a"] == key["again"] != key["b"]
     notebook.write_text(notebook.read_text().replace("x is wrong", "x is bad"))
     assert studies.make_study(notebook, grid={"x": [1]}).jobs[0].key != key["a"]
@@ -122,7 +151,8 @@ def test_dotted_names_are_settings_and_teachers_are_shared():
         seeds=[0, 1],
     )
     assert len(study.jobs) == 8
-    assert len(study.teachers) == 4  # two triggers, two seeds: neither alpha nor the length makes another teacher
+    # two triggers, two seeds: neither alpha nor the length makes another teacher
+    assert len(study.teachers) == 4
     assert all(job.parameters["overrides"]["zskt.pseudo_batches"] == 5 for job in study.jobs)
     assert {len(job.needs) for job in study.jobs} == {1}
     assert {t.notebook for t in study.teachers} == {"01_poisoning"}
@@ -144,16 +174,27 @@ def test_dotted_names_are_settings_and_teachers_are_shared():
         ({"seeds": []}, "the axis seeds is empty"),
         ({"grid": {"x": [1]}, "exclude": [{"x": 1}]}, "every combination is excluded"),
         ({"grid": {"x": [1]}, "exclude": [{"y": 1}]}, "unknown name in exclude 'y'"),
-        ({"grid": {"sv.alpha": [1]}}, "sv.alpha is a setting, but trivial has no parameter overrides"),
+        (
+            {"grid": {"sv.alpha": [1]}},
+            "sv.alpha is a setting, but trivial has no parameter overrides",
+        ),
         ({"parameters": {"run": "here"}}, "run is set by the sweep"),
         ({"timeout": 0}, "timeout is seconds above 0"),
         ({"retries": -1}, "retries is a whole number of at least 0"),
-        ({"notebook": "02_distillation", "grid": {"sv.alpa": [1]}}, "unknown setting 'sv.alpa': did you mean 'sv.alpha'"),
-        ({"notebook": "02_distillation", "grid": {"preset": ["quick/digit"]}}, "unknown preset 'quick/digit'"),
+        (
+            {"notebook": "02_distillation", "grid": {"sv.alpa": [1]}},
+            "unknown setting 'sv.alpa': did you mean 'sv.alpha'",
+        ),
+        (
+            {"notebook": "02_distillation", "grid": {"preset": ["quick/digit"]}},
+            "unknown preset 'quick/digit'",
+        ),
         ({"notebook": "02_distilation"}, "did you mean '02_distillation'"),
     ],
 )
-def test_a_wrong_study_is_one_sentence_before_anything_starts(notebook, tmp_path, content, sentence):
+def test_a_wrong_study_is_one_sentence_before_anything_starts(
+    notebook, tmp_path, content, sentence
+):
     with pytest.raises(ValueError, match=r".+") as caught:
         studies.read_study(study_file(tmp_path, **content))
     assert sentence in str(caught.value)
@@ -174,7 +215,7 @@ def test_a_file_that_is_no_study(tmp_path):
         studies.read_study(tmp_path / "none.yaml")
 
 
-# --- jobs ------------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -192,7 +233,9 @@ def test_failures_are_told_apart_and_tried_again_where_that_helps(notebook, tmp_
     }
     assert (frame.loc["ok", "acc"], frame.loc["ok", "asr"]) == (0.7, 0.07)
     assert frame.loc["fail", "error"] == "cell 4: ValueError: x is wrong"
-    assert frame.loc["kernel dies", "error"].startswith("given up after 2 tries; the last one: RuntimeError: the kernel died")
+    assert frame.loc["kernel dies", "error"].startswith(
+        "given up after 2 tries; the last one: RuntimeError: the kernel died"
+    )
     assert frame["attempts"].to_dict() == {**dict.fromkeys(modes, 2), "ok": 1, "fail": 1}
     (folder,) = (p.parent for p in out.glob("jobs/*/traceback.txt"))
     assert "ValueError" in (folder / "traceback.txt").read_text()
@@ -220,7 +263,9 @@ def test_a_job_that_takes_too_long_is_stopped_with_its_kernel(notebook, tmp_path
 
 
 def kernels_under(out):
-    """Kernels that still run a job of this study: their connection files are anonymous, their open log is not."""
+    """Kernels that still run a job of this study: their connection files are anonymous,
+    their open log is not.
+    """
     found = []
     for process in psutil.process_iter(["cmdline"]):
         try:
@@ -234,7 +279,10 @@ def kernels_under(out):
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow):
-    path, out = study_file(tmp_path, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3, 4]}), tmp_path / "out"
+    path, out = (
+        study_file(tmp_path, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3, 4]}),
+        tmp_path / "out",
+    )
     process = subprocess.Popen(
         command(path, "--out", out, "--slots", 1),
         start_new_session=True,
@@ -254,7 +302,13 @@ def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path,
     done, before = states(out, "done"), starts(out)
     assert 1 <= len(done) < 4
     wait_for(lambda: "stopped" in set(studies.status(out)["state"]))
-    finished = subprocess.run(command(path, "--out", out, "--slots", 2), capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        command(path, "--out", out, "--slots", 2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert finished.returncode == 0, finished.stderr
     assert "4 of 4 jobs done" in finished.stdout
     assert all(starts(out)[name] == before[name] for name in done)
@@ -282,10 +336,20 @@ def test_a_full_disk_and_a_place_that_is_no_folder_are_clear(notebook, tmp_path)
     folder = tmp_path / "out" / study.jobs[0].folder
     folder.mkdir(parents=True)
     (folder / "log.txt").symlink_to("/dev/full")
-    result = studies.run_job({
-        "folder": str(folder), "key": "k", "notebook": "trivial", "text": notebook.read_text(), "parameters": {"mode": "ok"},
-        "takes_run": True, "threads": 1, "timeout": None, "attempt": 1, "cwd": str(tmp_path),
-    })  # fmt: skip
+    result = studies.run_job(
+        {
+            "folder": str(folder),
+            "key": "k",
+            "notebook": "trivial",
+            "text": notebook.read_text(),
+            "parameters": {"mode": "ok"},
+            "takes_run": True,
+            "threads": 1,
+            "timeout": None,
+            "attempt": 1,
+            "cwd": str(tmp_path),
+        }
+    )
     assert result["state"] in ("failed", "done")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to .*choose another folder"):
@@ -309,9 +373,14 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Two methods of one poisoned teacher, through the real notebooks, and their numbers on the local engine."""
+    """Two methods of one poisoned teacher, through the real notebooks, and their
+    numbers on the local engine.
+    """
     return studies.make_study(
-        "05_abd_ablation", parameters={"overrides": TINY, "device": "cpu"}, grid={"methods": [["zskt"], ["zskt+sv"]]}, seeds=[3]
+        "05_abd_ablation",
+        parameters={"overrides": TINY, "device": "cpu"},
+        grid={"methods": [["zskt"], ["zskt+sv"]]},
+        seeds=[3],
     )
 
 
@@ -344,9 +413,16 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
 @pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     axes = {"grid": {"methods": [["zskt"], ["zskt+sv"]]}, "seeds": [3]}
-    path, out = study_file(tmp_path, **axes, parameters={"overrides": TINY, "device": "cpu"}), tmp_path / "out"
+    path, out = (
+        study_file(tmp_path, **axes, parameters={"overrides": TINY, "device": "cpu"}),
+        tmp_path / "out",
+    )
     path.write_text(path.read_text().replace("trivial.ipynb", "05_abd_ablation"))
-    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(path, "--out", out, "--slots", 1),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(lambda: len(states(out, "running")) == 1, 180)
     process.kill()  # the parent, while the first student is distilled
     process.wait()
@@ -354,9 +430,18 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     assert not states(out, "done")
     (teacher,) = out.glob("teachers/*/seed3/teacher/teacher.safetensors")
     trained = teacher.stat().st_mtime
-    process = subprocess.Popen(command(path, "--out", out, "--slots", 1), stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: len(states(out, "running")) == 1 and [*out.glob("jobs/*/seed3/zskt*/config.json")], 180)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    process = subprocess.Popen(
+        command(path, "--out", out, "--slots", 1), stdout=subprocess.PIPE, text=True
+    )
+    wait_for(
+        lambda: len(states(out, "running")) == 1 and [*out.glob("jobs/*/seed3/zskt*/config.json")],
+        180,
+    )
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "ipykernel_launcher" in " ".join(p.cmdline())
+    ]
     workers[0].parent().kill()  # one worker
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
@@ -376,14 +461,18 @@ def html(by_local, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, and there is none on the PATH")
 def test_the_report_opens_in_a_browser(html):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install '.[test]')")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright (pip install '.[test]')"
+    )
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, asked = browser.new_page(viewport={"width": 1280, "height": 900}), []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(html.as_uri())
         page.get_by_role("heading", name="ASR before and after").wait_for()
-        widths = page.eval_on_selector_all("img", "images => images.map(image => image.naturalWidth)")
+        widths = page.eval_on_selector_all(
+            "img", "images => images.map(image => image.naturalWidth)"
+        )
         assert len(widths) == 2
         assert min(widths) > 300
         assert page.get_by_text("badnet_sq").first.is_visible()
@@ -397,7 +486,10 @@ def test_the_report_opens_in_a_browser(html):
 @pytest.mark.slow
 def test_the_report_reads_without_the_code(by_local, html):
     folder = by_local / "report"
-    assert {p.stem for p in (folder / "figures").glob("*.png")} == {"heatmaps", "tradeoff"}  # no numeric axis, no line
+    assert {p.stem for p in (folder / "figures").glob("*.png")} == {
+        "heatmaps",
+        "tradeoff",
+    }  # no numeric axis, no line
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["done"], metrics["jobs"], metrics["failed"]) == (3, 3, [])
     mine = {(c["source"], c["defence"]): c for c in metrics["cells"]}
@@ -419,10 +511,16 @@ def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, he
     code, out, _ = here("report", by_local, "--matrix", "--markdown", page, "--csv", csv)
     assert code == 0
     score = {label: f"{100 * acc:.1f}/{100 * asr:.1f}" for label, _, acc, asr in numbers(by_local)}
-    heading, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines())
+    heading, rule, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.read_text().splitlines()
+    )
     assert heading == ["trigger", "defence", "teacher", "zskt"]
     assert {character for cell in rule for character in cell} == {"-"}
-    assert rows == [["badnet_sq", "none", score["teacher"], score["zskt"]], ["badnet_sq", "sv", "", score["zskt+sv"]]]
+    assert rows == [
+        ["badnet_sq", "none", score["teacher"], score["zskt"]],
+        ["badnet_sq", "sv", "", score["zskt+sv"]],
+    ]
     assert csv.read_text().splitlines() == [",".join(row) for row in (heading, *rows)]
     assert score["zskt+sv"].replace("/", " / ") in " ".join(out.split())
 
@@ -440,7 +538,9 @@ def test_a_job_shows_its_most_defended_student(tmp_path, labels, shown):
     for number, label in enumerate(labels):
         folder = tmp_path / "seed0" / label
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"label": label, "seed": 0, "acc": number / 10, "asr": number / 20}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"label": label, "seed": 0, "acc": number / 10, "asr": number / 20})
+        )
     at = labels.index(shown)
     assert studies._scores(tmp_path) == {"label": shown, "acc": at / 10, "asr": at / 20}
 
@@ -454,14 +554,18 @@ def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
 
 
 def start_node(*words):
-    """A Ray node in a process group of its own. Ray gives a node 30 seconds, which a busy machine may not grant at once."""
+    """A Ray node in a process group of its own. Ray gives a node 30 seconds, which a
+    busy machine may not grant at once.
+    """
     ray = Path(sys.executable).with_name("ray")
     for _ in range(3):
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the node writes to it for as long as it lives)
         node = subprocess.Popen(
             [ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *words],
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         while node.poll() is None:
             log.seek(0)
             if "Ray runtime started" in (told := log.read()):
@@ -472,7 +576,9 @@ def start_node(*words):
 
 
 def stop_node(node):
-    """Kill all that belongs to the node, as a machine that fails would, and nobody else's Ray."""
+    """Kill all that belongs to the node, as a machine that fails would, and nobody
+    else's Ray.
+    """
     try:
         family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -485,7 +591,9 @@ def stop_node(node):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes on this machine: a head, and a second one that the last of the tests kills; (address, the second one)."""
+    """Two nodes on this machine: a head, and a second one that the last of the tests
+    kills; (address, the second one).
+    """
     pytest.importorskip("ray", reason="the extra ray is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -540,7 +648,11 @@ def test_ray_errors_are_one_sentence(tmp_path):
 def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path):
     path, out = study_file(tmp_path, grid={"x": [1, 2]}), tmp_path / "out"
     done = subprocess.run(
-        command(path, "--out", out, "--dry-run", "--slots", 2), capture_output=True, text=True, timeout=60, check=True
+        command(path, "--out", out, "--dry-run", "--slots", 2),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert "2 jobs and 0 shared teachers, 2 to run, 2 at a time" in done.stdout
     assert "no estimate" in done.stdout
@@ -550,7 +662,9 @@ def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path):
     for number, seconds in enumerate((30, 50)):
         other = tmp_path / "past" / "jobs" / str(number)
         other.mkdir(parents=True)
-        (other / "status.json").write_text(json.dumps({"state": "done", "notebook": "trivial", "seconds": seconds}))
+        (other / "status.json").write_text(
+            json.dumps({"state": "done", "notebook": "trivial", "seconds": seconds})
+        )
     assert studies.estimate(study, out, 2) == (2, 40)
 
 
@@ -562,7 +676,9 @@ def test_the_live_table_shows_jobs_at_work_first_and_what_failed(notebook):
         {"state": "running", "seconds": 30.0},
         {"state": "waiting"},
     ]
-    frame = studies._frame(study, {job.key: state for job, state in zip(study.jobs, states, strict=True)})
+    frame = studies._frame(
+        study, {job.key: state for job, state in zip(study.jobs, states, strict=True)}
+    )
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(studies.render(frame, "Study"))
     title, _, *lines = [line.rstrip() for line in console.export_text().splitlines()]
@@ -581,14 +697,18 @@ def test_bad_arguments_are_one_sentence_and_exit_code_2(notebook, tmp_path):
         ((path, "--slots", 0), "--slots is above 0"),
         ((tmp_path / "none.yaml",), "there is no study"),
     ):
-        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command(*words), capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 2
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "notebooks" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+    "path",
+    sorted((Path(__file__).parents[1] / "notebooks" / "studies").glob("*.yaml")),
+    ids=lambda p: p.stem,
 )
 def test_the_studies_that_are_shipped_can_be_read(path):
     study = studies.read_study(path)

@@ -20,15 +20,27 @@ def trained(wrn, digits):
 
     def run(images=None, labels=None, **settings):
         model = wrn(seed=0)
-        images, labels = digits.train_images if images is None else images, digits.train_labels if labels is None else labels
-        return model, list(train(model, images, labels, **{"batch_size": 20, "epochs": 2, "device": "cpu", **settings}))
+        images, labels = (
+            digits.train_images if images is None else images,
+            digits.train_labels if labels is None else labels,
+        )
+        return model, list(
+            train(
+                model,
+                images,
+                labels,
+                **{"batch_size": 20, "epochs": 2, "device": "cpu", **settings},
+            )
+        )
 
     return run
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
 def test_it_learns(trained, digits, schedule):
-    model, steps = trained(epochs=8, schedule=schedule, exam=Exam.of(digits.test_images, digits.test_labels))
+    model, steps = trained(
+        epochs=8, schedule=schedule, exam=Exam.of(digits.test_images, digits.test_labels)
+    )
     assert steps[-1].losses["cross_entropy"] < 0.3 * steps[0].losses["cross_entropy"]
     assert steps[-1].acc > 0.6, "chance is .1"
     assert not model.training
@@ -50,23 +62,35 @@ def test_no_exam_at_all(trained):
 
 def test_the_seed_decides_everything(trained):
     runs = [trained(seed=seed, shift=1, flip=True)[0] for seed in (0, 0, 1)]
-    same = [all(torch.equal(a, b) for a, b in zip(weights(runs[0]), weights(run), strict=True)) for run in runs]
+    same = [
+        all(torch.equal(a, b) for a, b in zip(weights(runs[0]), weights(run), strict=True))
+        for run in runs
+    ]
     assert same == [True, True, False]
 
 
 def test_an_exam_changes_no_number(trained, digits):
-    plain, examined = trained()[0], trained(exam=Exam.of(digits.test_images, digits.test_labels), exam_every=1)[0]
+    plain, examined = (
+        trained()[0],
+        trained(exam=Exam.of(digits.test_images, digits.test_labels), exam_every=1)[0],
+    )
     assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(examined), strict=True))
 
 
-@pytest.mark.parametrize("changed", [{"schedule": "onecycle"}, {"shift": 1}, {"flip": True}, {"lr": 0.01}, {"momentum": 0.0}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"schedule": "onecycle"}, {"shift": 1}, {"flip": True}, {"lr": 0.01}, {"momentum": 0.0}],
+)
 def test_every_option_has_an_effect(trained, changed):
     plain, other = trained()[0], trained(**changed)[0]
     assert not torch.equal(plain.fc.weight, other.fc.weight)
 
 
 def test_onecycle_keeps_the_momentum_that_was_asked_for(trained):
-    low, high = trained(schedule="onecycle", momentum=0.1)[0], trained(schedule="onecycle", momentum=0.9)[0]
+    low, high = (
+        trained(schedule="onecycle", momentum=0.1)[0],
+        trained(schedule="onecycle", momentum=0.9)[0],
+    )
     assert not torch.equal(low.fc.weight, high.fc.weight)
 
 
@@ -74,7 +98,9 @@ def test_the_learning_rate_ends_at_zero(wrn, digits):
     """The last epoch of a cosine moves the weights far less than the first."""
     model, at = wrn(seed=0), []
     at.append(model.fc.weight.clone())
-    for _ in train(model, digits.train_images, digits.train_labels, epochs=10, batch_size=50, device="cpu"):
+    for _ in train(
+        model, digits.train_images, digits.train_labels, epochs=10, batch_size=50, device="cpu"
+    ):
         at.append(model.fc.weight.detach().clone())
     moved = [(b - a).norm() for a, b in pairwise(at)]
     assert moved[-1] < 0.1 * moved[0]
@@ -93,7 +119,9 @@ def test_global_random_numbers_are_untouched(trained):
 
 def test_closing_the_stream_leaves_a_model_to_use(wrn, digits):
     model = wrn(seed=0)
-    stream = train(model, digits.train_images, digits.train_labels, epochs=5, batch_size=50, device="cpu")
+    stream = train(
+        model, digits.train_images, digits.train_labels, epochs=5, batch_size=50, device="cpu"
+    )
     next(stream)
     stream.close()
     assert not model.training
@@ -124,7 +152,8 @@ for channels, shift in ((1, 0), (1, 1), (3, 1)):
     images = torch.rand(64, channels, 8, 8, generator=rng)
     for width in (2, 4, 6):
         model = build("wrn-10-1", channels=channels, width=width)
-        for step in train(model, images, labels, epochs=20, batch_size=32, shift=shift, device="cpu"):
+        stream = train(model, images, labels, epochs=20, batch_size=32, shift=shift, device="cpu")
+        for step in stream:
             pass
 print("survived", step.losses)
 """
@@ -132,7 +161,11 @@ print("survived", step.losses)
 
 @pytest.mark.slow
 def test_narrow_networks_do_not_corrupt_memory():
-    """oneDNN issue 6035: a strided 1x1 convolution of few channels writes past its workspace when channels come last."""
-    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=120)
+    """oneDNN issue 6035: a strided 1x1 convolution of few channels writes past its
+    workspace when channels come last.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert "survived" in done.stdout

@@ -37,17 +37,23 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), sides, sides)
 
 
 def pictures(shape, seed=0):
-    """Random images, with a pure black and a pure white row, where ranges are easily left."""
+    """Random images, with a pure black and a pure white row, where ranges are easily
+    left.
+    """
     images = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     images[..., 0, :], images[..., -1, :] = 0, 1
     return images
 
 
 def ready(name, shape, seed=1):
-    """The named trigger for images of this shape; an optimised one gets a random pattern."""
+    """The named trigger for images of this shape; an optimised one gets a random
+    pattern.
+    """
     channels, height, width = shape[1:]
     rng = torch.Generator().manual_seed(seed)
-    sides = {"trojan_3x3": (3, 3), "trojan_8x8": (8, 8), "smooth": (3, 3)}.get(name, (height, width))
+    sides = {"trojan_3x3": (3, 3), "trojan_8x8": (8, 8), "smooth": (3, 3)}.get(
+        name, (height, width)
+    )
     low = -1 if name == "l0_inv" else -40 if name in ("l2_inv", "smooth") else 0
     levels = torch.randint(low, 41, (channels, *sides), generator=rng)
     if name == "l0_inv":  # most pixels stay as they are
@@ -83,19 +89,33 @@ class TestEveryTrigger:
         one_by_one = torch.cat([trigger(image[None]) for image in images])
         assert torch.equal(trigger(images), one_by_one)
 
-    @given(name=st.sampled_from(PATCHES), shape=shapes, corner=st.sampled_from(CORNERS), margin=st.integers(0, 3))
+    @given(
+        name=st.sampled_from(PATCHES),
+        shape=shapes,
+        corner=st.sampled_from(CORNERS),
+        margin=st.integers(0, 3),
+    )
     @settings(max_examples=100, deadline=None)
     def test_a_patch_twice_is_the_patch_and_touches_nothing_else(self, name, shape, corner, margin):
         trigger = Trigger(name, {"size": 4, "corner": corner, "margin": margin})
         images = pictures(shape)
         out = trigger(images)
         assert torch.equal(trigger(out), out)
-        rows = slice(margin, margin + 4) if "top" in corner else slice(shape[2] - margin - 4, shape[2] - margin)
-        cols = slice(margin, margin + 4) if "left" in corner else slice(shape[3] - margin - 4, shape[3] - margin)
+        rows = (
+            slice(margin, margin + 4)
+            if "top" in corner
+            else slice(shape[2] - margin - 4, shape[2] - margin)
+        )
+        cols = (
+            slice(margin, margin + 4)
+            if "left" in corner
+            else slice(shape[3] - margin - 4, shape[3] - margin)
+        )
         inside = torch.zeros(shape[2:], dtype=torch.bool)
         inside[rows, cols] = True
         assert torch.equal(out[..., ~inside], images[..., ~inside])
-        assert (out[..., inside] == out[:1, :1, inside]).all()  # the same patch in every image and channel
+        # the same patch in every image and channel
+        assert (out[..., inside] == out[:1, :1, inside]).all()
 
 
 class TestPatches:
@@ -132,7 +152,9 @@ class TestBlend:
     def test_by_hand(self):
         noise = torch.rand((3, 8, 8), generator=torch.Generator().manual_seed(7))
         images = pictures((2, 3, 8, 8))
-        assert torch.allclose(blend(images, alpha=0.25, pattern_seed=7), 0.75 * images + 0.25 * noise)
+        assert torch.allclose(
+            blend(images, alpha=0.25, pattern_seed=7), 0.75 * images + 0.25 * noise
+        )
 
     def test_the_ends_of_alpha(self):
         images = pictures((2, 3, 8, 8))
@@ -173,7 +195,9 @@ class TestWatermark:
         marked = (trojan_wm(torch.zeros(1, 1, *shape[2:]), alpha=1.0) > 0)[0, 0]
         assert torch.equal(out[..., ~marked], images[..., ~marked])
         assert (out[..., marked] > images[..., marked]).all()
-        assert torch.allclose(out[..., marked], (1 - alpha) * images[..., marked] + alpha, atol=1e-6)
+        assert torch.allclose(
+            out[..., marked], (1 - alpha) * images[..., marked] + alpha, atol=1e-6
+        )
         assert 0.05 < marked.float().mean() < 0.75
 
     def test_white_stays_white(self):
@@ -190,7 +214,9 @@ class TestTrojanPatch:
 
     def test_each_channel_has_its_own_levels(self):
         levels = torch.tensor([255, 0, 51])[:, None, None].expand(3, 3, 3)
-        assert trojan_3x3(grey(channels=3), pattern=pack(levels))[0, :, -1, -1].tolist() == pytest.approx([1, 0, 0.2])
+        assert trojan_3x3(grey(channels=3), pattern=pack(levels))[
+            0, :, -1, -1
+        ].tolist() == pytest.approx([1, 0, 0.2])
 
 
 class TestCL:
@@ -204,7 +230,12 @@ class TestCL:
 
     def test_the_margin(self):
         assert cl(grey(), size=1, margin=1).argwhere()[:, 2:].shape[0] == 64
-        assert (cl(grey(), size=1, margin=1) == 1).nonzero()[:, 2:].tolist() == [[1, 1], [1, 6], [6, 1], [6, 6]]
+        assert (cl(grey(), size=1, margin=1) == 1).nonzero()[:, 2:].tolist() == [
+            [1, 1],
+            [1, 6],
+            [6, 1],
+            [6, 6],
+        ]
 
 
 class TestAdditive:
@@ -228,7 +259,10 @@ class TestAdditive:
         for y in range(6):
             for x in range(9):
                 expected = sum(
-                    levels[0, u, v].item() / 255 * math.cos(math.pi * (y + 0.5) * u / 6) * math.cos(math.pi * (x + 0.5) * v / 9)
+                    levels[0, u, v].item()
+                    / 255
+                    * math.cos(math.pi * (y + 0.5) * u / 6)
+                    * math.cos(math.pi * (x + 0.5) * v / 9)
                     for u in range(2)
                     for v in range(2)
                 )
@@ -245,7 +279,11 @@ class TestAdditive:
 
 
 class TestPatterns:
-    @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), low=st.integers(-32767, 0), high=st.integers(0, 32767))
+    @given(
+        shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+        low=st.integers(-32767, 0),
+        high=st.integers(0, 32767),
+    )
     @settings(max_examples=50, deadline=None)
     def test_pack_and_unpack_are_inverse(self, shape, low, high):
         levels = torch.randint(low, high + 1, shape)
@@ -285,7 +323,10 @@ class TestPatterns:
     def test_without_one_the_error_says_how_to_make_it(self, name):
         assert Trigger(name).needs_pattern
         assert (Trigger("blend") + Trigger(name)).needs_pattern
-        with pytest.raises(ValueError, match=rf"{name} is optimised against a clean model.*abdlab.optimize\('{name}'.*prepare"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} is optimised against a clean model.*abdlab.optimize\('{name}'.*prepare",
+        ):
             Trigger(name)(grey())
         assert not ready(name, (1, 1, 8, 8)).needs_pattern
 
@@ -296,7 +337,10 @@ class TestPatterns:
     @pytest.mark.parametrize("name", sorted(OPTIMISED))
     def test_one_for_other_images_is_an_error(self, name):
         trigger = ready(name, (1, 3, 16, 16))
-        with pytest.raises(ValueError, match=r"optimised for other images: its pattern is 3x.* and the images are 1x16x16"):
+        with pytest.raises(
+            ValueError,
+            match=r"optimised for other images: its pattern is 3x.* and the images are 1x16x16",
+        ):
             trigger(grey(16, 16))
         if name in ("l2_inv", "l0_inv"):
             with pytest.raises(ValueError, match="is 3x16x16, and the images are 3x16x17"):
@@ -335,7 +379,11 @@ class TestNames:
         assert torch.equal((a + b + c)(images), c(b(a(images))))
 
     def test_a_card_goes_through_json(self):
-        trigger = Trigger("badnet_sq", {"size": 3, "corner": "top_left"}) + Trigger("blend", {"alpha": 0.3}) + Trigger("sig")
+        trigger = (
+            Trigger("badnet_sq", {"size": 3, "corner": "top_left"})
+            + Trigger("blend", {"alpha": 0.3})
+            + Trigger("sig")
+        )
         again = trigger_from(json.loads(json.dumps(trigger.card())))
         assert again == trigger
         images = pictures((2, 1, 12, 12))
@@ -354,13 +402,21 @@ class TestNames:
         assert not (Trigger("sig") + Trigger("blend")).clean_label
 
     def test_hints_for_wrong_names(self):
-        with pytest.raises(ValueError, match="unknown trigger 'badnet_sqr': did you mean 'badnet_sq'"):
+        with pytest.raises(
+            ValueError, match="unknown trigger 'badnet_sqr': did you mean 'badnet_sq'"
+        ):
             Trigger("badnet_sqr")
-        with pytest.raises(ValueError, match="unknown parameter of blend 'alfa': did you mean 'alpha'"):
+        with pytest.raises(
+            ValueError, match="unknown parameter of blend 'alfa': did you mean 'alpha'"
+        ):
             Trigger("blend", {"alfa": 0.1})
-        with pytest.raises(ValueError, match="unknown corner 'bottom_rigth': did you mean 'bottom_right'"):
+        with pytest.raises(
+            ValueError, match="unknown corner 'bottom_rigth': did you mean 'bottom_right'"
+        ):
             Trigger("badnet_sq", {"corner": "bottom_rigth"})(grey())
-        with pytest.raises(ValueError, match="unknown key of a trigger's card 'parms': did you mean 'params'"):
+        with pytest.raises(
+            ValueError, match="unknown key of a trigger's card 'parms': did you mean 'params'"
+        ):
             trigger_from({"name": "blend", "parms": {}})
 
     def test_a_card_without_a_name_is_an_error(self):

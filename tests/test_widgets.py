@@ -14,7 +14,14 @@ from abdlab import batch
 from abdlab.checkpoint import load_state, read_card, read_weights
 from abdlab.presets import Settings, settings
 from abdlab.runs import Run, distilled, poisoned_teacher, prepare
-from abdlab.widgets import DefenceTuner, RunBrowser, SampleExplorer, TriggerDesigner, Workbench, looks
+from abdlab.widgets import (
+    DefenceTuner,
+    RunBrowser,
+    SampleExplorer,
+    TriggerDesigner,
+    Workbench,
+    looks,
+)
 from abdlab.widgets import worker as workers
 
 TINY = {
@@ -95,7 +102,9 @@ def until(condition, seconds=60):
 
 
 def hold(tuner, at):
-    """Pause the run once it has done ``at`` steps: it waits there, however busy the machine is."""
+    """Pause the run once it has done ``at`` steps: it waits there, however busy the
+    machine is.
+    """
 
     def watch(change):
         if change["new"] == at:
@@ -153,7 +162,10 @@ class TestTriggerDesigner:
     def test_a_data_set_that_is_not_there_is_one_sentence(self, designer, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         designer.dataset.value = "cifar10"
-        assert "cifar10" in designer.trouble.sentence.lower() or "cifar-10" in designer.trouble.sentence.lower()
+        assert (
+            "cifar10" in designer.trouble.sentence.lower()
+            or "cifar-10" in designer.trouble.sentence.lower()
+        )
         assert designer.picture.png == b""
         assert designer.hand_button.disabled
         designer.dataset.value = "digits"
@@ -180,14 +192,19 @@ class TestDefenceTuner:
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
-        _, metrics = distilled(root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+sr")
+        _, metrics = distilled(
+            root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+sr"
+        )
         same = ("acc", "asr", "defenses", "threads")
         ours = Run(root / "seed0" / tuner.folder)
         assert {k: ours.metrics[k] for k in same} == {k: metrics[k] for k in same}
         theirs = Run(root / "seed0" / "zskt+sv+sr")
         a, b = (read_weights(r.file("student.safetensors"))[0] for r in (ours, theirs))
         assert all(torch.equal(a[k], b[k]) for k in b)
-        both = [r.history().set_index("step").drop(columns=["seconds", "events"]).loc[[8]] for r in (ours, theirs)]
+        both = [
+            r.history().set_index("step").drop(columns=["seconds", "events"]).loc[[8]]
+            for r in (ours, theirs)
+        ]
         assert both[0].equals(both[1])
 
     @pytest.mark.slow
@@ -208,7 +225,9 @@ class TestDefenceTuner:
         tuner.branch()  # stops the paused run
         assert tuner.state == "stopped"
         assert history.metrics["stopped_at"] == 5
-        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 3 on" in str(history.history()["events"].tolist())
+        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 3 on" in str(
+            history.history()["events"].tolist()
+        )
         assert history.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3]]
 
         tuner.unobserve_all("step")
@@ -223,7 +242,11 @@ class TestDefenceTuner:
 
         # and the first one goes on to its own end
         tuner.find()
-        tuner.origin.value = next(o for _, o in tuner.origin.options if o.folder == "zskt+sv+sr@1" and o.checkpoint is None)
+        tuner.origin.value = next(
+            o
+            for _, o in tuner.origin.options
+            if o.folder == "zskt+sv+sr@1" and o.checkpoint is None
+        )
         assert tuner.alpha.value == 0.3
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
@@ -238,8 +261,12 @@ class TestDefenceTuner:
             ours = Run(root / "seed0" / folder).metrics
             assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
 
-    def test_what_is_turned_while_the_teacher_is_made_ready_counts_or_is_turned_back(self, tuner, root, monkeypatch):
-        """As does a value that the page sends late: a slider sends its latest once the kernel has answered the one before."""
+    def test_what_is_turned_while_the_teacher_is_made_ready_counts_or_is_turned_back(
+        self, tuner, root, monkeypatch
+    ):
+        """As does a value that the page sends late: a slider sends its latest once the
+        kernel has answered the one before.
+        """
         turned = threading.Event()
 
         def slow(*args, **more):
@@ -259,7 +286,9 @@ class TestDefenceTuner:
         run = Run(root / "seed0" / tuner.folder)
         assert run.config["sv"]["alpha"] == 0.3
         assert (run.config["sv"]["layers"], run.config["sr"]["start"]) == (layers, began)
-        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 0 on" in str(run.history()["events"].tolist())
+        assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 0 on" in str(
+            run.history()["events"].tolist()
+        )
 
         tuner.layers.value = layers + 1  # of the next run
         assert tuner.layers.value == layers + 1
@@ -273,7 +302,9 @@ class TestDefenceTuner:
         tuner.stop()
         until(lambda: tuner.state == "stopped")
         run = Run(root / "seed0" / tuner.folder)
-        assert run.metrics["stopped_at"] == read_card(run.file("checkpoint.safetensors"))["index"] == 2
+        assert (
+            run.metrics["stopped_at"] == read_card(run.file("checkpoint.safetensors"))["index"] == 2
+        )
         assert run.history()["acc"].notna().sum() == 1
         until(lambda: not tuner.worker.alive())
         assert tuner.start_button.description == "Go on"
@@ -329,7 +360,14 @@ class TestDefenceTuner:
         assert "branch off earlier" in tuner.trouble.sentence
 
     def test_takes_another_attack_into_a_folder_of_its_own(self, tuner, root):
-        tuner.use({"attack.trigger": "blend", "attack.params": {"alpha": 0.3}, "attack.rate": 0.2, "attack.target": 1})
+        tuner.use(
+            {
+                "attack.trigger": "blend",
+                "attack.params": {"alpha": 0.3},
+                "attack.rate": 0.2,
+                "attack.target": 1,
+            }
+        )
         assert tuner.root.parent == root
         assert tuner.root.name.startswith("blend-")
         assert str(tuner.chosen.trigger) == "blend"
@@ -360,7 +398,14 @@ class TestSampleExplorer:
 
     def test_opens_a_run_with_all_its_numbers(self, explorer):
         assert explorer.run.value == "seed0/zskt+sv+sr@1"
-        assert list(explorer.table) == ["step", "index", "class", "suspicion", "disagreement", "confidence"]
+        assert list(explorer.table) == [
+            "step",
+            "index",
+            "class",
+            "suspicion",
+            "disagreement",
+            "confidence",
+        ]
         assert explorer.table["disagreement"].notna().all()
         assert all(p.png for p in (explorer.grid, explorer.histogram, explorer.detail))
 
@@ -389,7 +434,11 @@ class TestSampleExplorer:
         explorer.histogram.pick("brush", left, 0.5, (left + right) / 2, 0.6)
         middle = sum(explorer._limits) / 2
         scores = explorer.table["suspicion"]
-        assert set(scores.index[scores < middle - 0.02]) <= set(explorer.selected) <= set(scores.index[scores < middle + 0.02])
+        assert (
+            set(scores.index[scores < middle - 0.02])
+            <= set(explorer.selected)
+            <= set(scores.index[scores < middle + 0.02])
+        )
         explorer.clear()
         assert explorer.selected == []
         explorer.tail()
@@ -400,7 +449,13 @@ class TestSampleExplorer:
         explorer.draw_map()
         places = explorer._on_picture()
         assert ((places > 0) & (places < 1)).all()
-        explorer.map.pick("brush", places[0][0] - 1e-6, places[0][1] - 1e-6, places[0][0] + 1e-6, places[0][1] + 1e-6)
+        explorer.map.pick(
+            "brush",
+            places[0][0] - 1e-6,
+            places[0][1] - 1e-6,
+            places[0][0] + 1e-6,
+            places[0][1] + 1e-6,
+        )
         assert int(explorer._mapped[0]) in explorer.selected
         explorer.map.pick("click", *places[5])
         assert explorer.enlarged == explorer._mapped[5]
@@ -425,7 +480,10 @@ class TestSampleExplorer:
         shutil.copytree(finished, tmp_path / "r")
         (tmp_path / "r/seed0/zskt+sv+sr@1/checkpoint.safetensors").write_bytes(b"no")
         broken = SampleExplorer(tmp_path / "r", "cpu")
-        assert "not a whole safetensors file" in broken.trouble.sentence or broken.run.value != "seed0/zskt+sv+sr@1"
+        assert (
+            "not a whole safetensors file" in broken.trouble.sentence
+            or broken.run.value != "seed0/zskt+sv+sr@1"
+        )
 
 
 class TestRunBrowser:
@@ -437,7 +495,10 @@ class TestRunBrowser:
         return RunBrowser(tmp_path / "r")
 
     def test_says_how_to_get_a_run(self, tmp_path):
-        assert "No runs yet: run 01_poisoning, or press Start" in RunBrowser(tmp_path / "none").note.value
+        assert (
+            "No runs yet: run 01_poisoning, or press Start"
+            in RunBrowser(tmp_path / "none").note.value
+        )
 
     def test_lists_and_filters(self, browser):
         names = [row["id"] for row in browser.rows.rows]
@@ -452,7 +513,14 @@ class TestRunBrowser:
     def test_two_runs_side_by_side(self, browser):
         browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+sr@1"]
         assert len(browser.sides.children) == 2
-        text = str([child.value for side in browser.sides.children for child in side.children if hasattr(child, "value")])
+        text = str(
+            [
+                child.value
+                for side in browser.sides.children
+                for child in side.children
+                if hasattr(child, "value")
+            ]
+        )
         assert "Settings that differ" in text
 
     def test_deletes_only_after_asking(self, browser):
@@ -526,7 +594,9 @@ class TestLooks:
 
         images = torch.zeros(3, 1, 2, 2)
         images[1] = 1
-        pixels = np.asarray(Image.open(io.BytesIO(looks.mosaic([images], side=4, gap=1, marks={2: "#ff0000"}))))
+        pixels = np.asarray(
+            Image.open(io.BytesIO(looks.mosaic([images], side=4, gap=1, marks={2: "#ff0000"})))
+        )
         assert pixels.shape == (6, 16, 4)
         assert pixels[2, 2].tolist() == [0, 0, 0, 255]
         assert pixels[2, 7].tolist() == [255, 255, 255, 255]
@@ -540,7 +610,9 @@ class TestLooks:
 
 
 class TestSettingsTakenAlong:
-    @pytest.mark.parametrize("overrides", [{}, TINY, {"attack.trigger": "blend"}, {"sv.alpha": [[0, 0.5], [3, 0.1]]}])
+    @pytest.mark.parametrize(
+        "overrides", [{}, TINY, {"attack.trigger": "blend"}, {"sv.alpha": [[0, 0.5], [3, 0.1]]}]
+    )
     def test_overrides_make_the_same_settings_again(self, overrides):
         made = settings("quick/digits", overrides)
         assert settings("quick/digits", made.overrides()).values == made.values
@@ -553,4 +625,10 @@ class TestSettingsTakenAlong:
 
 def test_the_scripts_come_with_the_package():
     folder = Path(looks.__file__).parent
-    assert {p.name for p in folder.glob("*.[jc]s*")} == {"copy.js", "page.css", "page.js", "picture.js", "rows.js"}
+    assert {p.name for p in folder.glob("*.[jc]s*")} == {
+        "copy.js",
+        "page.css",
+        "page.js",
+        "picture.js",
+        "rows.js",
+    }

@@ -2,9 +2,22 @@
 
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.self_retrospection import SelfRetrospection
-from abdlab.defenses.shuffling_vaccine import ShuffledTeacher, ShufflingVaccine, VaccineNotFound, suspicion
+from abdlab.defenses.shuffling_vaccine import (
+    ShuffledTeacher,
+    ShufflingVaccine,
+    VaccineNotFound,
+    suspicion,
+)
 
 #: name -> class, as presets and parameter cells name them
 DEFENSES = {"sv": ShufflingVaccine, "sr": SelfRetrospection}
 
-__all__ = ["DEFENSES", "Defense", "SelfRetrospection", "ShuffledTeacher", "ShufflingVaccine", "VaccineNotFound", "suspicion"]
+__all__ = [
+    "DEFENSES",
+    "Defense",
+    "SelfRetrospection",
+    "ShuffledTeacher",
+    "ShufflingVaccine",
+    "VaccineNotFound",
+    "suspicion",
+]

@@ -24,4 +24,17 @@ SOURCES = {
     "mixed": Mixed,
 }
 
-__all__ = ["CMI", "DAFL", "DFAD", "DFQ", "OOD", "SOURCES", "ZSKT", "Batch", "CleanKD", "DeepInversion", "Mixed", "Source"]
+__all__ = [
+    "CMI",
+    "DAFL",
+    "DFAD",
+    "DFQ",
+    "OOD",
+    "SOURCES",
+    "ZSKT",
+    "Batch",
+    "CleanKD",
+    "DeepInversion",
+    "Mixed",
+    "Source",
+]

@@ -1,4 +1,6 @@
-"""Clean KD: the baseline that sees real, clean data. Its student's ASR is the floor to compare a defence with."""
+"""Clean KD: the baseline that sees real, clean data. Its student's ASR is the floor to
+compare a defence with.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,23 @@ from abdlab.sources.source import Batch, Source
 
 
 class CleanKD(Source):
-    """Hinton's distillation (arXiv 1503.02531) on a share of the clean training data, as in the ABD paper's baseline.
+    """Hinton's distillation (arXiv 1503.02531) on a share of the clean training data,
+    as in the ABD paper's baseline.
 
-    Loss: alpha x T^2 x KL(T || S at temperature T, mean over the batch) + (1 - alpha) x cross-entropy.
+    Loss: alpha x T^2 x KL(T || S at temperature T, mean over the batch) + (1 - alpha) x
+    cross-entropy.
 
     Args:
         images, labels: the clean training set, (N, C, H, W) in [0, 1] and (N,).
         share: random part of it that is used (paper: .2).
         epochs: passes over that part.
-        batch_size, lr, momentum, weight_decay: SGD with Nesterov momentum, cosine to 0 per step.
+        batch_size, lr, momentum, weight_decay: SGD with Nesterov momentum, cosine to 0
+            per step.
         temperature, alpha: paper: 6 and .95.
         shift, flip: augmentation, as in the data set's own fields.
 
-    Deviation: the official run normalises with a wrong std and keeps the learning rate constant; this baseline is meant
-    to be fair, so it does neither.
+    Deviation: the official run normalises with a wrong std and keeps the learning rate
+    constant; this baseline is meant to be fair, so it does neither.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class CleanKD(Source):
         if not 0 < share <= 1:
             raise ValueError(f"share is the used part of the clean data, in (0, 1], not {share}")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha weighs distillation against the labels, in [0, 1], not {alpha}")
+            raise ValueError(
+                f"alpha weighs distillation against the labels, in [0, 1], not {alpha}"
+            )
         self.images, self.labels, self.share = images, labels, share
         self.epochs, self.batch_size = epochs, min(batch_size, max(1, round(share * len(labels))))
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
@@ -72,7 +79,9 @@ class CleanKD(Source):
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
-        self.pool = torch.randperm(len(self.labels), generator=self.rng)[: max(1, round(self.share * len(self.labels)))]
+        self.pool = torch.randperm(len(self.labels), generator=self.rng)[
+            : max(1, round(self.share * len(self.labels)))
+        ]
         self.order, self.position = self.pool[:0], self.per_epoch
 
     def optimizer(self, student):
@@ -81,8 +90,14 @@ class CleanKD(Source):
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         if self.position == self.per_epoch:
-            self.order, self.position = self.pool[torch.randperm(len(self.pool), generator=self.rng)], 0
-        chosen = deliver(self.order[self.position * self.batch_size : (self.position + 1) * self.batch_size], self.labels.device)
+            self.order, self.position = (
+                self.pool[torch.randperm(len(self.pool), generator=self.rng)],
+                0,
+            )
+        chosen = deliver(
+            self.order[self.position * self.batch_size : (self.position + 1) * self.batch_size],
+            self.labels.device,
+        )
         self.position += 1
         images = augment(self.images[chosen], self.shift, self.flip, self.rng).to(self.device)
         with torch.no_grad():
@@ -92,11 +107,24 @@ class CleanKD(Source):
     def student_loss(self, batch: Batch):
         logits = self.student(batch.images)
         kd = self.alpha * self.temperature**2 * kl(batch.logits, logits, self.temperature)
-        return logits, kd, {"cross_entropy": (1 - self.alpha) * F.cross_entropy(logits, batch.labels)}
+        return (
+            logits,
+            kd,
+            {"cross_entropy": (1 - self.alpha) * F.cross_entropy(logits, batch.labels)},
+        )
 
     def state(self):
-        return {**super().state(), "pool": self.pool, "order": self.order, "position": self.position}
+        return {
+            **super().state(),
+            "pool": self.pool,
+            "order": self.order,
+            "position": self.position,
+        }
 
     def restore(self, state):
         super().restore(state)
-        self.pool, self.order, self.position = state["pool"].cpu(), state["order"].cpu(), state["position"]
+        self.pool, self.order, self.position = (
+            state["pool"].cpu(),
+            state["order"].cpu(),
+            state["position"],
+        )

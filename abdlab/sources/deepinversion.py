@@ -1,4 +1,6 @@
-"""DeepInversion (Yin et al., CVPR 2020, arXiv 1912.08795): pixels are changed until the teacher takes them for its training data."""
+"""DeepInversion (Yin et al., CVPR 2020, arXiv 1912.08795): pixels are changed until the
+teacher takes them for its training data.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from abdlab.sources.pooled import Pooled
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over the batch of (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; a scalar in [0, log 2] nats.
+    """Mean over the batch of (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; a
+    scalar in [0, log 2] nats.
 
     Args:
         temperature: divides both logits (B, classes) first.
@@ -28,7 +31,9 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0)
 
 
 class _Pixels(nn.Module):
-    """Images as parameters, in normalised units; each pass first brings them back to what lies in [0, 1]."""
+    """Images as parameters, in normalised units; each pass first brings them back to
+    what lies in [0, 1].
+    """
 
     def __init__(self, start: Tensor, mean: Tensor, std: Tensor):
         super().__init__()
@@ -41,26 +46,34 @@ class _Pixels(nn.Module):
 
 
 class DeepInversion(Pooled):
-    """Per round Adam changes the pixels of one batch, from Gaussian noise on; the batch joins the pool and the student learns.
+    """Per round Adam changes the pixels of one batch, from Gaussian noise on; the batch
+    joins the pool and the student learns.
 
-    Their loss: ``one_hot`` x cross-entropy with random targets + ``batch_norm`` x the batch-norm statistics loss + ``tv`` x total
-    variation + ``l2`` x the norm of the batch, the last two in normalised units. With ``compete`` (adaptive DeepInversion) +
-    compete x (1 - :func:`jensen_shannon`): images on which teacher and student differ. The networks see the batch rolled by up
-    to ``jitter`` pixels and, with ``flip``, mirrored at random, anew in each step; the student is in eval mode there.
+    Their loss: ``one_hot`` x cross-entropy with random targets + ``batch_norm`` x the
+    batch-norm statistics loss + ``tv`` x total variation + ``l2`` x the norm of the
+    batch, the last two in normalised units. With ``compete`` (adaptive DeepInversion) +
+    compete x (1 - :func:`jensen_shannon`): images on which teacher and student differ.
+    The networks see the batch rolled by up to ``jitter`` pixels and, with ``flip``,
+    mirrored at random, anew in each step; the student is in eval mode there.
 
     Args:
-        shape, rounds, synthesis_steps, kd_steps, synthesis_batch, batch_size, pool, lr, momentum, weight_decay, temperature,
-            batch_norm, one_hot, shift, flip: see :class:`~abdlab.sources.pooled.Pooled`. The paper makes 1,000 batches, in its
-            adaptive form one every 50 student steps (as 256,000 images of 3x32x32 the pool has 786 MB); ``shift`` is only for
-            what the student learns from.
-        pixel_lr: Adam, in normalised units (those of the teacher's own :class:`~abdlab.models.Normalize`, or .5 and .25).
+        shape, rounds, synthesis_steps, kd_steps, synthesis_batch, batch_size, pool, lr,
+            momentum, weight_decay, temperature, batch_norm, one_hot, shift, flip: see
+            :class:`~abdlab.sources.pooled.Pooled`. The paper makes 1,000 batches, in
+            its adaptive form one every 50 student steps (as 256,000 images of 3x32x32
+            the pool has 786 MB); ``shift`` is only for what the student learns from.
+        pixel_lr: Adam, in normalised units (those of the teacher's own
+            :class:`~abdlab.models.Normalize`, or .5 and .25).
         tv, l2: weights.
-        compete: weight of the competition term (paper: 0, adaptive 10). compete_temperature: of both logits in it.
+        compete: weight of the competition term (paper: 0, adaptive 10).
+            compete_temperature: of both logits in it.
         jitter: pixels; what leaves the image on one side comes in on the other.
 
-    Deviations: the competition is the paper's divergence, in nats (the code turns its KLs round and clamps probabilities to
-    [.01, .99]); images are kept inside [0, 1] as in the code for ImageNet; the batch of the lowest loss is kept (the code means
-    to, but goes on changing it in place); the student's SGD is CMI's, as the paper's is not published.
+    Deviations: the competition is the paper's divergence, in nats (the code turns its
+    KLs round and clamps probabilities to [.01, .99]); images are kept inside [0, 1] as
+    in the code for ImageNet; the batch of the lowest loss is kept (the code means to,
+    but goes on changing it in place); the student's SGD is CMI's, as the paper's is not
+    published.
     """
 
     def __init__(
@@ -107,17 +120,23 @@ class DeepInversion(Pooled):
         )
         if jitter < 0 or compete_temperature <= 0:
             raise ValueError(
-                f"jitter must not be below 0 pixels, compete_temperature must be above 0, not {jitter} and {compete_temperature}"
+                "jitter must not be below 0 pixels, compete_temperature must be above 0, not"
+                f" {jitter} and {compete_temperature}"
             )
         self.pixel_lr, self.tv, self.l2, self.jitter = pixel_lr, tv, l2, jitter
         self.compete, self.compete_temperature = compete, compete_temperature
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in normalization(teacher, self.shape[0]))
+        self.mean, self.std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1)
+            for v in normalization(teacher, self.shape[0])
+        )
 
     def begin(self):
-        start = deliver(torch.randn(self.synthesis_batch, *self.shape, generator=self.rng), self.device)
+        start = deliver(
+            torch.randn(self.synthesis_batch, *self.shape, generator=self.rng), self.device
+        )
         maker = _Pixels(start, self.mean, self.std)
         return maker, [Adam(maker.parameters(), lr=self.pixel_lr, fused=True)]
 
@@ -134,7 +153,9 @@ class DeepInversion(Pooled):
 
     def _shaken(self, images: Tensor) -> Tensor:
         """The whole batch rolled by one random offset and, half of the times, mirrored."""
-        down, right = torch.randint(-self.jitter, self.jitter + 1, (2,), generator=self.rng).tolist()
+        down, right = torch.randint(
+            -self.jitter, self.jitter + 1, (2,), generator=self.rng
+        ).tolist()
         view = images.roll((down, right), dims=(2, 3))
         mirrored = self.flip and torch.rand((), generator=self.rng) < 0.5
         return view.flip(3) if mirrored else view

@@ -20,27 +20,35 @@ def discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class DFAD(Generated):
-    """The student minimises the l1 distance between its logits and the teacher's; the generator maximises it.
+    """The student minimises the l1 distance between its logits and the teacher's; the
+    generator maximises it.
 
-    ``generator_every`` student steps, each on fresh noise, alternate with one generator step, on fresh noise too. A
-    pseudo-batch here *is* one student step, and every ``generator_every``-th of them begins with a generator step: so
-    the loss "generator" is in every so many Steps only. Both distances are the mean over batch and classes.
+    ``generator_every`` student steps, each on fresh noise, alternate with one generator
+    step, on fresh noise too. A pseudo-batch here *is* one student step, and every
+    ``generator_every``-th of them begins with a generator step: so the loss "generator"
+    is in every so many Steps only. Both distances are the mean over batch and classes.
 
     Args:
         shape: (channels, height, width) of the images.
-        pseudo_batches: length of the run in student steps (official code: 500 epochs of 50 x 5).
+        pseudo_batches: length of the run in student steps (official code: 500 epochs of
+            50 x 5).
         batch_size: images per student step and per generator step.
         generator_every: student steps per generator step.
         student_lr, momentum, weight_decay: of the student's SGD.
         generator_lr: Adam.
-        milestones: shares of the run, in (0, 1], after which both learning rates are x0.1.
+        milestones: shares of the run, in (0, 1], after which both learning rates are
+            x0.1.
         z: noise dimensions. width: of the generator.
-        clip: gradient norm of student and generator; None leaves both, as the official code.
-        mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own.
+        clip: gradient norm of student and generator; None leaves both, as the official
+            code.
+        mean, std: per channel, of the normalisation that the images are emitted in; by
+            default the teacher's own.
 
-    Deviations: the student's batch-norm statistics do not record the generator step's pass (the official loop lets them,
-    so that 1 pass in 6 sees images that the student does not train on). The official loop's first generator step comes one
-    student step later: here a history of every so many Steps, a multiple of ``generator_every``, shows the generator.
+    Deviations: the student's batch-norm statistics do not record the generator step's
+    pass (the official loop lets them, so that 1 pass in 6 sees images that the student
+    does not train on). The official loop's first generator step comes one student step
+    later: here a history of every so many Steps, a multiple of ``generator_every``,
+    shows the generator.
     """
 
     output = "tanh"
@@ -75,7 +83,9 @@ class DFAD(Generated):
             std=std,
         )
         if generator_every < 1:
-            raise ValueError(f"generator_every counts student steps and is at least 1, not {generator_every}")
+            raise ValueError(
+                f"generator_every counts student steps and is at least 1, not {generator_every}"
+            )
         self.generator_every, self.milestones = generator_every, shares_of_run(milestones)
         self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
 

@@ -1,5 +1,5 @@
-"""DFQ's source: Data-Free Network Quantization With Adversarial Knowledge Distillation (Choi et al., CVPR-W 2020,
-arXiv 2005.04136), less the quantization."""
+"""DFQ's source: Data-Free Network Quantization With Adversarial Knowledge Distillation
+(Choi et al., CVPR-W 2020, arXiv 2005.04136), less the quantization."""
 
 from __future__ import annotations
 
@@ -21,38 +21,49 @@ from abdlab.sources.source import Batch
 
 
 def instance_entropy(logits: Tensor) -> Tensor:
-    """Mean over the batch of the entropy, in nats, of each sample's softmaxed logits (B, classes): 0 when all are one-hot."""
+    """Mean over the batch of the entropy, in nats, of each sample's softmaxed logits
+    (B, classes): 0 when all are one-hot.
+    """
     return torch.special.entr(F.softmax(logits, dim=1)).sum(1).mean()
 
 
 class DFQ(Generated):
-    """An adversarial generator that must also respect what the teacher's batch norms remember of its training data.
+    """An adversarial generator that must also respect what the teacher's batch norms
+    remember of its training data.
 
-    Per pseudo-batch the generator minimises -``adversarial`` x KL(T || S) + ``batch_norm`` x distance to the teacher's
-    batch-norm statistics + ``entropy`` x entropy of each prediction - ``balance`` x entropy of the mean prediction, in nats,
-    means over the batch. The student learns T^2 x KL(T || S) at ``temperature``, summed over classes, mean over the batch, on
-    the very same images: generator and teacher run once.
+    Per pseudo-batch the generator minimises -``adversarial`` x KL(T || S) +
+    ``batch_norm`` x distance to the teacher's batch-norm statistics + ``entropy`` x
+    entropy of each prediction - ``balance`` x entropy of the mean prediction, in nats,
+    means over the batch. The student learns T^2 x KL(T || S) at ``temperature``, summed
+    over classes, mean over the batch, on the very same images: generator and teacher
+    run once.
 
     Args:
         shape: (channels, height, width) of the images.
         pseudo_batches: length of the run (200 epochs of 400).
         batch_size: images per pseudo-batch.
-        warmup: share of the run, in [0, 1), at whose start the generator learns without the adversarial term.
-        student_lr, momentum, weight_decay: of the student's SGD with Nesterov momentum, cosine to 0 over the run.
+        warmup: share of the run, in [0, 1), at whose start the generator learns without
+            the adversarial term.
+        student_lr, momentum, weight_decay: of the student's SGD with Nesterov momentum,
+            cosine to 0 over the run.
         generator_lr: Adam with betas .5 and .999, constant.
         z: noise dimensions. width: of the generator.
         adversarial, batch_norm, entropy, balance: weights of the four terms.
         temperature: of the student's loss (paper: 1; the re-implementation below: 20).
         clip: gradient norm of student and generator; None leaves both.
 
-    The paper's code is not public. The weights and sizes are those of the re-implementation that the authors of CMI compare
-    with (arXiv 2105.08584). Deviations from the paper: one generator and one student; statistics are compared by the l2
-    norms of DeepInversion, as there, and not by the divergence of two Gaussians; the student learns during the warm-up
-    too, so that a run has one kind of step. From the re-implementation: it trains the student 10 times, on fresh images,
-    per generator step, and takes the cross-entropy with the predicted class for the entropy.
+    The paper's code is not public. The weights and sizes are those of the
+    re-implementation that the authors of CMI compare with (arXiv 2105.08584).
+    Deviations from the paper: one generator and one student; statistics are compared by
+    the l2 norms of DeepInversion, as there, and not by the divergence of two Gaussians;
+    the student learns during the warm-up too, so that a run has one kind of step. From
+    the re-implementation: it trains the student 10 times, on fresh images, per
+    generator step, and takes the cross-entropy with the predicted class for the
+    entropy.
 
     Raises:
-        ValueError: on :meth:`start`, when ``batch_norm`` is on and the teacher has no batch norm with running statistics.
+        ValueError: on :meth:`start`, when ``batch_norm`` is on and the teacher has no
+            batch norm with running statistics.
     """
 
     output = "sigmoid"
@@ -94,7 +105,12 @@ class DFQ(Generated):
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.warmup, self.temperature = warmup, temperature
         self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
-        self.adversarial, self.batch_norm, self.entropy, self.balance = adversarial, batch_norm, entropy, balance
+        self.adversarial, self.batch_norm, self.entropy, self.balance = (
+            adversarial,
+            batch_norm,
+            entropy,
+            balance,
+        )
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -104,7 +120,9 @@ class DFQ(Generated):
                 pass
 
     def optimize_generator(self):
-        return Adam(self.generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.999), fused=True), None
+        return Adam(
+            self.generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.999), fused=True
+        ), None
 
     def optimizer(self, student):
         optimizer = sgd(student, self.student_lr, self.momentum, self.weight_decay, nesterov=True)
@@ -114,12 +132,17 @@ class DFQ(Generated):
         images = self.generator(self.noise())
         with norm_inputs(self.teacher) if self.batch_norm else nullcontext({}) as inputs:
             logits = self.teacher(images)
-        losses = {"entropy": self.entropy * instance_entropy(logits), "balance": self.balance * class_balance(logits)}
+        losses = {
+            "entropy": self.entropy * instance_entropy(logits),
+            "balance": self.balance * class_balance(logits),
+        }
         if self.batch_norm:
             losses["batch_norm"] = self.batch_norm * batch_norm_loss(self.teacher, inputs)
         if self.adversarial and self.made >= round(self.warmup * self.horizon):
             with frozen(self.student):
-                losses["adversarial"] = self.adversarial * disagreement(logits, self.student(images))
+                losses["adversarial"] = self.adversarial * disagreement(
+                    logits, self.student(images)
+                )
         losses = self.learn(images, logits, losses, defenses)
         self.made += 1
         return Batch(images.detach(), logits.detach(), losses=losses)

@@ -31,23 +31,28 @@ def decay(optimizer: Optimizer, milestones: Sequence[float], steps: int) -> LRSc
 
 
 class Generated(Source):
-    """Base class. A subclass says what its generator minimises and how the student learns, and holds its paper's defaults.
+    """Base class. A subclass says what its generator minimises and how the student
+    learns, and holds its paper's defaults.
 
-    Its ``batch`` draws :meth:`noise`, runs generator and teacher, and hands its own loss terms to :meth:`learn`.
+    Its ``batch`` draws :meth:`noise`, runs generator and teacher, and hands its own
+    loss terms to :meth:`learn`.
 
     Args:
         shape: (channels, height, width) of the images.
         pseudo_batches: length of the run.
         batch_size: images per pseudo-batch.
         generator_lr: of the optimiser that :meth:`optimize_generator` makes.
-        z: noise dimensions. width: of the generator, see :class:`~abdlab.sources.generator.Generator`.
+        z: noise dimensions. width: of the generator, see
+            :class:`~abdlab.sources.generator.Generator`.
         clip: gradient norm of student and generator; None leaves both.
-        mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own
-            :class:`~abdlab.models.Normalize` layer, or 0.5 and 0.25. A generator that emits pixels does not use them.
+        mean, std: per channel, of the normalisation that the images are emitted in; by
+            default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
+            and 0.25. A generator that emits pixels does not use them.
     """
 
     captures = True
-    #: what stands at the generator's end, see :class:`~abdlab.sources.generator.Generator`
+    #: what stands at the generator's end, see
+    #: :class:`~abdlab.sources.generator.Generator`
     output = "batchnorm"
 
     def __init__(
@@ -65,7 +70,10 @@ class Generated(Source):
     ):
         self.shape = image_shape(shape)
         if min(pseudo_batches, z, width) < 1 or batch_size < 2:
-            raise ValueError("pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch norm)")
+            raise ValueError(
+                "pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch"
+                " norm)"
+            )
         self.pseudo_batches, self.batch_size = pseudo_batches, batch_size
         self.generator_lr, self.z, self.width, self.clip = generator_lr, z, width, clip
         self.mean, self.std = mean, std
@@ -77,44 +85,61 @@ class Generated(Source):
         super().start(teacher, student, device, seed)
         mean, std = normalization(teacher, self.shape[0])
         with seeded(seed):
-            self.generator = Generator(self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output)
+            self.generator = Generator(
+                self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output
+            )
         self.generator.to(device, memory_format=memory_format(student)).train()
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
 
     def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:
-        """The generator's optimiser and its schedule, which steps once per generator step: Adam, cosine to 0 over the run."""
+        """The generator's optimiser and its schedule, which steps once per generator
+        step: Adam, cosine to 0 over the run.
+        """
         adam = Adam(self.generator.parameters(), lr=self.generator_lr, fused=True)
         return adam, CosineAnnealingLR(adam, self.horizon)
 
     def noise(self, rng: torch.Generator | None = None) -> Tensor:
-        """The next pseudo-batch's noise (batch_size, z), on the device; of the run's own random numbers, unless others are given."""
+        """The next pseudo-batch's noise (batch_size, z), on the device; of the run's
+        own random numbers, unless others are given.
+        """
         return deliver(torch.randn(self.batch_size, self.z, generator=rng or self.rng), self.device)
 
     def ask(self, images: Tensor, defenses: Sequence[Any]) -> Tensor:
-        """The teacher's logits (B, classes) on images that are then handed to :meth:`learn`, from a pass that a defence shares if one does."""
+        """The teacher's logits (B, classes) on images that are then handed to
+        :meth:`learn`, from a pass that a defence shares if one does.
+        """
         for defense in defenses:
             if (logits := defense.teacher_logits(images)) is not None:
                 return logits
         return self.teacher(images)
 
-    def learn(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
-        """One step of the generator on the sum of ``losses`` and of each defence's ``synthesis_term``.
+    def learn(
+        self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]
+    ) -> dict[str, Tensor]:
+        """One step of the generator on the sum of ``losses`` and of each defence's
+        ``synthesis_term``.
 
         Args:
-            images: (B, C, H, W), attached to the generator. logits: the teacher's on them, attached.
+            images: (B, C, H, W), attached to the generator. logits: the teacher's on
+                them, attached.
             losses: the source's own terms by name, scalars, weights included.
 
         Returns:
-            all terms, detached. Where their gradient is not finite no step was taken, and ``norms`` say so.
+            all terms, detached. Where their gradient is not finite no step was taken,
+            and ``norms`` say so.
         """
         losses = self.improve(images, logits, losses, defenses)
         self.advance()
         return losses
 
-    def improve(self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]) -> dict[str, Tensor]:
-        """:meth:`learn` without the schedule's step, which is the host's: what a CUDA graph can hold of it.
+    def improve(
+        self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]
+    ) -> dict[str, Tensor]:
+        """:meth:`learn` without the schedule's step, which is the host's: what a CUDA
+        graph can hold of it.
 
-        While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there is no step, and no norm to check.
+        While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there
+        is no step, and no norm to check.
         """
         if any(defense.holds for defense in defenses):
             self.norms = {}
@@ -125,7 +150,9 @@ class Generated(Source):
                 losses[f"{defense.name}_synthesis"] = term
         self.generator_optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        self.norms["+".join(losses)] = take_step([self.generator_optimizer], self.generator, self.clip)
+        self.norms["+".join(losses)] = take_step(
+            [self.generator_optimizer], self.generator, self.clip
+        )
         return {name: value.detach() for name, value in losses.items()}
 
     def advance(self) -> None:
@@ -135,7 +162,8 @@ class Generated(Source):
 
     @torch.no_grad()
     def synthesize(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size that it was trained with.
+        """``n`` images (n, C, H, W) of the generator as it is, in batches of the size
+        that it was trained with.
 
         Leaves the run's own random numbers and the generator's statistics alone.
         """

@@ -1,4 +1,6 @@
-"""The generator that data-free sources share: noise in, images out. What stands at its end differs from paper to paper."""
+"""The generator that data-free sources share: noise in, images out. What stands at its
+end differs from paper to paper.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,18 @@ OUTPUTS = ("batchnorm", "tanh", "sigmoid")
 class Generator(nn.Module):
     """Noise (B, z) to images (B, C, H, W).
 
-    Linear to 2*width x H/4 x W/4, BN, up x2, conv, BN, LeakyReLU(.2), up x2, conv, BN, LeakyReLU, conv, output. The papers
-    have width 64 for 32x32 images.
+    Linear to 2*width x H/4 x W/4, BN, up x2, conv, BN, LeakyReLU(.2), up x2, conv, BN,
+    LeakyReLU, conv, output. The papers have width 64 for 32x32 images.
 
     Args:
         shape: (channels, height, width) of the images.
         z: noise dimensions. width: channels before the last convolution.
-        mean, std: per channel in [0, 1] units; where the output is in normalised units, these map it to pixels.
-        output: "batchnorm" ends in an affine batch norm that emits normalised images (ZSKT); "tanh" in a tanh and a batch
-            norm without parameters, also normalised (DAFL, DFAD); "sigmoid" emits pixels in [0, 1] (CMI, DFQ). The first two
-            are not clamped: images may leave [0, 1].
+        mean, std: per channel in [0, 1] units; where the output is in normalised units,
+            these map it to pixels.
+        output: "batchnorm" ends in an affine batch norm that emits normalised images
+            (ZSKT); "tanh" in a tanh and a batch norm without parameters, also
+            normalised (DAFL, DFAD); "sigmoid" emits pixels in [0, 1] (CMI, DFQ). The
+            first two are not clamped: images may leave [0, 1].
     """
 
     def __init__(

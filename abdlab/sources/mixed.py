@@ -12,19 +12,23 @@ from abdlab.sources.source import Batch, Source
 
 
 class Mixed(Source):
-    """Each pseudo-batch is a member's: its batch, its student steps on it, its loss and its gradient clipping.
+    """Each pseudo-batch is a member's: its batch, its student steps on it, its loss and
+    its gradient clipping.
 
-    Who comes when is drawn from the seed at the start: every member as often as its weight says (to the nearest whole
-    number), in random order. So the schedules of a member's own networks last for exactly the pseudo-batches that are drawn
-    of it, whatever length the member would have alone. Defences act on each pseudo-batch as they do on the member alone: the
-    vaccine's term goes into a generator's loss where there is one, and weighs the samples where there is none.
+    Who comes when is drawn from the seed at the start: every member as often as its
+    weight says (to the nearest whole number), in random order. So the schedules of a
+    member's own networks last for exactly the pseudo-batches that are drawn of it,
+    whatever length the member would have alone. Defences act on each pseudo-batch as
+    they do on the member alone: the vaccine's term goes into a generator's loss where
+    there is one, and weighs the samples where there is none.
 
     Args:
         members: the sources, started by the mix.
         weights: one per member, at least 0, in proportion; by default all alike.
         pseudo_batches: length of the run; by default that of the first member alone.
-        student: number of the member whose student optimiser trains the student; its own schedule gives way to a cosine to 0
-            over all student steps of the mix, because members can differ in student steps.
+        student: number of the member whose student optimiser trains the student; its
+            own schedule gives way to a cosine to 0 over all student steps of the mix,
+            because members can differ in student steps.
     """
 
     def __init__(
@@ -39,13 +43,20 @@ class Mixed(Source):
         self.weights = [1.0] * len(self.members) if weights is None else [float(w) for w in weights]
         if not self.members or len(self.weights) != len(self.members):
             raise ValueError(
-                f"a mix needs members, and as many weights, not {len(self.members)} members and {len(self.weights)} weights"
+                f"a mix needs members, and as many weights, not {len(self.members)} members and"
+                f" {len(self.weights)} weights"
             )
         if min(self.weights) < 0 or sum(self.weights) == 0:
             raise ValueError(f"weights are at least 0, and not all of them 0, not {self.weights}")
         if not 0 <= student < len(self.members):
-            raise ValueError(f"student is the number of a member, 0 to {len(self.members) - 1}, not {student}")
-        self.length, self.first, self.position = len(self.members[0]) if pseudo_batches is None else pseudo_batches, student, 0
+            raise ValueError(
+                f"student is the number of a member, 0 to {len(self.members) - 1}, not {student}"
+            )
+        self.length, self.first, self.position = (
+            len(self.members[0]) if pseudo_batches is None else pseudo_batches,
+            student,
+            0,
+        )
         if self.length < 1:
             raise ValueError(f"pseudo_batches must be at least 1, not {pseudo_batches}")
 
@@ -53,24 +64,34 @@ class Mixed(Source):
         return self.length
 
     def counts(self) -> list[int]:
-        """Pseudo-batches of each member in a whole run; what rounding leaves goes to the largest remainders."""
+        """Pseudo-batches of each member in a whole run; what rounding leaves goes to
+        the largest remainders.
+        """
         exact = [w / sum(self.weights) * self.length for w in self.weights]
         counts = [int(share) for share in exact]
-        left = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: self.length - sum(counts)]
+        left = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[
+            : self.length - sum(counts)
+        ]
         return [count + (i in left) for i, count in enumerate(counts)]
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
-        order = torch.cat([torch.full((count,), i, dtype=torch.int16) for i, count in enumerate(self.counts())])
+        order = torch.cat(
+            [torch.full((count,), i, dtype=torch.int16) for i, count in enumerate(self.counts())]
+        )
         self.order, self.position = order[torch.randperm(len(order), generator=self.rng)], 0
         self.turns = self.order.tolist()
         for member, drawn in zip(self.members, self.counts(), strict=True):
             member.drawn = max(drawn, 1)  # a schedule over nothing cannot be made
-            member.start(teacher, student, device, int(torch.randint(2**62, (), generator=self.rng)))
+            member.start(
+                teacher, student, device, int(torch.randint(2**62, (), generator=self.rng))
+            )
 
     @property
     def member(self) -> Source:
-        """Whose pseudo-batch the current one is; before the first one, the member that trains the student."""
+        """Whose pseudo-batch the current one is; before the first one, the member that
+        trains the student.
+        """
         return self.members[self.turns[self.position - 1] if self.position else self.first]
 
     @property

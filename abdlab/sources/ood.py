@@ -1,4 +1,6 @@
-"""One photograph as the only data (Asano & Saeed, ICLR 2023, arXiv 2112.00725): patches of it, whatever the teacher was trained on."""
+"""One photograph as the only data (Asano & Saeed, ICLR 2023, arXiv 2112.00725): patches
+of it, whatever the teacher was trained on.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def photograph(image: str | Path) -> Tensor:
         pixels = load_sample_image(f"{image}.jpg")
     elif not Path(image).is_file():
         raise FileNotFoundError(
-            f"there is no image {str(image)!r}: name a file, or an embedded photograph: {', '.join(EMBEDDED)}"
+            f"there is no image {str(image)!r}: name a file, or an embedded photograph:"
+            f" {', '.join(EMBEDDED)}"
         )
     else:
         try:
@@ -49,22 +52,33 @@ def photograph(image: str | Path) -> Tensor:
 
 
 def make_patches(
-    photo: Tensor, count: int, shape: Sequence[int], seed: int, scale: Sequence[float], degrees: float, jitter: float
+    photo: Tensor,
+    count: int,
+    shape: Sequence[int],
+    seed: int,
+    scale: Sequence[float],
+    degrees: float,
+    jitter: float,
 ) -> Tensor:
-    """``count`` patches of one photograph, uint8 (count, C, H, W) on the CPU, each by its own draws from ``seed``.
+    """``count`` patches of one photograph, uint8 (count, C, H, W) on the CPU, each by
+    its own draws from ``seed``.
 
-    A crop of ``scale`` of the photograph's area (aspect 3/4 to 4/3), resized so large that no corner is black after the
-    rotation by up to +-``degrees``; then the centre of (H, W), and colour jitter half of the time: brightness, contrast and
-    saturation by up to ``jitter``, hue by a quarter of it. One channel: grey.
+    A crop of ``scale`` of the photograph's area (aspect 3/4 to 4/3), resized so large
+    that no corner is black after the rotation by up to +-``degrees``; then the centre
+    of (H, W), and colour jitter half of the time: brightness, contrast and saturation
+    by up to ``jitter``, hue by a quarter of it. One channel: grey.
     """
     channels, *size = shape
     if channels == 1:
         photo = v2.functional.rgb_to_grayscale(photo)
     larger = []
     for side, other in (size, size[::-1]):
-        # the box around a turned patch grows until its diagonal stands upright; a pixel more for the interpolation
+        # the box around a turned patch grows until its diagonal stands upright; a pixel
+        # more for the interpolation
         angle = min(math.radians(degrees), math.atan2(other, side))
-        larger.append(math.ceil(side * math.cos(angle) + other * math.sin(angle)) + (1 if degrees else 0))
+        larger.append(
+            math.ceil(side * math.cos(angle) + other * math.sin(angle)) + (1 if degrees else 0)
+        )
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(larger, scale=tuple(scale), antialias=True),
@@ -81,17 +95,19 @@ def make_patches(
 
 
 def cutmix(images: Tensor, beta: float, rng: torch.Generator) -> tuple[Tensor, float]:
-    """CutMix (Yun et al., ICCV 2019, arXiv 1905.04899) without labels: the teacher answers to the mixed image.
+    """CutMix (Yun et al., ICCV 2019, arXiv 1905.04899) without labels: the teacher
+    answers to the mixed image.
 
-    One box for the whole batch, of about 1 - lambda of the area, lambda ~ Beta(beta, beta), around a uniform centre; in it,
-    every image shows another one of the batch.
+    One box for the whole batch, of about 1 - lambda of the area, lambda ~ Beta(beta,
+    beta), around a uniform centre; in it, every image shows another one of the batch.
 
     Args:
         images: (B, C, H, W); not changed.
         rng: a CPU generator.
 
     Returns:
-        (B, C, H, W), and lambda: the exact share of its pixels that each image keeps, after the image's border cut the box.
+        (B, C, H, W), and lambda: the exact share of its pixels that each image keeps,
+        after the image's border cut the box.
     """
     height, width = images.shape[-2:]
     # torch has no Beta distribution that takes a generator
@@ -99,7 +115,10 @@ def cutmix(images: Tensor, beta: float, rng: torch.Generator) -> tuple[Tensor, f
     order = deliver(torch.randperm(len(images), generator=rng), images.device)
     box = []
     for side in (height, width):
-        half, centre = round(side * math.sqrt(1 - share)) / 2, int(torch.randint(side, (), generator=rng))
+        half, centre = (
+            round(side * math.sqrt(1 - share)) / 2,
+            int(torch.randint(side, (), generator=rng)),
+        )
         box.append(slice(max(0, centre - math.floor(half)), min(side, centre + math.ceil(half))))
     mixed = images.clone()
     mixed[:, :, box[0], box[1]] = images[order][:, :, box[0], box[1]]
@@ -108,29 +127,38 @@ def cutmix(images: Tensor, beta: float, rng: torch.Generator) -> tuple[Tensor, f
 
 
 class OOD(Source):
-    """The student agrees with the teacher on patches of one photograph, which need not show anything that the teacher knows.
+    """The student agrees with the teacher on patches of one photograph, which need not
+    show anything that the teacher knows.
 
-    The patches are made once per run, on the CPU (about 1 ms each), and stay on the device as uint8: 50,000 of 3x32x32 take
-    154 MB. Each pseudo-batch is one student step on patches in random order, mixed by CutMix.
+    The patches are made once per run, on the CPU (about 1 ms each), and stay on the
+    device as uint8: 50,000 of 3x32x32 take 154 MB. Each pseudo-batch is one student
+    step on patches in random order, mixed by CutMix.
 
     Loss: KL(T || S) at the temperature, mean over batch and classes, without T^2.
 
     Args:
-        shape: (channels, height, width) of the patches; 1 channel is grey, 3 are colour.
-        image: "china" or "flower", scikit-learn's photographs, or the path of any image. The more it shows, the better.
+        shape: (channels, height, width) of the patches; 1 channel is grey, 3 are
+            colour.
+        image: "china" or "flower", scikit-learn's photographs, or the path of any
+            image. The more it shows, the better.
         patches: how many are made (the paper's code: 50,000).
         epochs: passes over them.
         batch_size: patches per pseudo-batch, at most ``patches``.
-        lr: Adam. drops, gamma: shares of the run after which lr is multiplied by gamma (ABD: epochs 150 and 300 of 300).
+        lr: Adam. drops, gamma: shares of the run after which lr is multiplied by gamma
+            (ABD: epochs 150 and 300 of 300).
         temperature: of the KD loss.
-        class_mean: the KD loss is also divided by the number of classes (the official code); False: summed over classes.
+        class_mean: the KD loss is also divided by the number of classes (the official
+            code); False: summed over classes.
         scale: smallest and largest share of the photograph's area that a patch shows.
-        degrees, jitter: largest rotation, and largest change of colour (of hue: a quarter of it).
-        cutmix_beta: of CutMix's Beta distribution. cutmix_share: share of the pseudo-batches that it mixes; 0 is without.
+        degrees, jitter: largest rotation, and largest change of colour (of hue: a
+            quarter of it).
+        cutmix_beta: of CutMix's Beta distribution. cutmix_share: share of the
+            pseudo-batches that it mixes; 0 is without.
         shift, flip: augmentation of every batch, as in the data set's own fields.
 
-    Deviations: the paper's code also shears, and crops the photograph to half of its shorter side before each patch; patches
-    here have no black corners. The paper's own distillation is longer (1,000 epochs); these are ABD's settings.
+    Deviations: the paper's code also shears, and crops the photograph to half of its
+    shorter side before each patch; patches here have no black corners. The paper's own
+    distillation is longer (1,000 epochs); these are ABD's settings.
 
     Raises:
         FileNotFoundError, ValueError: when the photograph cannot be read, at once.
@@ -158,21 +186,41 @@ class OOD(Source):
         flip: bool = True,
     ):
         if len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
-            raise ValueError(f"shape is (channels, height, width) with 1 or 3 channels, not {tuple(shape)}")
+            raise ValueError(
+                f"shape is (channels, height, width) with 1 or 3 channels, not {tuple(shape)}"
+            )
         if epochs < 1 or not 2 <= batch_size <= patches:
             raise ValueError(
-                f"epochs must be at least 1 and batch_size from 2 to the number of patches, not {epochs} and {batch_size} of {patches}"
+                "epochs must be at least 1 and batch_size from 2 to the number of patches, not"
+                f" {epochs} and {batch_size} of {patches}"
             )
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 <= cutmix_share <= 1 or cutmix_beta <= 0:
             raise ValueError(
-                f"scale is two shares of the photograph's area in (0, 1], cutmix_share a share and cutmix_beta above 0, "
-                f"not {tuple(scale)}, {cutmix_share} and {cutmix_beta}"
+                "scale is two shares of the photograph's area in (0, 1], cutmix_share a share and"
+                f" cutmix_beta above 0, not {tuple(scale)}, {cutmix_share} and {cutmix_beta}"
             )
         self.photo = photograph(image)
-        self.shape, self.image, self.patches, self.epochs, self.batch_size = tuple(shape), image, patches, epochs, batch_size
-        self.lr, self.drops, self.gamma, self.temperature, self.class_mean = lr, drops, gamma, temperature, class_mean
+        self.shape, self.image, self.patches, self.epochs, self.batch_size = (
+            tuple(shape),
+            image,
+            patches,
+            epochs,
+            batch_size,
+        )
+        self.lr, self.drops, self.gamma, self.temperature, self.class_mean = (
+            lr,
+            drops,
+            gamma,
+            temperature,
+            class_mean,
+        )
         self.scale, self.degrees, self.jitter = scale, degrees, jitter
-        self.cutmix_beta, self.cutmix_share, self.shift, self.flip = cutmix_beta, cutmix_share, shift, flip
+        self.cutmix_beta, self.cutmix_share, self.shift, self.flip = (
+            cutmix_beta,
+            cutmix_share,
+            shift,
+            flip,
+        )
 
     captures = True
 
@@ -185,13 +233,17 @@ class OOD(Source):
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
-        pool = make_patches(self.photo, self.patches, self.shape, seed, self.scale, self.degrees, self.jitter)
+        pool = make_patches(
+            self.photo, self.patches, self.shape, seed, self.scale, self.degrees, self.jitter
+        )
         self.pool = pool.to(device)
         self.order, self.position = torch.empty(0, dtype=torch.long), self.per_epoch
 
     def optimizer(self, student):
         adam = Adam(student.parameters(), lr=self.lr, fused=True)
-        return adam, MultiStepLR(adam, [round(share * len(self)) for share in self.drops], self.gamma)
+        return adam, MultiStepLR(
+            adam, [round(share * len(self)) for share in self.drops], self.gamma
+        )
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         if self.position == self.per_epoch:
@@ -209,7 +261,9 @@ class OOD(Source):
         return logits, kd / logits.shape[1] if self.class_mean else kd, {}
 
     def synthesize(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` images (n, C, H, W) such as the student sees, without touching the run's own random numbers."""
+        """``n`` images (n, C, H, W) such as the student sees, without touching the
+        run's own random numbers.
+        """
         rng = torch.Generator().manual_seed(seed)
         return self._mixed(torch.randint(self.patches, (n,), generator=rng), rng)
 

@@ -1,4 +1,6 @@
-"""What CMI and DeepInversion share: images are made in rounds and join a pool, and the student learns from the pool."""
+"""What CMI and DeepInversion share: images are made in rounds and join a pool, and the
+student learns from the pool.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +25,43 @@ def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:
 
 
 class Pooled(Source):
-    """Base class. A round makes one batch of images in ``synthesis_steps`` steps, and keeps it as it was when its loss was
-    lowest; then follow ``kd_steps`` student steps on batches of the pool.
+    """Base class. A round makes one batch of images in ``synthesis_steps`` steps, and
+    keeps it as it was when its loss was lowest; then follow ``kd_steps`` student steps
+    on batches of the pool.
 
-    One pseudo-batch is one student step, so that ``len(source)`` is rounds x kd_steps. **The first one of each round runs the
-    whole synthesis before it**: it takes many times as long as the others, and a run can be stopped and saved between
-    pseudo-batches only. Its losses, those of the batch that was kept, stand in every Step of the round.
+    One pseudo-batch is one student step, so that ``len(source)`` is rounds x kd_steps.
+    **The first one of each round runs the whole synthesis before it**: it takes many
+    times as long as the others, and a run can be stopped and saved between
+    pseudo-batches only. Its losses, those of the batch that was kept, stand in every
+    Step of the round.
 
-    Images of the pool are 8-bit, as image files are: at most ``pool`` of them, channels x height x width bytes each, on the
-    device and in every checkpoint (51,200 of 3x32x32: 157 MB). When it is full, the oldest make room. In memory, a little
-    over twice that while a batch joins.
+    Images of the pool are 8-bit, as image files are: at most ``pool`` of them, channels
+    x height x width bytes each, on the device and in every checkpoint (51,200 of
+    3x32x32: 157 MB). When it is full, the oldest make room. In memory, a little over
+    twice that while a batch joins.
 
-    Subclasses hold settings in their own signatures and define :meth:`begin` and :meth:`terms`.
+    Subclasses hold settings in their own signatures and define :meth:`begin` and
+    :meth:`terms`.
 
     Args:
         shape: (channels, height, width) of the images.
         rounds, synthesis_steps, kd_steps: see above.
-        synthesis_batch: images made per round. batch_size: images per student step (the whole pool while that is smaller).
+        synthesis_batch: images made per round. batch_size: images per student step (the
+            whole pool while that is smaller).
         pool: at most this many images; None keeps those of all rounds.
-        lr, momentum, weight_decay: the student's SGD, cosine to 0 per step over the run.
-        temperature: of the KD loss T^2 x KL(T || S at temperature T), sum over classes, mean over the batch.
-        batch_norm, one_hot: weights of the batch-norm statistics loss and of the cross-entropy with the round's random targets.
-        shift, flip: random shift in pixels (zeros move in) and mirroring of what the networks see. They say what leaves a
-            label true in this kind of image (a mirrored digit is none), not what any image shows.
+        lr, momentum, weight_decay: the student's SGD, cosine to 0 per step over the
+            run.
+        temperature: of the KD loss T^2 x KL(T || S at temperature T), sum over classes,
+            mean over the batch.
+        batch_norm, one_hot: weights of the batch-norm statistics loss and of the
+            cross-entropy with the round's random targets.
+        shift, flip: random shift in pixels (zeros move in) and mirroring of what the
+            networks see. They say what leaves a label true in this kind of image (a
+            mirrored digit is none), not what any image shows.
 
     Raises:
-        ValueError: for impossible settings; on :meth:`start`, when the teacher has no batch norm with running statistics.
+        ValueError: for impossible settings; on :meth:`start`, when the teacher has no
+            batch norm with running statistics.
     """
 
     captures = True
@@ -75,30 +88,45 @@ class Pooled(Source):
         self.shape = image_shape(shape)
         if min(rounds, synthesis_steps, kd_steps) < 1 or min(synthesis_batch, batch_size) < 2:
             raise ValueError(
-                "rounds, synthesis_steps and kd_steps must be at least 1, synthesis_batch and batch_size at least 2 (for batch norm)"
+                "rounds, synthesis_steps and kd_steps must be at least 1, synthesis_batch and"
+                " batch_size at least 2 (for batch norm)"
             )
         if pool is not None and pool < synthesis_batch:
-            raise ValueError(f"pool must hold at least one round's {synthesis_batch} images, not {pool} (None keeps all)")
+            raise ValueError(
+                f"pool must hold at least one round's {synthesis_batch} images, not {pool} (None"
+                " keeps all)"
+            )
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.rounds, self.synthesis_steps, self.kd_steps = rounds, synthesis_steps, kd_steps
         self.synthesis_batch, self.batch_size = synthesis_batch, batch_size
         self.pool_size = rounds * synthesis_batch if pool is None else pool
-        self.lr, self.momentum, self.weight_decay, self.temperature = lr, momentum, weight_decay, temperature
+        self.lr, self.momentum, self.weight_decay, self.temperature = (
+            lr,
+            momentum,
+            weight_decay,
+            temperature,
+        )
         self.batch_norm, self.one_hot, self.shift, self.flip = batch_norm, one_hot, shift, flip
 
     def __len__(self) -> int:
         return self.rounds * self.kd_steps
 
     def begin(self) -> tuple[nn.Module, list[Optimizer]]:
-        """A new round's maker, called without arguments for images (synthesis_batch, C, H, W), and what trains it.
+        """A new round's maker, called without arguments for images (synthesis_batch, C,
+        H, W), and what trains it.
 
-        The maker holds all that these optimisers train, so that one look at its gradients finds what is not finite.
+        The maker holds all that these optimisers train, so that one look at its
+        gradients finds what is not finite.
         """
         raise NotImplementedError
 
-    def terms(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """(what the teacher was shown, its logits, the weighed loss terms, what :meth:`remember` gets if this batch is kept)."""
+    def terms(
+        self, images: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+        """(what the teacher was shown, its logits, the weighed loss terms, what
+        :meth:`remember` gets if this batch is kept).
+        """
         raise NotImplementedError
 
     def remember(self, memory: Tensor | None) -> None:
@@ -131,18 +159,26 @@ class Pooled(Source):
         return logits, self.temperature**2 * kl(batch.logits, logits, self.temperature), {}
 
     def synthesize(self, n: int, seed: int = 0) -> Tensor:
-        """``n`` images (n, C, H, W) of the pool in random order, none twice before all were there once.
+        """``n`` images (n, C, H, W) of the pool in random order, none twice before all
+        were there once.
 
-        Leaves the run's own random numbers alone. Raises ValueError before the first round, when the pool is empty.
+        Leaves the run's own random numbers alone. Raises ValueError before the first
+        round, when the pool is empty.
         """
         if not len(self.pool):
             raise ValueError(f"the pool of {self.name} is empty: it fills with the first round")
         rng, times = torch.Generator().manual_seed(seed), -(-n // len(self.pool))
-        chosen = torch.cat([torch.randperm(len(self.pool), generator=rng) for _ in range(times)])[:n]
+        chosen = torch.cat([torch.randperm(len(self.pool), generator=rng) for _ in range(times)])[
+            :n
+        ]
         return self.pool[deliver(chosen, self.device)] / 255
 
-    def inversion(self, view: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """(teacher's logits, what entered its batch norms, the terms "batch_norm" and "one_hot") on ``view`` (B, C, H, W)."""
+    def inversion(
+        self, view: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """(teacher's logits, what entered its batch norms, the terms "batch_norm" and
+        "one_hot") on ``view`` (B, C, H, W).
+        """
         with norm_inputs(self.teacher) as inputs:
             logits = self.teacher(view)
         losses = {
@@ -153,7 +189,9 @@ class Pooled(Source):
 
     def _round(self, defenses: Sequence) -> None:
         maker, optimizers = self.begin()
-        targets = deliver(torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device)
+        targets = deliver(
+            torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device
+        )
         best, norm = None, torch.zeros((), device=self.device)
         for _ in range(self.synthesis_steps):
             images = maker()
@@ -166,14 +204,20 @@ class Pooled(Source):
             now = [total.detach(), images.detach(), *(value.detach() for value in losses.values())]
             now += [memory] if memory is not None else []
             # the host does not wait to learn whether this batch is better
-            best = now if best is None else [torch.where(total < best[0], *pair) for pair in zip(now, best, strict=True)]
+            best = (
+                now
+                if best is None
+                else [torch.where(total < best[0], *pair) for pair in zip(now, best, strict=True)]
+            )
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = norm + take_step(optimizers, maker, None)
         self.norms["+".join(losses)] = norm
         self.losses = dict(zip(losses, best[2:], strict=False))
-        self.pool = latest(self.pool, best[1].clamp(0, 1).mul(255).round().to(torch.uint8), self.pool_size)
+        self.pool = latest(
+            self.pool, best[1].clamp(0, 1).mul(255).round().to(torch.uint8), self.pool_size
+        )
         self.remember(best[2 + len(losses)] if memory is not None else None)
         self._shuffle()
 
@@ -201,4 +245,8 @@ class Pooled(Source):
     def restore(self, state):
         super().restore(state)
         self.pool, self.order = state["pool"].to(self.device), state["order"].cpu()
-        self.position, self.made, self.losses = state["position"], state["made"], dict(state["losses"])
+        self.position, self.made, self.losses = (
+            state["position"],
+            state["made"],
+            dict(state["losses"]),
+        )

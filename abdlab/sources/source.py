@@ -1,4 +1,6 @@
-"""What every source of a student's inputs is: it makes batches, and says how the student learns from one."""
+"""What every source of a student's inputs is: it makes batches, and says how the
+student learns from one.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ class Batch:
     Attributes:
         images: (B, C, H, W), detached; synthetic ones may leave [0, 1].
         logits: the teacher's (B, classes), detached.
-        features: what the source compares of the teacher's layers (ZSKT: attention maps), by layer name, detached.
+        features: what the source compares of the teacher's layers (ZSKT: attention
+            maps), by layer name, detached.
         labels: (B,), only for sources with real data.
         losses: detached scalars to report (the generator's, say).
-        synthesised: the source made the images, and the defences' ``synthesis_term`` had its say in that. False where they
-            are found (patches of a photograph, real data), so that a defence can only weigh them.
+        synthesised: the source made the images, and the defences' ``synthesis_term``
+            had its say in that. False where they are found (patches of a photograph,
+            real data), so that a defence can only weigh them.
     """
 
     images: Tensor
@@ -41,26 +45,33 @@ class Batch:
 def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """(channels, height, width) as a tuple; ValueError when it is none."""
     if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}")
+        raise ValueError(
+            f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}"
+        )
     return tuple(shape)
 
 
 def take_step(optimizers: Iterable[Optimizer], model: nn.Module, clip: float | None) -> Tensor:
-    """One step of the optimisers on a model's gradients, clipped to a norm; none where the gradients are not finite.
+    """One step of the optimisers on a model's gradients, clipped to a norm; none where
+    the gradients are not finite.
 
-    Scaling by an infinite norm would turn every weight into NaN: then weights and moments stay as they are. Fused optimisers
-    see that on the device, so that the host goes on without a look and :func:`check_finite` can say it later. For others
-    the host looks.
+    Scaling by an infinite norm would turn every weight into NaN: then weights and
+    moments stay as they are. Fused optimisers see that on the device, so that the host
+    goes on without a look and :func:`check_finite` can say it later. For others the
+    host looks.
 
     Args:
         model: holds all that the optimisers train. clip: None leaves the norm.
 
     Returns:
-        the gradients' norm before clipping, a scalar on the device: not finite when no step was taken.
+        the gradients' norm before clipping, a scalar on the device: not finite when no
+        step was taken.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     for optimizer in optimizers:
-        if norm.device.type in ("cpu", "cuda") and all(group.get("fused") for group in optimizer.param_groups):
+        if norm.device.type in ("cpu", "cuda") and all(
+            group.get("fused") for group in optimizer.param_groups
+        ):
             optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()
             try:
                 optimizer.step()
@@ -74,7 +85,9 @@ def take_step(optimizers: Iterable[Optimizer], model: nn.Module, clip: float | N
 
 
 def check_finite(losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
-    """Raise :class:`Diverged` naming the first loss that is not finite; else the losses whose gradient has no finite norm."""
+    """Raise :class:`Diverged` naming the first loss that is not finite; else the losses
+    whose gradient has no finite norm.
+    """
     for name, value in losses.items():
         if not math.isfinite(value):
             raise Diverged(f"the loss {name!r} is {value}")
@@ -84,24 +97,28 @@ def check_finite(losses: Mapping[str, float], norms: Mapping[str, float]) -> Non
 
 
 class Source:
-    """Base class. ``len(source)`` is the run's length in pseudo-batches (one :class:`Step` each).
+    """Base class. ``len(source)`` is the run's length in pseudo-batches (one
+    :class:`Step` each).
 
-    A source holds settings until :meth:`start` binds it to one run; then it holds that run's networks too, so that
-    a source serves one run at a time.
+    A source holds settings until :meth:`start` binds it to one run; then it holds that
+    run's networks too, so that a source serves one run at a time.
     """
 
     #: student steps on each pseudo-batch
     student_steps: int = 1
     #: the student's gradient is clipped to this norm; None leaves it
     clip: float | None = None
-    #: pseudo-batches that a run takes of it, where that is not its own length: it is a member of a mix
+    #: pseudo-batches that a run takes of it, where that is not its own length: it is a
+    #: member of a mix
     drawn: int | None = None
-    #: its :meth:`student_loss` may be captured as a CUDA graph: it draws nothing, asks the device nothing, and decides by
-    #: :meth:`branch` alone
+    #: its :meth:`student_loss` may be captured as a CUDA graph: it draws nothing, asks
+    #: the device nothing, and decides by :meth:`branch` alone
     captures: bool = False
-    #: names of the student's layers that :meth:`student_loss` records, once it is started
+    #: names of the student's layers that :meth:`student_loss` records, once it is
+    #: started
     recorded: tuple[str, ...] = ()
-    #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are CUDA graphs
+    #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are
+    #: CUDA graphs
     phases: Phases = Phases()
 
     @property
@@ -113,18 +130,25 @@ class Source:
 
     @property
     def horizon(self) -> int:
-        """How many pseudo-batches this run takes of it: what the schedules of the source's own networks must last for."""
+        """How many pseudo-batches this run takes of it: what the schedules of the
+        source's own networks must last for.
+        """
         return len(self) if self.drawn is None else self.drawn
 
     def steps_left(self, index: int) -> int:
         """Student steps from pseudo-batch ``index`` (0 is the first) to the run's end."""
         return (len(self) - index) * self.student_steps
 
-    def start(self, teacher: nn.Module, student: nn.Module, device: torch.device, seed: int) -> None:
-        """Bind to one run and make what it needs (generator, optimisers), drawing from ``seed`` alone."""
+    def start(
+        self, teacher: nn.Module, student: nn.Module, device: torch.device, seed: int
+    ) -> None:
+        """Bind to one run and make what it needs (generator, optimisers), drawing from
+        ``seed`` alone.
+        """
         self.teacher, self.student, self.device = teacher, student, device
         self.rng = torch.Generator().manual_seed(seed)
-        #: norms of its own networks' gradients, by the names of the losses: what :func:`take_step` returned last
+        #: norms of its own networks' gradients, by the names of the losses: what
+        #: :func:`take_step` returned last
         self.norms: dict[str, Tensor] = {}
 
     def branch(self) -> Hashable:
@@ -136,11 +160,15 @@ class Source:
         raise NotImplementedError
 
     def batch(self, defenses: Sequence[Any]) -> Batch:
-        """The next pseudo-batch; the source's own networks learn here, with each defence's ``synthesis_term`` added."""
+        """The next pseudo-batch; the source's own networks learn here, with each
+        defence's ``synthesis_term`` added.
+        """
         raise NotImplementedError
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(student's logits, KD loss per sample (B,), further named loss terms as scalars)."""
+        """(student's logits, KD loss per sample (B,), further named loss terms as
+        scalars).
+        """
         raise NotImplementedError
 
     def state(self) -> dict:

@@ -1,4 +1,6 @@
-"""Zero-shot knowledge transfer by adversarial belief matching (Micaelli & Storkey, NeurIPS 2019, arXiv 1905.09768)."""
+"""Zero-shot knowledge transfer by adversarial belief matching (Micaelli & Storkey,
+NeurIPS 2019, arXiv 1905.09768).
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,19 @@ from abdlab.sources.source import Batch
 
 
 def attention(feature: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H*W): the channel mean of squares, l2-normalised over positions (Zagoruyko & Komodakis 2017).
+    """(B, C, H, W) to (B, H*W): the channel mean of squares, l2-normalised over
+    positions (Zagoruyko & Komodakis 2017).
 
-    A map of norm under 1e-6 is divided by 1e-6: torch's default of 1e-12 lets one dead map send gradients to infinity.
+    A map of norm under 1e-6 is divided by 1e-6: torch's default of 1e-12 lets one dead
+    map send gradients to infinity.
     """
     return F.normalize(full(feature).square().mean(1).flatten(1), dim=1, eps=1e-6)
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Attention transfer for one pair of layers: mean over batch and positions of (a_S - a_T)^2; a scalar."""
+    """Attention transfer for one pair of layers: mean over batch and positions of (a_S
+    - a_T)^2; a scalar.
+    """
     return _apart(attention(student), attention(teacher))
 
 
@@ -36,11 +42,13 @@ def _apart(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class ZSKT(Generated):
-    """A generator seeks images on which student and teacher differ; the student learns to agree on them.
+    """A generator seeks images on which student and teacher differ; the student learns
+    to agree on them.
 
-    Per pseudo-batch: one generator step that maximises KL(T || S), then ``student_steps`` student steps on the images
-    that the updated generator makes of the same noise, with one teacher pass for all of them. These are the updates of
-    the official loop, which runs generator and teacher anew in every student step.
+    Per pseudo-batch: one generator step that maximises KL(T || S), then
+    ``student_steps`` student steps on the images that the updated generator makes of
+    the same noise, with one teacher pass for all of them. These are the updates of the
+    official loop, which runs generator and teacher anew in every student step.
 
     Args:
         shape: (channels, height, width) of the images.
@@ -51,21 +59,26 @@ class ZSKT(Generated):
         generator_lr: Adam, cosine to 0 over the run.
         z: noise dimensions.
         width: of the generator.
-        temperature: of KL(T || S), without T^2 (paper: 1; GTSRB .5): the KD loss, and what the generator maximises.
-        class_mean: that KL is also divided by the number of classes (official code); False: summed over them (paper).
+        temperature: of KL(T || S), without T^2 (paper: 1; GTSRB .5): the KD loss, and
+            what the generator maximises.
+        class_mean: that KL is also divided by the number of classes (official code);
+            False: summed over them (paper).
         attention: weight of attention transfer (paper: 250; GTSRB 0).
-        attention_layers: names of the layers to compare, in the teacher and in the student; by default each model's
-            own ``stages``. A mapping ``{teacher layer: student layer}`` names them explicitly.
+        attention_layers: names of the layers to compare, in the teacher and in the
+            student; by default each model's own ``stages``. A mapping ``{teacher layer:
+            student layer}`` names them explicitly.
         clip: gradient norm of student and generator.
-        mean, std: per channel, of the normalisation that the images are emitted in; by default the teacher's own
-            :class:`~abdlab.models.Normalize` layer, or 0.5 and 0.25.
+        mean, std: per channel, of the normalisation that the images are emitted in; by
+            default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
+            and 0.25.
 
-    Deviation: the student's batch-norm statistics do not record the generator step's pass (the official loop lets them,
-    so that 1 pass in 11 sees images that the student does not train on).
+    Deviation: the student's batch-norm statistics do not record the generator step's
+    pass (the official loop lets them, so that 1 pass in 11 sees images that the student
+    does not train on).
 
     Raises:
-        ValueError: on :meth:`start`, when attention transfer is on and the layers to compare are not known or differ
-            in spatial size.
+        ValueError: on :meth:`start`, when attention transfer is on and the layers to
+            compare are not known or differ in spatial size.
     """
 
     def __init__(
@@ -100,8 +113,16 @@ class ZSKT(Generated):
         )
         if student_steps < 1:
             raise ValueError(f"student_steps must be at least 1, not {student_steps}")
-        self.student_steps, self.student_lr, self.temperature = student_steps, student_lr, temperature
-        self.class_mean, self.attention, self.attention_layers = class_mean, attention, attention_layers
+        self.student_steps, self.student_lr, self.temperature = (
+            student_steps,
+            student_lr,
+            temperature,
+        )
+        self.class_mean, self.attention, self.attention_layers = (
+            class_mean,
+            attention,
+            attention_layers,
+        )
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -114,9 +135,18 @@ class ZSKT(Generated):
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         noise = self.phases.hold("noise", self.noise())
-        key = ("generator", *(d.branch() for d in defenses)) if all(d.captures for d in defenses) else None
-        # the norms too are a piece's own: one that was captured earlier may be replayed again
-        batch, norms = self.phases.run(key, lambda: (self._make(noise, defenses), self.norms.copy()), [self.generator_optimizer])
+        key = (
+            ("generator", *(d.branch() for d in defenses))
+            if all(d.captures for d in defenses)
+            else None
+        )
+        # the norms too are a piece's own: one that was captured earlier may be replayed
+        # again
+        batch, norms = self.phases.run(
+            key,
+            lambda: (self._make(noise, defenses), self.norms.copy()),
+            [self.generator_optimizer],
+        )
         self.norms = norms.copy()
         self.advance()
         return replace(batch, losses=dict(batch.losses))
@@ -131,7 +161,9 @@ class ZSKT(Generated):
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
             images = self.generator(noise)
             logits = self.teacher(images)
-            maps = {layer: attention(feature) for layer, feature in features.items()}  # once, for all student steps
+            maps = {
+                layer: attention(feature) for layer, feature in features.items()
+            }  # once, for all student steps
         return Batch(images, logits, maps, losses=losses)
 
     def student_loss(self, batch: Batch):
@@ -153,21 +185,31 @@ class ZSKT(Generated):
         pairs = self.attention_layers
         if pairs is None:
             stages = [getattr(m, "stages", None) for m in (teacher, student)]
-            if not all(isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in stages):
+            if not all(
+                isinstance(s, (tuple, list)) and all(isinstance(n, str) for n in s) for s in stages
+            ):
                 raise ValueError(
-                    f"attention transfer does not know which layers of {type(teacher).__name__} and {type(student).__name__} to compare: {hint}"
+                    f"attention transfer does not know which layers of {type(teacher).__name__} and"
+                    f" {type(student).__name__} to compare: {hint}"
                 )
             if len(stages[0]) != len(stages[1]):
                 raise ValueError(
-                    f"attention transfer needs as many stages in the teacher as in the student, not {len(stages[0])} and {len(stages[1])}: {hint}"
+                    "attention transfer needs as many stages in the teacher as in the student, not"
+                    f" {len(stages[0])} and {len(stages[1])}: {hint}"
                 )
             pairs = dict(zip(*stages, strict=True))
         probe = torch.zeros(2, *self.shape, device=self.device)
-        with torch.no_grad(), frozen(student), record(teacher, list(pairs)) as t, record(student, list(pairs.values())) as s:
+        with (
+            torch.no_grad(),
+            frozen(student),
+            record(teacher, list(pairs)) as t,
+            record(student, list(pairs.values())) as s,
+        ):
             teacher(probe), student(probe)
         for a, b in pairs.items():
             if t[a].ndim != 4 or s[b].ndim != 4 or t[a].shape[-2:] != s[b].shape[-2:]:
                 raise ValueError(
-                    f"attention transfer cannot compare {a} {tuple(t[a].shape[1:])} with {b} {tuple(s[b].shape[1:])}: {hint}"
+                    f"attention transfer cannot compare {a} {tuple(t[a].shape[1:])} with {b}"
+                    f" {tuple(s[b].shape[1:])}: {hint}"
                 )
         return dict(pairs)

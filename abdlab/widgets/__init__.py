@@ -1,6 +1,8 @@
-"""Jupyter controls over the library's own calls. This module hands names on and defines nothing.
+"""Jupyter controls over the library's own calls. This module hands names on and defines
+nothing.
 
-Each widget stands alone in a notebook of yours; :class:`Workbench` puts all four side by side.
+Each widget stands alone in a notebook of yours; :class:`Workbench` puts all four side
+by side.
 """
 
 from abdlab.widgets.defence_tuner import DefenceTuner

@@ -1,4 +1,6 @@
-"""The tuner's runs on disk: which there are, where one can go on or branch off, and what a branch shares with its trunk."""
+"""The tuner's runs on disk: which there are, where one can go on or branch off, and
+what a branch shares with its trunk.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from abdlab.runs import Run
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins: from scratch (folder None), where a stopped run ended, or branching off a run at ``index``."""
+    """Where a run begins: from scratch (folder None), where a stopped run ended, or
+    branching off a run at ``index``.
+    """
 
     folder: str | None = None
     index: int = 0
@@ -25,7 +29,10 @@ class Origin:
     def __str__(self) -> str:
         if self.folder is None:
             return "from scratch"
-        return f"{'branch off' if self.checkpoint else 'go on with'} {self.folder} at step {self.index}"
+        return (
+            f"{'branch off' if self.checkpoint else 'go on with'} {self.folder} at step"
+            f" {self.index}"
+        )
 
 
 def number_of(folder: str) -> int:
@@ -46,10 +53,15 @@ def runs_in(beside: Path) -> list[Path]:
 
 
 def origins(folder: Path) -> list[Origin]:
-    """Where a run can be gone on with, and where one can branch off it, in the order of steps."""
+    """Where a run can be gone on with, and where one can branch off it, in the order of
+    steps.
+    """
     newest, done = folder / "checkpoint.safetensors", (folder / "student.safetensors").exists()
     points: dict[int, Path] = {}
-    for file in [newest, *folder.glob("checkpoint-*.safetensors")]:  # one that is kept outlives the newest of the same step
+    for file in [
+        newest,
+        *folder.glob("checkpoint-*.safetensors"),
+    ]:  # one that is kept outlives the newest of the same step
         try:
             points[read_card(file)["index"]] = file
         except (CheckpointError, KeyError):
@@ -67,7 +79,9 @@ def origins(folder: Path) -> list[Origin]:
 
 
 def inherit(trunk: Run, branch: Run, index: int) -> None:
-    """Give a branch the history and the samples that it shares with its trunk, up to step ``index``."""
+    """Give a branch the history and the samples that it shares with its trunk, up to
+    step ``index``.
+    """
     lines = trunk.file("history.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["step"] <= index]
     write_atomically(branch.file("history.jsonl"), "".join(f"{line}\n" for line in kept).encode())
@@ -76,7 +90,9 @@ def inherit(trunk: Run, branch: Run, index: int) -> None:
 
 
 def then(plan: Any, index: int, value: Any) -> Any:
-    """A plan that goes as the old one did, and has another value from pseudo-batch ``index`` on."""
+    """A plan that goes as the old one did, and has another value from pseudo-batch
+    ``index`` on.
+    """
     return plan_of([*until(plan, index), (index, value)])
 
 

@@ -1,4 +1,6 @@
-"""How the widgets look: one page that knows its theme, pictures that can be picked on, and sentences for what went wrong."""
+"""How the widgets look: one page that knows its theme, pictures that can be picked on,
+and sentences for what went wrong.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ INK = {False: "#333333", True: "#d6d6d6"}
 
 
 class Page(anywidget.AnyWidget):
-    """What shows the widgets: its theme, and a beat every few seconds for as long as it shows them. Draws nothing."""
+    """What shows the widgets: its theme, and a beat every few seconds for as long as it
+    shows them. Draws nothing.
+    """
 
     _esm = _HERE / "page.js"
     _css = _HERE / "page.css"
@@ -49,7 +53,9 @@ class Page(anywidget.AnyWidget):
         self.heard = time.monotonic()
 
     def silence(self) -> float:
-        """Seconds since a page last showed any widget; 0 when none ever did (a test, a notebook without a browser)."""
+        """Seconds since a page last showed any widget; 0 when none ever did (a test, a
+        notebook without a browser).
+        """
         return 0.0 if self.heard is None else time.monotonic() - self.heard
 
 
@@ -64,13 +70,14 @@ def page() -> Page:
 
 
 class Picture(anywidget.AnyWidget):
-    """A PNG. With ``picks`` "click" it can be clicked and walked with the arrow keys, with "brush" also brushed.
+    """A PNG. With ``picks`` "click" it can be clicked and walked with the arrow keys,
+    with "brush" also brushed.
 
     Traits:
-        png: bytes; none shows nothing.
-        width: shown so many CSS pixels wide, or narrower where there is less room; 0: as it is.
-        alt: what it shows, in words.
-        picked: the latest pick: kind ("click", "brush", "key") and at: (x, y) or (left, top, right, bottom) as shares of
+        png: bytes; none shows nothing. width: shown so many CSS pixels wide, or
+        narrower where there is less room; 0: as it is. alt: what it shows, in words.
+        picked: the latest pick: kind ("click", "brush", "key") and at: (x, y) or (left,
+        top, right, bottom) as shares of
             the picture in [0, 1], or the step (dx, dy) of an arrow key.
     """
 
@@ -83,7 +90,9 @@ class Picture(anywidget.AnyWidget):
 
     def on_pick(self, tell: Callable[[str, list[float]], None]) -> None:
         """Call ``tell(kind, at)`` at every pick."""
-        self.observe(lambda change: tell(change["new"]["kind"], list(change["new"]["at"])), "picked")
+        self.observe(
+            lambda change: tell(change["new"]["kind"], list(change["new"]["at"])), "picked"
+        )
 
     def pick(self, kind: str, *at: float) -> None:
         """What the pointer does, from Python."""
@@ -95,7 +104,9 @@ class Picture(anywidget.AnyWidget):
 
 
 class Rows(anywidget.AnyWidget):
-    """A table. ``rows`` are dicts: id, cells (texts) and, if wanted, color; ``chosen`` holds ids, the latest ``most`` of them."""
+    """A table. ``rows`` are dicts: id, cells (texts) and, if wanted, color; ``chosen``
+    holds ids, the latest ``most`` of them.
+    """
 
     _esm = _HERE / "rows.js"
     columns = t.List(t.Unicode()).tag(sync=True)
@@ -119,7 +130,9 @@ def figure(width: float, height: float) -> Figure:
 
 
 def png_of(drawn: Figure, dark: bool = False, dpi: int = 144) -> bytes:
-    """The figure as PNG on a transparent ground, with the theme's ink for all that is drawn in black, white or grey text."""
+    """The figure as PNG on a transparent ground, with the theme's ink for all that is
+    drawn in black, white or grey text.
+    """
     with DRAWING:
         ink = INK[dark]
         for ax in drawn.axes:
@@ -142,7 +155,11 @@ def png_of(drawn: Figure, dark: bool = False, dpi: int = 144) -> bytes:
 
 
 def mosaic(
-    rows: Sequence[Tensor], columns: int | None = None, side: int = 64, gap: int = 4, marks: Mapping[int, str] | None = None
+    rows: Sequence[Tensor],
+    columns: int | None = None,
+    side: int = 64,
+    gap: int = 4,
+    marks: Mapping[int, str] | None = None,
 ) -> bytes:
     """Images as one PNG, pixel by pixel as they are: quick enough for a slider.
 
@@ -164,7 +181,9 @@ def mosaic(
                 color = [round(255 * c) for c in to_rgb(mark)]
                 ground[top - gap : top + side + gap, left - gap : left + side + gap] = [*color, 255]
             small = Image.fromarray((picture(image) * 255).round().astype(np.uint8)).convert("RGB")
-            ground[top : top + side, left : left + side, :3] = np.asarray(small.resize((side, side), Image.NEAREST))
+            ground[top : top + side, left : left + side, :3] = np.asarray(
+                small.resize((side, side), Image.NEAREST)
+            )
             ground[top : top + side, left : left + side, 3] = 255
         line += -(-len(images) // columns)
     buffer = io.BytesIO()
@@ -173,7 +192,9 @@ def mosaic(
 
 
 class Trouble(w.HTML):
-    """What went wrong, as one sentence, with the details folded; nothing while ``error`` is None."""
+    """What went wrong, as one sentence, with the details folded; nothing while
+    ``error`` is None.
+    """
 
     error = t.Any(None, allow_none=True)
     sentence = t.Unicode("")
@@ -193,8 +214,12 @@ class Trouble(w.HTML):
         folded = ""
         if isinstance(error, BaseException) and error.__traceback__ is not None:
             details = "".join(traceback.format_exception(error))
-            folded = f"<details><summary>details</summary><pre>{html.escape(details)}</pre></details>"
-        self.value = f'<div class="abdlab-wrong" role="alert">{html.escape(self.sentence)}{folded}</div>'
+            folded = (
+                f"<details><summary>details</summary><pre>{html.escape(details)}</pre></details>"
+            )
+        self.value = (
+            f'<div class="abdlab-wrong" role="alert">{html.escape(self.sentence)}{folded}</div>'
+        )
 
 
 def sentence_of(error: BaseException | str) -> str:
@@ -217,7 +242,10 @@ def card(title: str, *children: w.Widget, **layout: str) -> w.VBox:
 def row(*children: w.Widget, **layout: str) -> w.HBox:
     """Widgets side by side; they wrap where there is no room."""
     return w.HBox(
-        children, layout=w.Layout(**{"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "8px", **layout})
+        children,
+        layout=w.Layout(
+            **{"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "8px", **layout}
+        ),
     )
 
 
@@ -233,16 +261,23 @@ def say(line: w.HTML, text: str, kind: str = "said") -> None:
     line.value = f'<div class="abdlab-{kind}">{html.escape(text)}</div>' if text else ""
 
 
-def button(text: str, do: Callable[[], None], tooltip: str = "", style: str = "", width: str = "auto") -> w.Button:
+def button(
+    text: str, do: Callable[[], None], tooltip: str = "", style: str = "", width: str = "auto"
+) -> w.Button:
     """A button that calls ``do()``."""
-    made = w.Button(description=text, tooltip=tooltip or text, button_style=style, layout=w.Layout(width=width))
+    made = w.Button(
+        description=text, tooltip=tooltip or text, button_style=style, layout=w.Layout(width=width)
+    )
     made.on_click(lambda _button: do())
     return made
 
 
 def scores(pairs: Sequence[tuple[str, str]]) -> str:
     """Numbers with their names under one another, as HTML: (name, value) each."""
-    return "".join(f'<span class="abdlab-score">{html.escape(k)}<b>{html.escape(v)}</b></span>' for k, v in pairs)
+    return "".join(
+        f'<span class="abdlab-score">{html.escape(k)}<b>{html.escape(v)}</b></span>'
+        for k, v in pairs
+    )
 
 
 def percent(share: float | None) -> str:

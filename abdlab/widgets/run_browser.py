@@ -1,4 +1,6 @@
-"""The runs below a folder: a table with filters, two of them side by side, their figures, and deletion."""
+"""The runs below a folder: a table with filters, two of them side by side, their
+figures, and deletion.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,48 @@ EMPTY = "No runs yet: run 01_poisoning, or press Start in the defence tuner."
 
 
 def runs_below(root: str | Path) -> list[dict[str, Any]]:
-    """Every run below a folder, finished or not: run (its folder, relative), label, seed, acc, asr, state, seconds."""
+    """Every run below a folder, finished or not: run (its folder, relative), label,
+    seed, acc, asr, state, seconds.
+    """
     found = []
     root = Path(root)
-    folders = {path.parent for name in ("config.json", "metrics.json") for path in root.rglob(name)} if root.is_dir() else set()
+    folders = (
+        {path.parent for name in ("config.json", "metrics.json") for path in root.rglob(name)}
+        if root.is_dir()
+        else set()
+    )
     for folder in sorted(folders - {root}):
         try:
-            metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").exists() else {}
+            metrics = (
+                json.loads((folder / "metrics.json").read_text())
+                if (folder / "metrics.json").exists()
+                else {}
+            )
         except (OSError, json.JSONDecodeError):
             metrics = {}
         parent = folder.parent.name
-        seed = metrics.get("seed", int(parent[4:]) if parent.startswith("seed") and parent[4:].isdigit() else None)
+        seed = metrics.get(
+            "seed", int(parent[4:]) if parent.startswith("seed") and parent[4:].isdigit() else None
+        )
         if "stopped_at" in metrics:
             state = f"stopped at {metrics['stopped_at']} of {metrics['length']}"
         elif metrics:
             state = "done"
         else:
             state = "unfinished" if (folder / "history.jsonl").exists() else "begun"
-        label = metrics.get("label") or (folder.name.partition("@")[0] if parent.startswith("seed") else "")
+        label = metrics.get("label") or (
+            folder.name.partition("@")[0] if parent.startswith("seed") else ""
+        )
         values = {key: metrics.get(key) for key in ("acc", "asr", "seconds")}
-        found.append({"run": str(folder.relative_to(root)), "label": label, "seed": seed, "state": state, **values})
+        found.append(
+            {
+                "run": str(folder.relative_to(root)),
+                "label": label,
+                "seed": seed,
+                "state": state,
+                **values,
+            }
+        )
     return found
 
 
@@ -50,34 +74,75 @@ class RunBrowser(w.VBox):
     Args:
         root: the folder of results.
 
-    ``rows.chosen`` holds the (at most two) runs that are shown side by side, by their folders relative to ``root``.
+    ``rows.chosen`` holds the (at most two) runs that are shown side by side, by their
+    folders relative to ``root``.
     """
 
     def __init__(self, root: str | Path = "runs/walk"):
         self.root = Path(root)
         self.found: list[dict[str, Any]] = []
         layout = w.Layout(width="230px")
-        self.text = w.Text(placeholder="part of its name", description="run", layout=layout, style={"description_width": "56px"})
-        self.method = w.Dropdown(options=["all"], description="method", layout=layout, style={"description_width": "56px"})
+        self.text = w.Text(
+            placeholder="part of its name",
+            description="run",
+            layout=layout,
+            style={"description_width": "56px"},
+        )
+        self.method = w.Dropdown(
+            options=["all"],
+            description="method",
+            layout=layout,
+            style={"description_width": "56px"},
+        )
         self.least_acc = w.IntSlider(
-            0, 0, 100, description="ACC at least", layout=w.Layout(width="290px"), style={"description_width": "90px"}
+            0,
+            0,
+            100,
+            description="ACC at least",
+            layout=w.Layout(width="290px"),
+            style={"description_width": "90px"},
         )
         self.most_asr = w.IntSlider(
-            100, 0, 100, description="ASR at most", layout=w.Layout(width="290px"), style={"description_width": "90px"}
+            100,
+            0,
+            100,
+            description="ASR at most",
+            layout=w.Layout(width="290px"),
+            style={"description_width": "90px"},
         )
         self.rows = looks.Rows(columns=_COLUMNS)
         self.refresh_button = looks.button("Refresh", self.refresh, "look for runs again")
-        self.delete_button = looks.button("Delete...", self.ask, "delete the chosen runs, after asking")
-        self.yes, self.no = looks.button("Yes, delete", self.delete, style="danger"), looks.button("Keep", self.keep)
+        self.delete_button = looks.button(
+            "Delete...", self.ask, "delete the chosen runs, after asking"
+        )
+        self.yes, self.no = (
+            looks.button("Yes, delete", self.delete, style="danger"),
+            looks.button("Keep", self.keep),
+        )
         self._asked, self._question = [], looks.said()
-        self.question = looks.row(self._question, self.yes, self.no, align_items="center", display="none")
+        self.question = looks.row(
+            self._question, self.yes, self.no, align_items="center", display="none"
+        )
         self.note, self.trouble, self.sides = (
             looks.said("", "quiet"),
             looks.Trouble(),
             w.HBox(layout=w.Layout(grid_gap="8px", align_items="stretch")),
         )
-        head = looks.row(self.text, self.method, self.least_acc, self.most_asr, self.refresh_button, self.delete_button)
-        super().__init__([self.trouble, looks.card("Runs", head, self.question, self.rows, self.note), self.sides])
+        head = looks.row(
+            self.text,
+            self.method,
+            self.least_acc,
+            self.most_asr,
+            self.refresh_button,
+            self.delete_button,
+        )
+        super().__init__(
+            [
+                self.trouble,
+                looks.card("Runs", head, self.question, self.rows, self.note),
+                self.sides,
+            ]
+        )
         looks.dress(self)
         for control in (self.text, self.method, self.least_acc, self.most_asr):
             control.observe(lambda _: self._filter(), "value")
@@ -105,8 +170,18 @@ class RunBrowser(w.VBox):
             return
         self.trouble.error = None
         students = [r["run"] for r in self.found if r["run"] not in self._asked]
-        lost = [s for s in students if any(Path(a).name == "teacher" and Path(s).parent == Path(a).parent for a in self._asked)]
-        more = f" {len(lost)} students of this teacher stay, but can no longer be inspected." if lost else ""
+        lost = [
+            s
+            for s in students
+            if any(
+                Path(a).name == "teacher" and Path(s).parent == Path(a).parent for a in self._asked
+            )
+        ]
+        more = (
+            f" {len(lost)} students of this teacher stay, but can no longer be inspected."
+            if lost
+            else ""
+        )
         looks.say(self._question, f"Delete {' and '.join(self._asked)} with all files?{more}")
         self.question.layout.display = ""
 
@@ -115,7 +190,9 @@ class RunBrowser(w.VBox):
         self._asked, self.question.layout.display = [], "none"
 
     def delete(self) -> None:
-        """Delete what was asked about. A link, a folder outside the root, and the run under way stay."""
+        """Delete what was asked about. A link, a folder outside the root, and the run
+        under way stay.
+        """
         asked = list(self._asked)
         self.keep()
         for name in asked:
@@ -124,7 +201,9 @@ class RunBrowser(w.VBox):
                 self.trouble.error = f"{name} may be training now: stop the run first"
                 return
             if folder.is_symlink() or self.root.resolve() not in folder.resolve().parents:
-                self.trouble.error = f"{name} is a link or lies outside {self.root}: delete it by hand"
+                self.trouble.error = (
+                    f"{name} is a link or lies outside {self.root}: delete it by hand"
+                )
                 return
             try:
                 shutil.rmtree(folder)
@@ -138,7 +217,11 @@ class RunBrowser(w.VBox):
         for r in self.found:
             scored = r["acc"] is None or 100 * r["acc"] >= self.least_acc.value
             scored &= r["asr"] is None or 100 * r["asr"] <= self.most_asr.value
-            if self.text.value.strip() in r["run"] and self.method.value in ("all", r["label"]) and scored:
+            if (
+                self.text.value.strip() in r["run"]
+                and self.method.value in ("all", r["label"])
+                and scored
+            ):
                 shown.append(r)
         self.rows.rows = [
             {
@@ -162,7 +245,10 @@ class RunBrowser(w.VBox):
             looks.say(self.note, f"None of the {len(self.found)} runs passes the filters.", "empty")
         else:
             looks.say(
-                self.note, f"{len(shown)} of {len(self.found)} runs. Choose one or two rows to see them side by side.", "quiet"
+                self.note,
+                f"{len(shown)} of {len(self.found)} runs. Choose one or two rows to see them side"
+                " by side.",
+                "quiet",
             )
         self.rows.layout.display = "" if shown else "none"
 
@@ -171,16 +257,30 @@ class RunBrowser(w.VBox):
         runs = [Run(self.root / c) for c in chosen]
         configs = [_flat(run.config) for run in runs]
         differ = (
-            {k for k in {k for c in configs for k in c} if len({json.dumps(c.get(k)) for c in configs}) > 1}
+            {
+                k
+                for k in {k for c in configs for k in c}
+                if len({json.dumps(c.get(k)) for c in configs}) > 1
+            }
             if len(runs) == 2
             else set()
         )
-        self.sides.children = tuple(self._side(c, run, flat, differ) for c, run, flat in zip(chosen, runs, configs, strict=True))
+        self.sides.children = tuple(
+            self._side(c, run, flat, differ)
+            for c, run, flat in zip(chosen, runs, configs, strict=True)
+        )
 
     def _side(self, name: str, run: Run, flat: dict, differ: set[str]) -> w.VBox:
         facts = next((r for r in self.found if r["run"] == name), {})
         parts: list[w.Widget] = [
-            w.HTML(looks.scores([("ACC", looks.percent(facts.get("acc"))), ("ASR", looks.percent(facts.get("asr")))]))
+            w.HTML(
+                looks.scores(
+                    [
+                        ("ACC", looks.percent(facts.get("acc"))),
+                        ("ASR", looks.percent(facts.get("asr"))),
+                    ]
+                )
+            )
         ]
         parts.append(looks.said(facts.get("state", ""), "quiet"))
         history = run.history()
@@ -195,16 +295,25 @@ class RunBrowser(w.VBox):
             last = max(samples)
             parts += [
                 looks.said(f"what the student learnt from at step {last}", "quiet"),
-                looks.Picture(png=looks.mosaic([samples[last][:32]], 16, side=30, gap=2), alt="synthetic images"),
+                looks.Picture(
+                    png=looks.mosaic([samples[last][:32]], 16, side=30, gap=2),
+                    alt="synthetic images",
+                ),
             ]
         wanted = sorted(differ) if differ else []
         if wanted:
-            lines = "".join(f"<div>{html.escape(k)}: <b>{html.escape(_short(flat.get(k)))}</b></div>" for k in wanted)
+            lines = "".join(
+                f"<div>{html.escape(k)}: <b>{html.escape(_short(flat.get(k)))}</b></div>"
+                for k in wanted
+            )
             parts.append(w.HTML(f'<div class="abdlab-said">Settings that differ:{lines}</div>'))
         elif flat:
             lines = "\n".join(f"{k}: {_short(v)}" for k, v in flat.items())
             parts.append(
-                w.HTML(f'<details class="abdlab-quiet"><summary>settings</summary><pre>{html.escape(lines)}</pre></details>')
+                w.HTML(
+                    "<details class='abdlab-quiet'><summary>settings</summary>"
+                    f"<pre>{html.escape(lines)}</pre></details>"
+                )
             )
         return looks.card(name, *parts, flex="1 1 0", min_width="0")
 
@@ -213,7 +322,11 @@ class RunBrowser(w.VBox):
         with looks.DRAWING:
             drawn = looks.figure(5.4, 4.6)
             above, below = drawn.subplots(2, 1)
-            training_curves(history, above, step="epoch" if history["label"].iloc[0] == "teacher" else "pseudo-batch")
+            training_curves(
+                history,
+                above,
+                step="epoch" if history["label"].iloc[0] == "teacher" else "pseudo-batch",
+            )
             loss_curves(history, below)
             shown.draw(drawn)
         return shown
@@ -222,7 +335,11 @@ class RunBrowser(w.VBox):
 def _flat(config: dict) -> dict[str, Any]:
     flat = {}
     for section, values in config.items():
-        flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
+        flat |= (
+            {f"{section}.{k}": v for k, v in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
     return flat
 
 

@@ -1,4 +1,6 @@
-"""What a student learnt from, image by image: over training, by class, by score, on a map; pick a tail and take it along."""
+"""What a student learnt from, image by image: over training, by class, by score, on a
+map; pick a tail and take it along.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from abdlab.widgets import looks
 PAGE, COLUMNS = 48, 12
 #: a cell of the grid, and the gap around it, in pixels
 _SIDE, _GAP = 44, 4
-#: images that the map shows at most, and real images among which the nearest one is sought
+#: images that the map shows at most, and real images among which the nearest one is
+#: sought
 _MAPPED, _REAL = 500, 5000
 ORDERS = {
     "suspicion score, lowest first": ("suspicion", 1),
@@ -52,7 +55,8 @@ class _Known:
     vaccine: Any
     student: nn.Module | None
     images: Tensor
-    table: pd.DataFrame  # one row per image: step, index, class, suspicion, disagreement, confidence
+    # one row per image: step, index, class, suspicion, disagreement, confidence
+    table: pd.DataFrame
     logits: dict[str, Tensor]
     reverse: bool  # whether suspicion is that of KL(T || T~)
 
@@ -82,12 +86,22 @@ class SampleExplorer(w.VBox):
         self._boxes: dict[str, tuple[float, float, float, float]] = {}
         style, wide = {"description_width": "90px"}, w.Layout(width="330px")
         self.run = w.Dropdown(options=[], description="run", style=style, layout=wide)
-        self.time = w.SelectionSlider(options=["-"], description="step", style=style, layout=wide, continuous_update=False)
-        self.all_steps = w.Checkbox(False, description="all steps at once", indent=False, layout=w.Layout(width="150px"))
-        self.label = w.Dropdown(options=[("all", -1)], description="teacher says", style=style, layout=wide)
+        self.time = w.SelectionSlider(
+            options=["-"], description="step", style=style, layout=wide, continuous_update=False
+        )
+        self.all_steps = w.Checkbox(
+            False, description="all steps at once", indent=False, layout=w.Layout(width="150px")
+        )
+        self.label = w.Dropdown(
+            options=[("all", -1)], description="teacher says", style=style, layout=wide
+        )
         self.order = w.Dropdown(options=list(ORDERS), description="order", style=style, layout=wide)
-        self.only = w.Checkbox(False, description="only the selection", indent=False, layout=w.Layout(width="150px"))
-        self.page = w.BoundedIntText(1, min=1, max=1, description="page", style=style, layout=w.Layout(width="170px"))
+        self.only = w.Checkbox(
+            False, description="only the selection", indent=False, layout=w.Layout(width="150px")
+        )
+        self.page = w.BoundedIntText(
+            1, min=1, max=1, description="page", style=style, layout=w.Layout(width="170px")
+        )
         self.range = w.FloatRangeSlider(
             description="select scores",
             min=-12,
@@ -97,24 +111,49 @@ class SampleExplorer(w.VBox):
             layout=w.Layout(width="480px"),
             continuous_update=False,
         )
-        self.tail_button = looks.button("Suspicious tail", self.tail, "select what scores below mean - 3 std")
+        self.tail_button = looks.button(
+            "Suspicious tail", self.tail, "select what scores below mean - 3 std"
+        )
         self.none_button = looks.button("Select none", self.clear)
-        self.map_button = looks.button("Draw the map", self.draw_map, "t-SNE of the teacher's last stage; takes some seconds")
+        self.map_button = looks.button(
+            "Draw the map", self.draw_map, "t-SNE of the teacher's last stage; takes some seconds"
+        )
         self.refresh_button = looks.button("Refresh", self.refresh, "look for runs again")
         self.export_button = looks.button(
-            "Export the selection", self.export, "images, numbers and a picture, into the run's folder", "primary"
+            "Export the selection",
+            self.export,
+            "images, numbers and a picture, into the run's folder",
+            "primary",
         )
-        self.grid = looks.Picture(picks="click", alt="synthetic images; click one, or walk with the arrow keys")
-        self.histogram = looks.Picture(picks="brush", alt="histogram of the suspicion scores; drag to select")
-        self.map = looks.Picture(picks="brush", alt="t-SNE map of the images; drag to select, click to enlarge")
-        self.detail = looks.Picture(alt="the image, its classes, the nearest real image and the activation")
+        self.grid = looks.Picture(
+            picks="click", alt="synthetic images; click one, or walk with the arrow keys"
+        )
+        self.histogram = looks.Picture(
+            picks="brush", alt="histogram of the suspicion scores; drag to select"
+        )
+        self.map = looks.Picture(
+            picks="brush", alt="t-SNE map of the images; drag to select, click to enlarge"
+        )
+        self.detail = looks.Picture(
+            alt="the image, its classes, the nearest real image and the activation"
+        )
         self.trouble, self.note, self.empty = looks.Trouble(), looks.said("", "quiet"), looks.said()
         self.said = looks.said("", "quiet")
         self.no_map = looks.said(
-            "Draw the map shows which images the teacher finds alike; what is selected here is selected there.", "empty"
+            "Draw the map shows which images the teacher finds alike; what is selected here is"
+            " selected there.",
+            "empty",
         )
         head = looks.row(self.run, self.refresh_button)
-        choose = looks.row(self.time, self.all_steps, self.label, self.order, self.only, self.page, align_items="center")
+        choose = looks.row(
+            self.time,
+            self.all_steps,
+            self.label,
+            self.order,
+            self.only,
+            self.page,
+            align_items="center",
+        )
         tail = looks.row(self.tail_button, self.none_button, self.map_button, self.export_button)
         self._body = w.VBox(
             [
@@ -123,13 +162,23 @@ class SampleExplorer(w.VBox):
                     looks.card("One image", self.detail, flex="1 1 430px", min_width="0"),
                 ),
                 looks.row(
-                    looks.card("Suspicion scores", self.histogram, self.range, tail, self.note, flex="1 1 500px", min_width="0"),
+                    looks.card(
+                        "Suspicion scores",
+                        self.histogram,
+                        self.range,
+                        tail,
+                        self.note,
+                        flex="1 1 500px",
+                        min_width="0",
+                    ),
                     looks.card("Map", self.map, self.no_map, flex="1 1 430px", min_width="0"),
                 ),
             ],
             layout=w.Layout(grid_gap="8px"),
         )
-        super().__init__([self.trouble, looks.card("Samples", head, choose, self.empty), self._body])
+        super().__init__(
+            [self.trouble, looks.card("Samples", head, choose, self.empty), self._body]
+        )
         looks.dress(self)
         self.run.observe(lambda _: self._open(), "value")
         for control in (self.time, self.all_steps, self.label, self.order, self.only):
@@ -146,16 +195,24 @@ class SampleExplorer(w.VBox):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per kept image: step, index in its batch, teacher's class, suspicion, disagreement (nats), confidence."""
+        """One row per kept image: step, index in its batch, teacher's class, suspicion,
+        disagreement (nats), confidence.
+        """
         return pd.DataFrame() if self.known is None else self.known.table
 
     # --- opening a run
 
     def refresh(self) -> None:
         """Look for runs with samples again; the newest is opened when none is open."""
-        found = sorted((p.parent for p in self.root.rglob("samples.safetensors")), key=lambda p: p.stat().st_mtime, reverse=True)
+        found = sorted(
+            (p.parent for p in self.root.rglob("samples.safetensors")),
+            key=lambda p: p.stat().st_mtime,
+            reverse=True,
+        )
         names = [
-            str(p.relative_to(self.root)) for p in found if (p / "config.json").exists() and p.parent.name.startswith("seed")
+            str(p.relative_to(self.root))
+            for p in found
+            if (p / "config.json").exists() and p.parent.name.startswith("seed")
         ]
         kept = self.run.value
         looks.say(self.empty, "" if names else EMPTY, "empty")
@@ -179,7 +236,11 @@ class SampleExplorer(w.VBox):
         steps = sorted(known.table["step"].unique().tolist())
         self.time.options = steps
         self.time.value = steps[-1]
-        classes = known.data.classes if known.data is not None else [str(i) for i in range(known.logits["teacher"].shape[1])]
+        classes = (
+            known.data.classes
+            if known.data is not None
+            else [str(i) for i in range(known.logits["teacher"].shape[1])]
+        )
         self.label.options = [("all", -1), *((c, i) for i, c in enumerate(classes))]
         self.label.value = -1
         low, high = known.table["suspicion"].min(), known.table["suspicion"].max()
@@ -212,7 +273,11 @@ class SampleExplorer(w.VBox):
         if student is not None:
             logits["student"] = predict(student, images).cpu()
         sure, said = logits["teacher"].softmax(1).max(1)
-        other = kl(logits["teacher"], logits["student"]) if student is not None else torch.full((len(images),), float("nan"))
+        other = (
+            kl(logits["teacher"], logits["student"])
+            if student is not None
+            else torch.full((len(images),), float("nan"))
+        )
         table = pd.DataFrame(
             {
                 "step": steps,
@@ -223,7 +288,9 @@ class SampleExplorer(w.VBox):
                 "confidence": sure.tolist(),
             }
         )
-        return _Known(run, label, chosen, data, teacher, vaccine, student, images, table, logits, reverse)
+        return _Known(
+            run, label, chosen, data, teacher, vaccine, student, images, table, logits, reverse
+        )
 
     def _dataset(self, chosen: Settings) -> Dataset | None:
         """The data set where it is at hand; nothing is downloaded for looking."""
@@ -272,7 +339,10 @@ class SampleExplorer(w.VBox):
         begin = (self.page.value - 1) * PAGE
         self.shown = passing.index[begin : begin + PAGE].tolist()
         self._draw_grid()
-        text = f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange frames); the enlarged one has a blue frame."
+        text = (
+            f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange"
+            " frames); the enlarged one has a blue frame."
+        )
         if column_is_missing(passing, ORDERS[self.order.value][0]):
             text = "This run has no student yet that could disagree. " + text
         looks.say(self.said, text, "quiet")
@@ -280,10 +350,16 @@ class SampleExplorer(w.VBox):
 
     def _draw_grid(self) -> None:
         chosen = set(self.selected)
-        marks = {place: plots.COLORS["sr"] for place, number in enumerate(self.shown) if number in chosen}
+        marks = {
+            place: plots.COLORS["sr"] for place, number in enumerate(self.shown) if number in chosen
+        }
         if self.enlarged in self.shown:
             marks[self.shown.index(self.enlarged)] = plots.COLORS["sv"]
-        self.grid.png = looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks) if self.shown else b""
+        self.grid.png = (
+            looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks)
+            if self.shown
+            else b""
+        )
 
     def _on_grid(self, kind: str, at: list[float]) -> None:
         if not self.shown:
@@ -303,46 +379,88 @@ class SampleExplorer(w.VBox):
             return
         self._draw_grid()
         facts, image = known.table.loc[number], known.images[number]
-        layer = known.teacher.stages[-2] if len(getattr(known.teacher, "stages", ())) > 1 else convolutions(known.teacher)[-1]
+        layer = (
+            known.teacher.stages[-2]
+            if len(getattr(known.teacher, "stages", ())) > 1
+            else convolutions(known.teacher)[-1]
+        )
         heat = spatial_map(known.teacher, image[None], layer)[0]
         classes = [text for text, value in self.label.options if value >= 0]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.6)
-            axes = drawn.subplot_mosaic([["image", "heat", "real"], ["bars", "bars", "bars"]], height_ratios=[1, 1.05])
-            plots.show(axes["image"], image, f"step {facts['step']:.0f}, image {facts['index']:.0f}")
+            axes = drawn.subplot_mosaic(
+                [["image", "heat", "real"], ["bars", "bars", "bars"]], height_ratios=[1, 1.05]
+            )
+            plots.show(
+                axes["image"], image, f"step {facts['step']:.0f}, image {facts['index']:.0f}"
+            )
             plots.show(axes["heat"], image, f"activation, {layer}")
             height, width = image.shape[-2:]
             axes["heat"].imshow(
-                heat.numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+                heat.numpy(),
+                cmap="inferno",
+                alpha=0.6,
+                vmin=0,
+                vmax=1,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )
             self._nearest(axes["real"], image)
             self._bars(axes["bars"], number, classes)
             self.detail.draw(drawn)
-        parts = [f"suspicion {facts['suspicion']:.2f}", f"teacher's confidence {facts['confidence']:.1%}"]
-        parts += [f"disagreement {facts['disagreement']:.3g} nats"] if facts["disagreement"] == facts["disagreement"] else []
+        parts = [
+            f"suspicion {facts['suspicion']:.2f}",
+            f"teacher's confidence {facts['confidence']:.1%}",
+        ]
+        parts += (
+            [f"disagreement {facts['disagreement']:.3g} nats"]
+            if facts["disagreement"] == facts["disagreement"]
+            else []
+        )
         self.detail.alt = f"image {number}: " + ", ".join(parts)
         looks.say(self.said, self.detail.alt[0].upper() + self.detail.alt[1:] + ".", "quiet")
 
     def _nearest(self, ax, image: Tensor) -> None:
         if self.known.data is None:
             ax.axis("off")
-            ax.text(0.5, 0.5, "no real data\nat hand", ha="center", va="center", fontsize=9, color="0.5")
+            ax.text(
+                0.5, 0.5, "no real data\nat hand", ha="center", va="center", fontsize=9, color="0.5"
+            )
             return
         real = self.known.data.train_images[:_REAL]
         found = int((real - image.clamp(0, 1)).flatten(1).norm(dim=1).argmin())
-        plots.show(ax, real[found], f"nearest real: {self.known.data.classes[int(self.known.data.train_labels[found])]}")
+        plots.show(
+            ax,
+            real[found],
+            f"nearest real: {self.known.data.classes[int(self.known.data.train_labels[found])]}",
+        )
 
     def _bars(self, ax, number: int, classes: list[str]) -> None:
-        names = {"teacher": "teacher", "vaccine": "shuffled teacher", "student": plots.name_of(self.known.label)}
-        colors = {"teacher": "#8c8c8c", "vaccine": plots.COLORS["sv"], "student": plots.color_of(self.known.label)}
+        names = {
+            "teacher": "teacher",
+            "vaccine": "shuffled teacher",
+            "student": plots.name_of(self.known.label),
+        }
+        colors = {
+            "teacher": "#8c8c8c",
+            "vaccine": plots.COLORS["sv"],
+            "student": plots.color_of(self.known.label),
+        }
         if colors["student"] == colors["vaccine"]:
             colors["vaccine"] = "#56b4e9"
         share = {kind: values[number].softmax(0) for kind, values in self.known.logits.items()}
         # of many classes, the ten that any of the three gives most
-        best = sorted(torch.stack([*share.values()]).amax(0).topk(min(10, len(classes))).indices.tolist())
+        best = sorted(
+            torch.stack([*share.values()]).amax(0).topk(min(10, len(classes))).indices.tolist()
+        )
         for i, (kind, values) in enumerate(share.items()):
             places = np.arange(len(best)) + (i - (len(share) - 1) / 2) * 0.27
-            ax.bar(places, [100 * values[c].item() for c in best], 0.25, color=colors[kind], label=names[kind])
+            ax.bar(
+                places,
+                [100 * values[c].item() for c in best],
+                0.25,
+                color=colors[kind],
+                label=names[kind],
+            )
         ax.set(xticks=range(len(best)), ylim=(0, 103), ylabel="probability (%)")
         ax.set_xticklabels([classes[c] for c in best], fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -351,7 +469,9 @@ class SampleExplorer(w.VBox):
     # --- selecting
 
     def tail(self) -> None:
-        """Select what scores below mean - 3 std of all kept images (the lowest 2 % where nothing does), and show it first."""
+        """Select what scores below mean - 3 std of all kept images (the lowest 2 %
+        where nothing does), and show it first.
+        """
         if self.known is not None:
             self.order.value, self.all_steps.value = next(iter(ORDERS)), True
             scores = self.known.table["suspicion"]
@@ -371,7 +491,11 @@ class SampleExplorer(w.VBox):
         if not self._quiet and self.known is not None:
             low, high = self.range.value
             scores = self.known.table["suspicion"]
-            self.selected = [] if low == high else scores.index[(scores >= low - 0.005) & (scores <= high + 0.005)].tolist()
+            self.selected = (
+                []
+                if low == high
+                else scores.index[(scores >= low - 0.005) & (scores <= high + 0.005)].tolist()
+            )
 
     def _reselected(self) -> None:
         if self._quiet or self.known is None:
@@ -417,24 +541,41 @@ class SampleExplorer(w.VBox):
         with looks.DRAWING:
             drawn = looks.figure(5.6, 3.8)
             ax = drawn.subplots()
-            plots.suspicion_histogram(torch.tensor(scores.to_numpy()), ax=ax, reverse=self.known.reverse)
+            plots.suspicion_histogram(
+                torch.tensor(scores.to_numpy()), ax=ax, reverse=self.known.reverse
+            )
             if self.selected:
                 bins = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 60)
                 width, chosen = bins[1] - bins[0], scores.loc[self.selected]
                 weights = np.full(len(chosen), 1 / (len(scores) * width))
-                ax.hist(chosen, bins, weights=weights, color=plots.COLORS["sr"], label=f"selected (n = {len(chosen)})")
-                ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+                ax.hist(
+                    chosen,
+                    bins,
+                    weights=weights,
+                    color=plots.COLORS["sr"],
+                    label=f"selected (n = {len(chosen)})",
+                )
+                ax.legend(
+                    fontsize=8,
+                    frameon=False,
+                    loc="lower center",
+                    bbox_to_anchor=(0.5, 1.0),
+                    ncols=2,
+                )
             self.histogram.draw(drawn)
             self._boxes["histogram"], self._limits = _box(drawn, ax), ax.get_xlim()
         share = len(self.selected) / len(scores)
         looks.say(
             self.note,
-            f"{len(self.selected)} of {len(scores)} images are selected ({share:.1%}). Drag over the histogram, or move the range.",
+            f"{len(self.selected)} of {len(scores)} images are selected ({share:.1%}). Drag over"
+            " the histogram, or move the range.",
             "quiet",
         )
 
     def draw_map(self) -> None:
-        """Compute the t-SNE map, of at most 500 images evenly chosen over training, and show it."""
+        """Compute the t-SNE map, of at most 500 images evenly chosen over training, and
+        show it.
+        """
         if self.known is None:
             return
         count = len(self.known.table)
@@ -443,10 +584,17 @@ class SampleExplorer(w.VBox):
             return
         self.map_button.disabled, self.map_button.description = True, "Drawing..."
         try:
-            self._mapped = np.unique(np.linspace(0, count - 1, min(count, _MAPPED)).round().astype(int))
+            self._mapped = np.unique(
+                np.linspace(0, count - 1, min(count, _MAPPED)).round().astype(int)
+            )
             stages = getattr(self.known.teacher, "stages", ())
             layer = stages[-1] if stages else convolutions(self.known.teacher)[-1]
-            self._points = plots.tsne(self.known.teacher, layer, self.known.images[self._mapped], seed=self.known.chosen.seed)
+            self._points = plots.tsne(
+                self.known.teacher,
+                layer,
+                self.known.images[self._mapped],
+                seed=self.known.chosen.seed,
+            )
             self._draw_map()
         finally:
             self.map_button.disabled, self.map_button.description = False, "Draw the map"
@@ -454,13 +602,19 @@ class SampleExplorer(w.VBox):
     def _draw_map(self) -> None:
         if self._points is None:
             return
-        table, classes = self.known.table.loc[self._mapped], [text for text, value in self.label.options if value >= 0]
+        table, classes = (
+            self.known.table.loc[self._mapped],
+            [text for text, value in self.label.options if value >= 0],
+        )
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.2)
             ax = drawn.subplots()
             groups = ["selected" if n in set(self.selected) else "synthetic" for n in self._mapped]
             colors = plots.class_colors(len(classes))
-            for group, size, edge in (("synthetic", 16, "none"), ("selected", 46, looks.INK[looks.page().dark])):
+            for group, size, edge in (
+                ("synthetic", 16, "none"),
+                ("selected", 46, looks.INK[looks.page().dark]),
+            ):
                 inside = np.array([g == group for g in groups])
                 ax.scatter(
                     *self._points[inside].T,
@@ -474,7 +628,12 @@ class SampleExplorer(w.VBox):
                     ax.scatter([], [], s=16, color=colors[i], label=name)
             ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
             ax.legend(
-                fontsize=8, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", title="teacher says", title_fontsize=8
+                fontsize=8,
+                frameon=False,
+                bbox_to_anchor=(1.0, 1.0),
+                loc="upper left",
+                title="teacher says",
+                title_fontsize=8,
             )
             ax.spines[["top", "right"]].set_visible(False)
             self.map.draw(drawn)
@@ -489,7 +648,9 @@ class SampleExplorer(w.VBox):
     # --- taking it along
 
     def export(self) -> Path | None:
-        """Write the selection into the run's folder, as selections/N: images.safetensors, numbers.csv, picture.png."""
+        """Write the selection into the run's folder, as selections/N:
+        images.safetensors, numbers.csv, picture.png.
+        """
         if self.known is None or not self.selected:
             self.trouble.error = "nothing is selected: drag over the histogram or the map first"
             return None
@@ -498,7 +659,11 @@ class SampleExplorer(w.VBox):
         taken = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.is_dir() else []
         folder = base / str(max(taken, default=0) + 1)
         images, table = self.known.images[numbers], self.known.table.loc[numbers]
-        save_state(folder / "images.safetensors", {"images": images}, {"run": self.run.value, "numbers": numbers})
+        save_state(
+            folder / "images.safetensors",
+            {"images": images},
+            {"run": self.run.value, "numbers": numbers},
+        )
         text = io.StringIO()
         table.to_csv(text, index_label="number")
         write_atomically(folder / "numbers.csv", text.getvalue().encode())

@@ -18,10 +18,12 @@ TITLES = ("1 Trigger", "2 Defence", "3 Samples", "4 Runs")
 
 
 class Workbench(w.VBox):
-    """Design a trigger, tune a defence against it, look at what the student learns from, and browse what is there.
+    """Design a trigger, tune a defence against it, look at what the student learns
+    from, and browse what is there.
 
     Args:
-        root: the folder of results; notebooks that name the same one share its teachers and students.
+        root: the folder of results; notebooks that name the same one share its teachers
+            and students.
         chosen: the experiment to begin with.
         label: the method to begin with, such as "zskt+sv+sr".
 
@@ -29,7 +31,12 @@ class Workbench(w.VBox):
         designer, tuner, explorer, browser: the widgets, in the order of the tabs.
     """
 
-    def __init__(self, root: str | Path = "runs/walk", chosen: Settings | None = None, label: str = "zskt+sv+sr"):
+    def __init__(
+        self,
+        root: str | Path = "runs/walk",
+        chosen: Settings | None = None,
+        label: str = "zskt+sv+sr",
+    ):
         self.chosen = settings() if chosen is None else chosen
         try:
             data = self.chosen.dataset()
@@ -49,7 +56,9 @@ class Workbench(w.VBox):
         self.tabs.observe(lambda _: self._look(), "selected_index")
 
     def finish(self) -> dict:
-        """Where nobody can click (papermill), run the tuner to its end; in a browser, nothing. Returns the tuner's metrics."""
+        """Where nobody can click (papermill), run the tuner to its end; in a browser,
+        nothing. Returns the tuner's metrics.
+        """
         if headless():
             self.tuner.run()
             self._stale = True
@@ -63,7 +72,9 @@ class Workbench(w.VBox):
         self.tabs.selected_index = 1
 
     def _trained(self, change: dict) -> None:
-        """Samples and runs are looked for when their tab is next opened: at once would slow the run's end."""
+        """Samples and runs are looked for when their tab is next opened: at once would
+        slow the run's end.
+        """
         if change["new"] in ("done", "stopped", "failed"):
             self._stale = True
 

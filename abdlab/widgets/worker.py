@@ -1,4 +1,6 @@
-"""One training run in a background thread, at most one per kernel; it can be paused and stopped between two steps."""
+"""One training run in a background thread, at most one per kernel; it can be paused and
+stopped between two steps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import torch
 from abdlab.distill import Step
 from abdlab.widgets.looks import page
 
-#: seconds without a page after which a run stops itself: browsers let a hidden tab beat once a minute only
+#: seconds without a page after which a run stops itself: browsers let a hidden tab beat
+#: once a minute only
 PATIENCE = 150.0
 #: seconds that the end of the process waits for a run to save itself
 LAST_WORDS = 20.0
@@ -33,12 +36,20 @@ class Worker:
     """Runs ``job(worker)`` once.
 
     Args:
-        job: trains; calls :meth:`wait` between steps, or pulls its stream through :meth:`gate`.
-        end: called with the job's error, or None, in the job's thread, after it no longer counts as running.
-        needs_page: stop, saving, when the page that shows the widgets has been gone for :data:`PATIENCE` seconds.
+        job: trains; calls :meth:`wait` between steps, or pulls its stream through
+            :meth:`gate`.
+        end: called with the job's error, or None, in the job's thread, after it no
+            longer counts as running.
+        needs_page: stop, saving, when the page that shows the widgets has been gone for
+            :data:`PATIENCE` seconds.
     """
 
-    def __init__(self, job: Callable[[Worker], None], end: Callable[[BaseException | None], None], needs_page: bool = True):
+    def __init__(
+        self,
+        job: Callable[[Worker], None],
+        end: Callable[[BaseException | None], None],
+        needs_page: bool = True,
+    ):
         self.job, self.end, self.needs_page = job, end, needs_page
         self.why = ""
         self._go, self._stop = threading.Event(), threading.Event()
@@ -55,21 +66,27 @@ class Worker:
         threads = torch.get_num_threads()
 
         def work():
-            torch.set_num_threads(threads)  # as many as the kernel's own thread: numbers depend on it
+            torch.set_num_threads(
+                threads
+            )  # as many as the kernel's own thread: numbers depend on it
             self._run()
 
         self._thread = threading.Thread(target=work, name="abdlab-run", daemon=True)
         self._thread.start()
 
     def run_here(self) -> None:
-        """Run in the calling thread, to its end; an interrupt saves the run and goes on upwards."""
+        """Run in the calling thread, to its end; an interrupt saves the run and goes on
+        upwards.
+        """
         self._claim()
         self._run(reraise=True)
 
     def _claim(self) -> None:
         with _lock:
             if _running:
-                raise RuntimeError("one run at a time: this kernel trains already, stop that run first")
+                raise RuntimeError(
+                    "one run at a time: this kernel trains already, stop that run first"
+                )
             _running.append(self)
 
     def _run(self, reraise: bool = False) -> None:
@@ -105,7 +122,9 @@ class Worker:
         self._go.set()
 
     def stop(self, why: str = "", wait: float | None = None) -> None:
-        """End after the step under way; with ``wait``, stay here until it has, at most so many seconds."""
+        """End after the step under way; with ``wait``, stay here until it has, at most
+        so many seconds.
+        """
         self.why = self.why or why
         self._stop.set()
         self._go.set()
@@ -127,8 +146,12 @@ class Worker:
                     raise Stopped
                 return
 
-    def gate(self, stream: Iterator[Step], measure: Callable[[], dict[str, float]]) -> Iterator[Step]:
-        """The stream, held while paused. When it shall end, its last Step is measured, and the stream closed (which saves it)."""
+    def gate(
+        self, stream: Iterator[Step], measure: Callable[[], dict[str, float]]
+    ) -> Iterator[Step]:
+        """The stream, held while paused. When it shall end, its last Step is measured,
+        and the stream closed (which saves it).
+        """
         try:
             for step in stream:
                 self._notice()
@@ -140,10 +163,17 @@ class Worker:
                     self.wait()
                 except Stopped:
                     if step.index < step.total:
-                        # stopped while paused: what the student is like now is not known yet
+                        # stopped while paused: what the student is like now is not
+                        # known yet
                         if step.acc is None:
                             found = measure()
-                            yield replace(step, acc=found.get("acc"), asr=found.get("asr"), images=None, events=())
+                            yield replace(
+                                step,
+                                acc=found.get("acc"),
+                                asr=found.get("asr"),
+                                images=None,
+                                events=(),
+                            )
                         return
         finally:
             stream.close()
@@ -173,7 +203,9 @@ def _interrupted(_number, _frame) -> None:
 
 
 def watch_kernel() -> None:
-    """Let an interrupt of the kernel stop the run, and the kernel's end wait until the run has saved itself. Once per process."""
+    """Let an interrupt of the kernel stop the run, and the kernel's end wait until the
+    run has saved itself. Once per process.
+    """
     if _watched:
         return
     _watched.append(True)
@@ -198,7 +230,8 @@ def _cell_ended(result) -> None:
     page().heard = None if page().heard is None else max(page().heard, time.monotonic())
     if isinstance(result.error_in_exec, KeyboardInterrupt):
         _interrupted(None, None)
-    # between cells the kernel ignores interrupts, and it sets that anew after each of them: ours must come later
+    # between cells the kernel ignores interrupts, and it sets that anew after each of
+    # them: ours must come later
     with suppress(RuntimeError):  # no loop: no kernel to interrupt
         asyncio.get_running_loop().call_later(0.5, _listen)
 

@@ -1,4 +1,6 @@
-"""One report of all benchmarks of a session: printed at its end, and written where ``ABDLAB_BENCH_README`` says."""
+"""One report of all benchmarks of a session: printed at its end, and written where
+``ABDLAB_BENCH_README`` says.
+"""
 
 import os
 from pathlib import Path

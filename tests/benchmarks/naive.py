@@ -1,9 +1,12 @@
-"""The naive side of every comparison: the official code's structure, in whole-batch torch operations.
+"""The naive side of every comparison: the official code's structure, in whole-batch
+torch operations.
 
-tests/literal.py writes the same formulas as loops over samples, which would make this side artificially slow; only its deep copies
-for shuffled teachers are taken from there. What is not skipped here, as in the official loop: every network takes gradients, also
-where nobody uses them; generator and teacher run anew in every student step; shuffled teachers are whole copies; SR recomputes the
-clean answer in every inner step. The networks, and each random number, are those of the side that it is compared with.
+tests/literal.py writes the same formulas as loops over samples, which would make this
+side artificially slow; only its deep copies for shuffled teachers are taken from there.
+What is not skipped here, as in the official loop: every network takes gradients, also
+where nobody uses them; generator and teacher run anew in every student step; shuffled
+teachers are whole copies; SR recomputes the clean answer in every inner step. The
+networks, and each random number, are those of the side that it is compared with.
 """
 
 import torch
@@ -34,23 +37,42 @@ class NaiveZSKT:
 
     Args:
         source: a started :class:`abdlab.ZSKT`, whose generator and noise are used.
-        teacher, student: as they are when it starts; both, and the generator, take gradients.
+        teacher, student: as they are when it starts; both, and the generator, take
+            gradients.
 
     ``copies`` are the vaccine's shuffled teachers; none is without a vaccine.
     """
 
     def __init__(self, source, teacher, student, attention=250.0, clip=5.0):
-        self.source, self.generator, self.teacher, self.student = source, source.generator, teacher, student
+        self.source, self.generator, self.teacher, self.student = (
+            source,
+            source.generator,
+            teacher,
+            student,
+        )
         self.attention, self.clip, self.copies = attention, clip, []
-        self.adam_g, self.adam_s = Adam(self.generator.parameters(), 1e-3), Adam(student.parameters(), 2e-3)
+        self.adam_g, self.adam_s = (
+            Adam(self.generator.parameters(), 1e-3),
+            Adam(student.parameters(), 2e-3),
+        )
 
     def pass_through(self, noise):
-        """(images, teacher's logits, KD loss, attention loss), all attached to every network."""
+        """(images, teacher's logits, KD loss, attention loss), all attached to every
+        network.
+        """
         images = self.generator(noise)
-        with record(self.teacher, self.teacher.stages) as t, record(self.student, self.student.stages) as s:
+        with (
+            record(self.teacher, self.teacher.stages) as t,
+            record(self.student, self.student.stages) as s,
+        ):
             t_logits, s_logits = self.teacher(images), self.student(images)
         gaps = [(attention(s[n]) - attention(t[n])).square().mean() for n in self.teacher.stages]
-        return images, t_logits, (kl(t_logits, s_logits) / t_logits.shape[1]).mean(), self.attention * sum(gaps)
+        return (
+            images,
+            t_logits,
+            (kl(t_logits, s_logits) / t_logits.shape[1]).mean(),
+            self.attention * sum(gaps),
+        )
 
     def step(self, loss, network, adam, more=()):
         """One step of one network; ``more`` are gradients that join those of the loss."""
@@ -67,38 +89,65 @@ class NaiveZSKT:
         if self.copies:
             shuffled = torch.stack([copy(images) for copy in self.copies]).mean(0)
             agree = shuffled.argmax(1) == t_logits.argmax(1)
-            term = -alpha * (kl(shuffled, t_logits) / t_logits.shape[1] * agree).sum() / agree.sum().clamp_min(1)
+            term = (
+                -alpha
+                * (kl(shuffled, t_logits) / t_logits.shape[1] * agree).sum()
+                / agree.sum().clamp_min(1)
+            )
             loss, losses["sv_synthesis"] = loss + term, term.item()
         self.step(loss, self.generator, self.adam_g)
         return losses
 
     def student_step(self, noise, sr=None):
-        """``sr`` returns (value, gradients of the student's weights) on images, see :func:`self_retrospection`."""
+        """``sr`` returns (value, gradients of the student's weights) on images, see
+        :func:`self_retrospection`.
+        """
         images, _, kd, gaps = self.pass_through(noise)
         value, gradients = sr(images.detach()) if sr else (kd.new_zeros(()), ())
         self.step(kd + gaps, self.student, self.adam_s, gradients)
         return {"kd": kd.item(), "attention": gaps.item(), "sr": value.item()}
 
     def pseudo_batch(self, steps=10):
-        """The mean losses of one generator step and ``steps`` student steps on the same noise."""
+        """The mean losses of one generator step and ``steps`` student steps on the same
+        noise.
+        """
         noise = self.source.noise()
         losses = self.generator_step(noise)
         rows = [self.student_step(noise) for _ in range(steps)]
-        return losses | {name: sum(row[name] for row in rows) / steps for name in ("kd", "attention")}
+        return losses | {
+            name: sum(row[name] for row in rows) / steps for name in ("kd", "attention")
+        }
 
 
-def self_retrospection(student, victim, images, start, scale, order=2, steps=10, lr=0.1, penalty=1e-3, iterations=5, fixed=0.1):
+def self_retrospection(
+    student,
+    victim,
+    images,
+    start,
+    scale,
+    order=2,
+    steps=10,
+    lr=0.1,
+    penalty=1e-3,
+    iterations=5,
+    fixed=0.1,
+):
     """SR's term and its gradients for the student's weights.
 
     Args:
-        victim: whose answer delta changes, the teacher in the official sweeps. start: delta's start, (1, C, H, W) in normalised units.
+        victim: whose answer delta changes, the teacher in the official sweeps. start:
+            delta's start, (1, C, H, W) in normalised units.
         scale: (1, C, 1, 1), from there to pixels.
-        order: 2 adds the gradient through delta, by ``iterations`` fixed-point iterations of step ``fixed``.
+        order: 2 adds the gradient through delta, by ``iterations`` fixed-point
+            iterations of step ``fixed``.
     """
     weights, delta = list(student.parameters()), start.clone().requires_grad_()
 
     def inner():
-        return penalty * delta.square().sum() - kl(victim(images), victim(images + delta * scale)).mean()
+        return (
+            penalty * delta.square().sum()
+            - kl(victim(images), victim(images + delta * scale)).mean()
+        )
 
     adam = Adam([delta], lr=lr)
     for _ in range(steps):
@@ -111,23 +160,35 @@ def self_retrospection(student, victim, images, start, scale, order=2, steps=10,
         (slope,) = torch.autograd.grad(inner(), [delta], create_graph=True)
         mapped, v = delta - fixed * slope, torch.zeros_like(delta)
         for _ in range(iterations):
-            v = torch.autograd.grad(mapped, [delta], grad_outputs=v, retain_graph=True)[0] + outer_slope
+            v = (
+                torch.autograd.grad(mapped, [delta], grad_outputs=v, retain_graph=True)[0]
+                + outer_slope
+            )
         through = torch.autograd.grad(mapped, weights, grad_outputs=v, allow_unused=True)
         gradients = [g if t is None else g + t for g, t in zip(gradients, through, strict=True)]
     return outer.detach(), gradients
 
 
 class NaiveCMI:
-    """CMI's rounds, with gradients everywhere; ``source`` is a started :class:`abdlab.CMI`, whose random numbers and pool are used.
+    """CMI's rounds, with gradients everywhere; ``source`` is a started
+    :class:`abdlab.CMI`, whose random numbers and pool are used.
 
-    As in the official code the generator runs once per step; images of the pool are not read back from files, as there.
+    As in the official code the generator runs once per step; images of the pool are not
+    read back from files, as there.
     """
 
     def __init__(self, source, teacher, student):
         self.source, self.teacher, self.student = source, teacher, student
-        self.sgd = SGD(student.parameters(), lr=source.lr, momentum=source.momentum, weight_decay=source.weight_decay)
+        self.sgd = SGD(
+            student.parameters(),
+            lr=source.lr,
+            momentum=source.momentum,
+            weight_decay=source.weight_decay,
+        )
         self.adam_head = Adam(source.head.parameters(), lr=source.generator_lr)
-        self.norms = [name for name, module in teacher.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        self.norms = [
+            name for name, module in teacher.named_modules() if isinstance(module, nn.BatchNorm2d)
+        ]
 
     def look(self, view):
         """(teacher's logits, the inputs of its batch norms)."""
@@ -143,18 +204,30 @@ class NaiveCMI:
         for name, x in inputs.items():
             module = self.teacher.get_submodule(name)
             mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-            distance = distance + (mean - module.running_mean).norm() + (variance - module.running_var).norm()
+            distance = (
+                distance
+                + (mean - module.running_mean).norm()
+                + (variance - module.running_var).norm()
+            )
         with mode(self.student, training=False):
             answer = self.student(view)
         agree = answer.argmax(1) == logits.argmax(1)
-        local_inputs = self.look(random_views(images, s.rng, scale=s.crop, ratio=(3 / 4, 4 / 3), flip=s.flip))[1]
-        local, whole = (torch.cat([x.mean((2, 3)) for x in found.values()], 1) for found in (local_inputs, inputs))
+        local_inputs = self.look(
+            random_views(images, s.rng, scale=s.crop, ratio=(3 / 4, 4 / 3), flip=s.flip)
+        )[1]
+        local, whole = (
+            torch.cat([x.mean((2, 3)) for x in found.values()], 1)
+            for found in (local_inputs, inputs)
+        )
         past = s.bank[torch.randperm(len(s.bank), generator=s.rng)[: s.negatives].to(view.device)]
         wholes, locals_ = (
-            F.normalize(s.head(torch.cat([new, past[:, i]])), dim=1, eps=1e-6) for new, i in ((whole.detach(), 1), (local, 0))
+            F.normalize(s.head(torch.cat([new, past[:, i]])), dim=1, eps=1e-6)
+            for new, i in ((whole.detach(), 1), (local, 0))
         )
         similar = locals_ @ wholes.detach().T / s.contrast
-        each = F.cross_entropy(similar, torch.arange(len(similar), device=view.device), reduction="none")
+        each = F.cross_entropy(
+            similar, torch.arange(len(similar), device=view.device), reduction="none"
+        )
         new, old = each.split([len(local), len(past)])
         losses = {
             "batch_norm": s.batch_norm * distance,
@@ -189,7 +262,9 @@ class NaiveCMI:
     def kd_step(self):
         s = self.source
         images = augment(s._sample(), s.shift, s.flip, s.rng)
-        loss = s.temperature**2 * kl(self.teacher(images), self.student(images), s.temperature).mean()
+        loss = (
+            s.temperature**2 * kl(self.teacher(images), self.student(images), s.temperature).mean()
+        )
         forget_gradients(self.teacher, self.student)
         loss.backward()
         self.sgd.step()
@@ -197,7 +272,9 @@ class NaiveCMI:
 
 
 def ood_step(source, teacher, student, adam):
-    """One student step on patches, mixed as a started :class:`abdlab.OOD` without a teacher does."""
+    """One student step on patches, mixed as a started :class:`abdlab.OOD` without a
+    teacher does.
+    """
     images = source.batch().images
     logits = teacher(images)
     loss = (kl(logits, student(images), source.temperature) / logits.shape[1]).mean()
@@ -208,7 +285,9 @@ def ood_step(source, teacher, student, adam):
 
 
 def teacher_epochs(model, images, labels, *, epochs, batch_size, shift, flip, seed=0):
-    """Supervised training image by image, as a loader with transforms does it; yields the mean cross-entropy of each epoch."""
+    """Supervised training image by image, as a loader with transforms does it; yields
+    the mean cross-entropy of each epoch.
+    """
     sgd = SGD(model.train().parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     rate = CosineAnnealingLR(sgd, epochs * (len(images) // batch_size))
     rng, (height, width) = torch.Generator().manual_seed(seed), images.shape[-2:]
@@ -216,7 +295,11 @@ def teacher_epochs(model, images, labels, *, epochs, batch_size, shift, flip, se
         losses = []
         for chosen in torch.randperm(len(images), generator=rng).split(batch_size):
             offsets = torch.randint(0, 2 * shift + 1, (2, len(chosen)), generator=rng).T.tolist()
-            mirrored = (torch.rand(len(chosen), generator=rng) < 0.5).tolist() if flip else [False] * len(chosen)
+            mirrored = (
+                (torch.rand(len(chosen), generator=rng) < 0.5).tolist()
+                if flip
+                else [False] * len(chosen)
+            )
             pictures = []
             for index, (y, x), mirror in zip(chosen.tolist(), offsets, mirrored, strict=True):
                 picture = F.pad(images[index], [shift] * 4)[:, y : y + height, x : x + width]

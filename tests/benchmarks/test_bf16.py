@@ -1,4 +1,6 @@
-"""Whether a run in bf16 ends where one in float32 does: ACC and ASR over three seeds, undefended and defended, on real digits."""
+"""Whether a run in bf16 ends where one in float32 does: ACC and ASR over three seeds,
+undefended and defended, on real digits.
+"""
 
 import shutil
 import statistics
@@ -13,7 +15,13 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("ignore::abdlab.
 SEEDS, LABELS = (0, 1, 2), ("zskt", "zskt+sv+sr")
 SHORT = {}
 if TINY:
-    SHORT = {"teacher.epochs": 1, "zskt.pseudo_batches": 4, "zskt.batch_size": 8, "zskt.student_steps": 1, "zskt.width": 4}
+    SHORT = {
+        "teacher.epochs": 1,
+        "zskt.pseudo_batches": 4,
+        "zskt.batch_size": 8,
+        "zskt.student_steps": 1,
+        "zskt.width": 4,
+    }
     SHORT |= {"sr.inner_steps": 1, "sr.stamps": 1, "sr.natural": None}
 
 
@@ -34,18 +42,27 @@ def test_three_seeds(report, tmp_path):
     for seed in SEEDS:
         for precision in ("float32", "bf16"):
             root = tmp_path / precision
-            chosen = settings("quick/digits", {**SHORT, "student.precision": precision}, seed=seed, device="cpu")
+            chosen = settings(
+                "quick/digits", {**SHORT, "student.precision": precision}, seed=seed, device="cpu"
+            )
             data = chosen.dataset().subset(train=64, test=40) if TINY else chosen.dataset()
             if precision != "float32":  # both learn from the same teacher
-                shutil.copytree(tmp_path / "float32" / f"seed{seed}" / "teacher", root / f"seed{seed}" / "teacher")
+                shutil.copytree(
+                    tmp_path / "float32" / f"seed{seed}" / "teacher",
+                    root / f"seed{seed}" / "teacher",
+                )
             teacher = poisoned_teacher(root, chosen, data, tell=lambda label, step: None)
             for label in LABELS:
                 began = time.perf_counter()
-                _, metrics = distilled(root, chosen, data, teacher, label, exams=1, tell=lambda label, step: None)
+                _, metrics = distilled(
+                    root, chosen, data, teacher, label, exams=1, tell=lambda label, step: None
+                )
                 found.setdefault((label, precision), []).append((metrics["acc"], metrics["asr"]))
                 seconds.setdefault((label, precision), []).append(time.perf_counter() - began)
     for label in LABELS:
-        plain, half = (list(zip(*found[label, precision], strict=True)) for precision in ("float32", "bf16"))
+        plain, half = (
+            list(zip(*found[label, precision], strict=True)) for precision in ("float32", "bf16")
+        )
         for precision, (acc, asr) in (("float32", plain), ("bf16", half)):
             report.add(
                 "bf16 against float32",
@@ -53,6 +70,8 @@ def test_three_seeds(report, tmp_path):
                 precision=precision,
                 seeds=", ".join(map(str, SEEDS)),
                 **{"ACC_%": spread(acc), "ASR_%": spread(asr)},
-                apart=f"{apart(plain[0], half[0])}, {apart(plain[1], half[1])}" if precision == "bf16" else "",
+                apart=f"{apart(plain[0], half[0])}, {apart(plain[1], half[1])}"
+                if precision == "bf16"
+                else "",
                 s_each=f"{statistics.fmean(seconds[label, precision]):.0f}",
             )

@@ -1,6 +1,8 @@
-"""How large the gradient through delta is beside the direct one, on trained students: whether SR's order 2 is worth its time.
+"""How large the gradient through delta is beside the direct one, on trained students:
+whether SR's order 2 is worth its time.
 
-Students are those of a run's folder (``ABDLAB_BENCH_RUN``), or the quick preset's with shortened training.
+Students are those of a run's folder (``ABDLAB_BENCH_RUN``), or the quick preset's with
+shortened training.
 """
 
 import json
@@ -21,10 +23,28 @@ from abdlab.presets import Settings
 from abdlab.runs import Run
 
 pytestmark = pytest.mark.benchmark
-SHORT = {"zskt.pseudo_batches": 160, "cmi.rounds": 4, "deepinversion.rounds": 4, "ood.patches": 1024, "ood.epochs": 20}
+SHORT = {
+    "zskt.pseudo_batches": 160,
+    "cmi.rounds": 4,
+    "deepinversion.rounds": 4,
+    "ood.patches": 1024,
+    "ood.epochs": 20,
+}
 if TINY:
-    SHORT = {"teacher.epochs": 1, "zskt.pseudo_batches": 2, "zskt.batch_size": 8, "cmi.rounds": 1, "cmi.synthesis_steps": 1}
-    SHORT |= {"cmi.kd_steps": 2, "cmi.synthesis_batch": 8, "cmi.width": 4, "ood.patches": 64, "ood.epochs": 1}
+    SHORT = {
+        "teacher.epochs": 1,
+        "zskt.pseudo_batches": 2,
+        "zskt.batch_size": 8,
+        "cmi.rounds": 1,
+        "cmi.synthesis_steps": 1,
+    }
+    SHORT |= {
+        "cmi.kd_steps": 2,
+        "cmi.synthesis_batch": 8,
+        "cmi.width": 4,
+        "ood.patches": 64,
+        "ood.epochs": 1,
+    }
 SOURCES = ["zskt", "cmi", "ood"] if TINY else ["zskt", "cmi", "deepinversion", "ood"]
 
 
@@ -34,24 +54,35 @@ def norm(gradients):
 
 
 def sizes(student, images, scale, seed):
-    """(||direct||, ||implicit||) for one batch (B, C, H, W), as :class:`~abdlab.SelfRetrospection` computes both."""
+    """(||direct||, ||implicit||) for one batch (B, C, H, W), as
+    :class:`~abdlab.SelfRetrospection` computes both.
+    """
     sr, rng = SelfRetrospection(order=2), torch.Generator().manual_seed(seed)
     start = (sr.init_std * torch.randn((1, *images.shape[1:]), generator=rng)).to(images.device)
     with frozen(student.train(), weights=False):
         with frozen(student):
             clean = student(images).detach()
-            delta = universal_delta(student, images, clean, start, scale, sr.inner_steps, sr.inner_lr, sr.penalty)
+            delta = universal_delta(
+                student, images, clean, start, scale, sr.inner_steps, sr.inner_lr, sr.penalty
+            )
         loss = kl(student(images), student(images + delta * scale)).mean()
         direct = torch.autograd.grad(loss, list(student.parameters()))
-        implicit = implicit_gradient(student, images, delta, scale, sr.penalty, sr.implicit_lr, sr.implicit_steps)
+        implicit = implicit_gradient(
+            student, images, delta, scale, sr.penalty, sr.implicit_lr, sr.implicit_steps
+        )
     return norm(direct), norm(implicit)
 
 
 def students(root):
-    """(source, settings, student's file): all finished students of a folder of runs, or shortened ones of the quick preset."""
+    """(source, settings, student's file): all finished students of a folder of runs, or
+    shortened ones of the quick preset.
+    """
     if folder := os.environ.get("ABDLAB_BENCH_RUN"):
         for path in sorted(Path(folder).rglob("student.safetensors")):
-            config, label = Run(path.parent).config, json.loads((path.parent / "metrics.json").read_text())["label"]
+            config, label = (
+                Run(path.parent).config,
+                json.loads((path.parent / "metrics.json").read_text())["label"],
+            )
             if label != "clean":
                 yield label, Settings.of(config, "cpu"), path
         return
@@ -59,7 +90,15 @@ def students(root):
         chosen = settings("quick/digits", SHORT, device="cpu")
         data = chosen.dataset().subset(train=64, test=20) if TINY else chosen.dataset()
         quiet = {"tell": lambda label, step: None}
-        distilled(root, chosen, data, poisoned_teacher(root, chosen, data, **quiet), source, exams=1, **quiet)
+        distilled(
+            root,
+            chosen,
+            data,
+            poisoned_teacher(root, chosen, data, **quiet),
+            source,
+            exams=1,
+            **quiet,
+        )
         yield source, chosen, Run(root / f"seed{chosen.seed}" / source).file("student.safetensors")
 
 

@@ -1,4 +1,6 @@
-"""How a pseudo-batch grows with its sizes, what runs side by side do to each other, and where memory and time go."""
+"""How a pseudo-batch grows with its sizes, what runs side by side do to each other, and
+where memory and time go.
+"""
 
 import functools
 import threading
@@ -10,17 +12,35 @@ from multiprocessing import get_context
 import psutil
 import pytest
 import torch
-from measure import DEVICES, MAIN, SCALED, SMALL, THREADS, TINY, Loops, SRStep, agree, clock, interleave, ratio, settle
+from measure import (
+    DEVICES,
+    MAIN,
+    SCALED,
+    SMALL,
+    THREADS,
+    TINY,
+    Loops,
+    SRStep,
+    agree,
+    clock,
+    interleave,
+    ratio,
+    settle,
+)
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.parametrize("device", DEVICES)]
-BATCHES, IMAGES, WIDTHS = ((4,), (12,), (8,)) if TINY else ((32, 64, 128, 256), (16, 32, 64), (8, 16, 32))
+BATCHES, IMAGES, WIDTHS = (
+    ((4,), (12,), (8,)) if TINY else ((32, 64, 128, 256), (16, 32, 64), (8, 16, 32))
+)
 AXES = [("batch", value, replace(SCALED, batch=value)) for value in BATCHES]
 AXES += [("image size", value, replace(SCALED, shape=(3, value, value))) for value in IMAGES]
 AXES += [("width", value, replace(SCALED, width=value, generator=2 * value)) for value in WIDTHS]
 
 
-@pytest.mark.parametrize(("axis", "value", "size"), AXES, ids=[f"{axis} {value}" for axis, value, _ in AXES])
+@pytest.mark.parametrize(
+    ("axis", "value", "size"), AXES, ids=[f"{axis} {value}" for axis, value, _ in AXES]
+)
 def test_pseudo_batch(report, axis, value, size, device):
     loops = Loops(size, device)
     found = interleave(2, ours=clock(loops.ours, device), naive=clock(loops.theirs, device))
@@ -55,7 +75,12 @@ CONTEXT.set_forkserver_preload(["torch", "abdlab"])
 def peak(kind, side, device):
     """MB by which memory grows at most in one call of a side; for a process of its own."""
     torch.set_num_threads(THREADS)
-    call, process, highest, done = getattr(KINDS[kind](device), side), psutil.Process(), [0], threading.Event()
+    call, process, highest, done = (
+        getattr(KINDS[kind](device), side),
+        psutil.Process(),
+        [0],
+        threading.Event(),
+    )
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +110,11 @@ def test_peak_memory(report, device):
 
     for kind in KINDS:
         naive, ours = of(OFFICIAL if kind.startswith("SR") else kind, "theirs"), of(kind, "ours")
-        figures = {"naive_MB": f"{naive:.0f}", "ours_MB": f"{ours:.0f}", "ours_to_naive": f"{ours / naive:.2f}"}
+        figures = {
+            "naive_MB": f"{naive:.0f}",
+            "ours_MB": f"{ours:.0f}",
+            "ours_to_naive": f"{ours / naive:.2f}",
+        }
         report.add("Peak memory", what=kind, size=MAIN, device=device, **figures)
 
 
@@ -96,7 +125,9 @@ def meet(barrier):
 
 
 def pace(device, threads, batches):
-    """Pseudo-batches per second of one run among others, all of which begin together once they are warm."""
+    """Pseudo-batches per second of one run among others, all of which begin together
+    once they are warm.
+    """
     torch.set_num_threads(threads)
     loops = Loops(SMALL, device)
     loops.ours()
@@ -113,8 +144,13 @@ def test_runs_side_by_side(report, device):
     cores = 2 if TINY else min(max(2, THREADS), 4 if device == "cuda" else THREADS)
     for runs in dict.fromkeys((1, 2, cores)):
         threads = max(1, cores // runs) if not TINY else 1
-        with ProcessPoolExecutor(runs, mp_context=CONTEXT, initializer=meet, initargs=(CONTEXT.Barrier(runs),)) as pool:
-            total = sum(f.result() for f in [pool.submit(pace, device, threads, batches) for _ in range(runs)])
+        with ProcessPoolExecutor(
+            runs, mp_context=CONTEXT, initializer=meet, initargs=(CONTEXT.Barrier(runs),)
+        ) as pool:
+            total = sum(
+                f.result()
+                for f in [pool.submit(pace, device, threads, batches) for _ in range(runs)]
+            )
         alone = alone or total
         report.add(
             "Runs side by side",
@@ -130,7 +166,11 @@ def test_runs_side_by_side(report, device):
 def share(name):
     """The group of an operation."""
     return next(
-        (group for key, group in (("conv", "convolution"), ("batchnorm", "batch norm")) if key in name.lower().replace("_", "")),
+        (
+            group
+            for key, group in (("conv", "convolution"), ("batchnorm", "batch norm"))
+            if key in name.lower().replace("_", "")
+        ),
         "else",
     )
 
@@ -139,7 +179,9 @@ def share(name):
 def test_profile(report, kind, device):
     call, on_gpu = KINDS[kind](device, 10).ours, device == "cuda"
     call()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    ) as found:
         call()
         settle(device)
     spent = {"convolution": 0.0, "batch norm": 0.0, "else": 0.0}
@@ -152,5 +194,8 @@ def test_profile(report, kind, device):
     total = sum(spent.values())
     assert spent["convolution"] > 0
     shares = {group.replace(" ", "_"): f"{seconds / total:.1%}" for group, seconds in spent.items()}
-    largest = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in sorted(most.items(), key=lambda e: -e[1])[:3])
+    largest = ", ".join(
+        f"{name} {seconds / total:.1%}"
+        for name, seconds in sorted(most.items(), key=lambda e: -e[1])[:3]
+    )
     report.add("Profile", what=kind, size=MAIN, device=device, **shares, most_of_else=largest)

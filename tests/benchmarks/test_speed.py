@@ -1,11 +1,26 @@
-"""Every training step against the naive loop of naive.py, in one process on the same inputs; only the losses are asserted."""
+"""Every training step against the naive loop of naive.py, in one process on the same
+inputs; only the losses are asserted.
+"""
 
 import copy
 
 import naive
 import pytest
 import torch
-from measure import DEVICES, ENDLESS, MAIN, SLACK, SMALL, TINY, Loops, SRStep, Timed, agree, clock, interleave
+from measure import (
+    DEVICES,
+    ENDLESS,
+    MAIN,
+    SLACK,
+    SMALL,
+    TINY,
+    Loops,
+    SRStep,
+    Timed,
+    agree,
+    clock,
+    interleave,
+)
 from torch.optim import Adam
 
 from abdlab import CMI, OOD, train
@@ -34,11 +49,15 @@ def test_pseudo_batch(report, size, device):
         bf16=clock(half.ours, device),
     )
     for ours, theirs in (("plain", "naive"), ("sv", "naive_sv")):
-        agree(found[ours].first, found[theirs].first, device, generator=1e-3, kd=1e-2, attention=1e-2)
+        agree(
+            found[ours].first, found[theirs].first, device, generator=1e-3, kd=1e-2, attention=1e-2
+        )
     agree(found["sv"].first, found["naive_sv"].first, device, sv_synthesis=2e-2)
     report.compare("pseudo-batch", size, device, found["naive"], found["plain"])
     report.compare("pseudo-batch, SV", size, device, found["naive_sv"], found["sv"])
-    report.compare("pseudo-batch, bf16", size, device, found["naive"], found["bf16"], "naive in float32")
+    report.compare(
+        "pseudo-batch, bf16", size, device, found["naive"], found["bf16"], "naive in float32"
+    )
     report.added("SV", size, device, found["plain"], found["sv"])
     report.added("bf16", size, device, found["plain"], found["bf16"])
 
@@ -59,23 +78,53 @@ def test_sr_step(report, device):
         ("first", "naive", first, student),
     ):
         agree(found[ours].first, found[theirs].first, device, kd=1e-3, attention=1e-3, sr=2e-2)
-        # loose: delta's Adam steps amplify round-off; tests/test_benchmarks.py compares in float64
+        # loose: delta's Adam steps amplify round-off; tests/test_benchmarks.py compares
+        # in float64
         wanted = b.gradients["naive"]
         assert (a.gradients["ours"] - wanted).norm() < 0.2 * SLACK[device] * wanted.norm()
-    for label, ours in (("order 1", "first"), ("order 2", "second"), ("delta for the teacher", "teacher")):
-        report.compare(f"SR step, {label}", MAIN, device, found["official"], found[ours], "naive: official")
-    report.compare("SR step, order 2", MAIN, device, found["naive"], found["second"], "naive: order 2, delta for the student")
+    for label, ours in (
+        ("order 1", "first"),
+        ("order 2", "second"),
+        ("delta for the teacher", "teacher"),
+    ):
+        report.compare(
+            f"SR step, {label}", MAIN, device, found["official"], found[ours], "naive: official"
+        )
+    report.compare(
+        "SR step, order 2",
+        MAIN,
+        device,
+        found["naive"],
+        found["second"],
+        "naive: order 2, delta for the student",
+    )
     report.added("SR's order 2 instead of 1", MAIN, device, found["first"], found["second"])
 
 
 def test_cmi_round(report, device):
     steps, kd_steps = 2, 3
-    settings = {"rounds": ENDLESS, "synthesis_steps": steps, "kd_steps": kd_steps, "synthesis_batch": MAIN.batch}
-    settings |= {"batch_size": MAIN.batch, "width": MAIN.generator, "bank": 4096, "pool": 8 * MAIN.batch}
+    settings = {
+        "rounds": ENDLESS,
+        "synthesis_steps": steps,
+        "kd_steps": kd_steps,
+        "synthesis_batch": MAIN.batch,
+    }
+    settings |= {
+        "batch_size": MAIN.batch,
+        "width": MAIN.generator,
+        "bank": 4096,
+        "pool": 8 * MAIN.batch,
+    }
     teacher, student = MAIN.networks()
-    twin, twins = CMI(MAIN.shape, **settings), [trainable(net, device) for net in (teacher.eval(), student.train())]
+    twin, twins = (
+        CMI(MAIN.shape, **settings),
+        [trainable(net, device) for net in (teacher.eval(), student.train())],
+    )
     twin.start(*twins, torch.device(device), seed_of(0, "source", "cmi"))
-    loop, stream = naive.NaiveCMI(twin, *twins), distill(teacher, student, CMI(MAIN.shape, **settings), device=device)
+    loop, stream = (
+        naive.NaiveCMI(twin, *twins),
+        distill(teacher, student, CMI(MAIN.shape, **settings), device=device),
+    )
     found = interleave(
         ours=clock(lambda: next(stream).losses, device),
         ours_kd=clock(lambda: [next(stream) for _ in range(kd_steps - 1)], device),
@@ -104,10 +153,17 @@ def test_cmi_round(report, device):
 def test_ood_step(report, device):
     settings = {"patches": 2 * MAIN.batch, "batch_size": MAIN.batch, "epochs": ENDLESS}
     teacher, student = MAIN.networks()
-    twin, twins = OOD(MAIN.shape, **settings), [trainable(net, device) for net in (teacher.eval(), student.train())]
+    twin, twins = (
+        OOD(MAIN.shape, **settings),
+        [trainable(net, device) for net in (teacher.eval(), student.train())],
+    )
     twin.start(*twins, torch.device(device), seed_of(0, "source", "ood"))
-    twin.teacher = lambda images: images  # its patches are wanted, not the pass that the naive step makes itself
-    adam, stream = Adam(twins[1].parameters(), lr=twin.lr), distill(teacher, student, OOD(MAIN.shape, **settings), device=device)
+    # its patches are wanted, not the pass that the naive step makes itself
+    twin.teacher = lambda images: images
+    adam, stream = (
+        Adam(twins[1].parameters(), lr=twin.lr),
+        distill(teacher, student, OOD(MAIN.shape, **settings), device=device),
+    )
     found = interleave(
         ours=clock(lambda: next(stream).losses, device),
         naive=clock(lambda: naive.ood_step(twin, *twins, adam), device),
@@ -119,7 +175,10 @@ def test_ood_step(report, device):
 def test_teacher_epoch(report, device):
     count = (2 if TINY else 5) * MAIN.batch
     rng = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(count, *MAIN.shape, generator=rng), torch.randint(10, (count,), generator=rng)
+    images, labels = (
+        torch.rand(count, *MAIN.shape, generator=rng),
+        torch.randint(10, (count,), generator=rng),
+    )
     images, labels = images.to(device), labels.to(device)
     options = {"epochs": ENDLESS, "batch_size": MAIN.batch, "shift": 4, "flip": True}
     models = [trainable(MAIN.networks()[0], device) for _ in range(3)]
@@ -134,6 +193,8 @@ def test_teacher_epoch(report, device):
     agree(found["plain"].first, found["naive"].first, device, cross_entropy=2e-2)
     what = f"teacher epoch of {count} images"
     for name, label in (("plain", what), ("bf16", f"{what}, bf16")):
-        pace = f"{count / found[name].best:,.0f} images/s" + (", naive in float32" if name == "bf16" else "")
+        pace = f"{count / found[name].best:,.0f} images/s" + (
+            ", naive in float32" if name == "bf16" else ""
+        )
         report.compare(label, MAIN.teacher, device, found["naive"], found[name], pace)
     report.added("bf16", f"{MAIN.teacher}, an epoch", device, found["plain"], found["bf16"])

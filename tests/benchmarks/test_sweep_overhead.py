@@ -1,4 +1,6 @@
-"""What a sweep costs per job beyond papermill's own kernel start, and whether the parent's memory stays flat over 200 jobs."""
+"""What a sweep costs per job beyond papermill's own kernel start, and whether the
+parent's memory stays flat over 200 jobs.
+"""
 
 import io
 import os
@@ -17,9 +19,15 @@ pytestmark = pytest.mark.benchmark
 
 
 def test_overhead_per_job_and_memory(tmp_path):
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in ("x = 0", "y = x + 1")])
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in ("x = 0", "y = x + 1")]
+    )
     book.cells[0].metadata["tags"] = ["parameters"]
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     path = tmp_path / "trivial.ipynb"
     nbformat.write(book, path)
 
@@ -30,7 +38,11 @@ def test_overhead_per_job_and_memory(tmp_path):
 
     alone(0)
     before = [alone(n) for n in range(10)]
-    study, process, seen = studies.make_study(path, grid={"x": list(range(200))}), psutil.Process(os.getpid()), {}
+    study, process, seen = (
+        studies.make_study(path, grid={"x": list(range(200))}),
+        psutil.Process(os.getpid()),
+        {},
+    )
 
     def tell(frame, study):
         done = int((frame["state"] == "done").sum())
@@ -39,12 +51,19 @@ def test_overhead_per_job_and_memory(tmp_path):
     frame = studies.sweep(study, tmp_path / "out", LocalEngine(1), tell=tell)
     assert set(frame["state"]) == {"done"}
     after = [alone(n) for n in range(10)]
-    # the machine's speed may drift over the minutes that this takes: compare with papermill alone before and after
+    # the machine's speed may drift over the minutes that this takes: compare with
+    # papermill alone before and after
     kernel = statistics.mean([*before, *after])
     counts = sorted(seen)
     first, last = next(c for c in counts if c >= 10), counts[-1]
     per_job = (seen[last][0] - seen[first][0]) / (last - first)
-    print(f"\npapermill alone {kernel:.2f} s, a job of the sweep {per_job:.2f} s: overhead {per_job - kernel:+.3f} s per job")
-    print(f"memory of the parent: {seen[first][1]:.0f} MB after {first} jobs, {seen[last][1]:.0f} MB after {last}")
+    print(
+        f"\npapermill alone {kernel:.2f} s, a job of the sweep {per_job:.2f} s: overhead"
+        f" {per_job - kernel:+.3f} s per job"
+    )
+    print(
+        f"memory of the parent: {seen[first][1]:.0f} MB after {first} jobs, {seen[last][1]:.0f} MB"
+        f" after {last}"
+    )
     assert per_job - kernel < 0.3
     assert seen[last][1] < 1.05 * seen[first][1] + 10
