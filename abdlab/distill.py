@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from abdlab import graphs as cuda_graphs
-from abdlab.checkpoint import load_optimizer, load_state, save_state
+from abdlab.checkpoint import load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
 from abdlab.errors import CheckpointError, Diverged
@@ -24,35 +24,10 @@ from abdlab.features import compiled
 from abdlab.features import precision as computing
 from abdlab.graphs import Phases
 from abdlab.models import place
+from abdlab.optim import check_finite, load_optimizer, take_step
 from abdlab.side_by_side import claimed
-from abdlab.sources.source import Batch, Source, check_finite, take_step
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a training stream (a pseudo-batch of :func:`distill`, a mini-batch of
-    :func:`abdlab.train.train`).
-
-    Attributes:
-        index: 1 after the first step; ``total`` after the last.
-        total: length of the stream.
-        losses: the step's mean loss terms by name, weights included.
-        acc, asr: shares in [0, 1], on steps where an exam was held; else None.
-        images: up to 64 of the step's inputs (N, C, H, W) on the CPU, now and then;
-            else None.
-        events: what a reader must know, as sentences (a vaccine found or not, a defence
-            that begins).
-        seconds: since this process began the stream.
-    """
-
-    index: int
-    total: int
-    losses: dict[str, float]
-    acc: float | None = None
-    asr: float | None = None
-    images: Tensor | None = None
-    events: tuple[str, ...] = ()
-    seconds: float = 0.0
+from abdlab.sources.source import Batch, Source
+from abdlab.stream import Step
 
 
 def seed_of(seed: int, *names: str) -> int:

@@ -19,7 +19,7 @@ from abdlab import (
     suspicion,
     train,
 )
-from abdlab.defenses.shuffling_vaccine import shuffled_layers
+from abdlab.defenses.shuffled_teacher import shuffled_layers
 
 pytestmark = pytest.mark.gpu
 

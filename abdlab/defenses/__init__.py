@@ -2,12 +2,8 @@
 
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.self_retrospection import SelfRetrospection
-from abdlab.defenses.shuffling_vaccine import (
-    ShuffledTeacher,
-    ShufflingVaccine,
-    VaccineNotFound,
-    suspicion,
-)
+from abdlab.defenses.shuffled_teacher import ShuffledTeacher, suspicion
+from abdlab.defenses.shuffling_vaccine import ShufflingVaccine, VaccineNotFound
 
 #: name -> class, as presets and parameter cells name them
 DEFENSES = {"sv": ShufflingVaccine, "sr": SelfRetrospection}

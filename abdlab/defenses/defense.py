@@ -6,33 +6,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from abdlab.defenses.plans import Plan, steps_of
 from abdlab.errors import check_keys
 from abdlab.sources.source import Batch
-
-#: a number, or [[0, number], [pseudo-batch, number], ...]: the value from each of these
-#: pseudo-batches (0 is the first) on
-Plan = float | Sequence[Sequence[float]]
-
-
-def steps_of(plan: Plan) -> list[tuple]:
-    """The steps of a plan, (from that pseudo-batch on, value) each: a plain number has
-    one.
-    """
-    return [tuple(step) for step in plan] if isinstance(plan, Sequence) else [(0, plan)]
-
-
-def plan_of(steps: Sequence[Sequence[float]]) -> Plan:
-    """The plan with these steps, as a config has it: a plain number where there is but
-    one.
-    """
-    return [list(step) for step in steps] if len(steps) > 1 else steps[0][1]
 
 
 class Defense:

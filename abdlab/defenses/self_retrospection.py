@@ -12,10 +12,11 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import deliver
-from abdlab.defenses.defense import Defense, Plan
-from abdlab.defenses.stamps import Stamps
-from abdlab.evaluate import kl
+from abdlab.defenses.defense import Defense
+from abdlab.defenses.inverted_triggers import Stamps
+from abdlab.defenses.plans import Plan
 from abdlab.features import frozen, mode
+from abdlab.losses import kl
 from abdlab.models import normalization
 from abdlab.sources.source import Batch
 
@@ -122,7 +123,7 @@ class SelfRetrospection(Defense):
         start: share of the run, in [0, 1), from which it acts (paper: the last ~1 % of
             pseudo-batches, so .99).
         weight: of the term. It and ``inner_steps`` can be plans
-            (:data:`~abdlab.defenses.defense.Plan`).
+            (:data:`~abdlab.defenses.plans.Plan`).
         fraction: share of the batch, in (0, 1], that carries delta (at least one
             image).
         per: what the sum over these images is divided by: the number of "perturbed"
