@@ -219,7 +219,12 @@ def _checked(spec: Any) -> dict[str, Any]:
         raise ValueError("rows lists the columns that tell one row from another")
     if not isinstance(cells, str if spec.get("pivot") else Mapping):
         raise ValueError("cells is a text with pivot, and maps headings to texts without")
-    return {"where": spec.get("where") or {}, "rows": rows, "pivot": spec.get("pivot"), "cells": cells}
+    return {
+        "where": spec.get("where") or {},
+        "rows": rows,
+        "pivot": spec.get("pivot"),
+        "cells": cells,
+    }
 
 
 def _where(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
