@@ -1,10 +1,12 @@
 """Tables of results from CSV files: what a cell says, what adds up, and what is refused."""
 
+import doctest
 import textwrap
 
-import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from abdlab.cli import app
 from abdlab.studies import book
 
 HEAD = "study,preset,trigger,method,setting,seed,acc,acc_std,asr,asr_std,note\n"
@@ -86,7 +88,7 @@ class TestCells:
         ("change", "message"),
         [
             ({"row": ["method"]}, "part of a table"),
-            ({"rows": ["methd"]}, "did you mean 'method'|did you mean method"),
+            ({"rows": ["methd"]}, "did you mean 'method'"),
             ({"rows": []}, "rows lists the columns"),
             ({"cells": "{acc}"}, "cells is a text with pivot"),
             ({"cells": {"ACC": "{ac}"}}, "column of the results"),
@@ -175,7 +177,17 @@ class TestPage:
             book.write_book(tmp_path)
 
 
-def test_the_docstrings_example_runs():
-    frame = pd.DataFrame({"study": ["s"], "method": ["zskt"], "acc": [98.0], "asr": [91.0]})
-    made = book.table(frame, {"rows": ["study"], "pivot": "method", "cells": "{acc}/{asr}"})
-    assert made.endswith("| s | 98.0/91.0 |")
+def test_the_docstrings_examples_run():
+    assert doctest.testmod(book) == (0, 2)
+
+
+def test_the_command_writes_checks_and_says_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.csv").write_text("study,method,acc\ns,zskt,90\n")
+    (tmp_path / "book.md").write_text(TestPage.TEMPLATE)
+    run = CliRunner()
+    missing = run.invoke(app, ["book", str(tmp_path), "--check"])
+    assert missing.exit_code == 2
+    assert missing.stderr.strip().endswith("is not what abdlab book would write: run make book")
+    assert run.invoke(app, ["book", str(tmp_path)]).exit_code == 0
+    assert run.invoke(app, ["book", str(tmp_path), "--check"]).exit_code == 0

@@ -203,10 +203,3 @@ def test_the_yaml_of_a_study_is_one(tmp_path):
     (text,) = blocks("studies", "yaml")
     (tmp_path / "study.yaml").write_text(text)
     assert len(read_study(tmp_path / "study.yaml").jobs) == 8
-
-
-def test_presets_figures_are_those_of_the_studies():
-    text = PAGES["studies"].read_text()
-    for about in abdlab.presets.ABOUT.values():
-        for figure in re.findall(r"\d+\.\d", about.verified):
-            assert figure in text
