@@ -2,6 +2,7 @@
 results are those of the CSV files, and the README is short.
 """
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 import abdlab
 from abdlab import batch
 from abdlab.cli import app
+from abdlab.labels import Label
 from abdlab.studies import book, read_study
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +93,12 @@ def test_commands_and_options_exist(page):
             assert set(options) <= known, words
             if words[0] == "run":
                 notebook = batch.find_notebook(words[1])
-                given = [words[i + 1] for i, word in enumerate(words) if word == "-p"]
-                assert set(given) <= batch.parameters(notebook).keys(), words
+                at = [i for i, word in enumerate(words) if word == "-p"]
+                given = {words[i + 1]: words[i + 2] for i in at}
+                assert given.keys() <= batch.parameters(notebook).keys(), words
+                abdlab.settings("quick/digits", json.loads(given.get("overrides", "{}")))
+                for method in json.loads(given.get("methods", "[]")):
+                    assert Label.parse(method).parts
             if words[0] == "sweep" and words[1].endswith(".yaml") and "/" in words[1]:
                 assert (ROOT / words[1]).is_file(), words
             if words[0] == "presets" and len(words) > 1:
