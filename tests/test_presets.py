@@ -205,8 +205,8 @@ class TestAbout:
             assert about.mark.startswith("verified on ") or about.mark == "not yet verified"
 
     @pytest.mark.parametrize("preset", PRESETS)
-    def test_figures_are_those_of_the_readme(self, preset):
-        readme = (Path(__file__).parent.parent / "README.md").read_text()
+    def test_figures_are_those_of_the_studies(self, preset):
+        readme = (Path(__file__).parents[1] / "notebooks" / "studies" / "README.md").read_text()
         for figure in re.findall(r"\d+\.\d", ABOUT[preset].verified):
             assert figure in readme
         if preset not in (QUICK, "reduced/cifar10"):
