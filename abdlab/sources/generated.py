@@ -46,10 +46,9 @@ class Generated(Source):
         ValueError: for sizes below 1, and for a batch too small for batch norm.
 
     >>> from abdlab import DFAD
-    >>> DFAD((1, 8, 8), batch_size=1)
-    Traceback (most recent call last):
-    ValueError: pseudo_batches, z and width must be at least 1, batch_size at least 2 (for
-    batch norm)
+    >>> source = DFAD((1, 8, 8), pseudo_batches=7)
+    >>> len(source), source.batch_size
+    (7, 256)
     """
 
     captures = True

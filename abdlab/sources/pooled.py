@@ -34,8 +34,8 @@ class Pooled(Source):
     The losses of the batch that was kept stand in every Step of the round.
 
     The pool is 8-bit: channels x height x width bytes an image, on the device and in
-    every checkpoint (51,200 of 3x32x32: 157 MB), twice that while a batch joins. When
-    it is full, the oldest make room.
+    every checkpoint (51,200 of 3x32x32: 157 MB), twice that while a batch joins. It
+    holds at most ``pool`` images: when it is full, the oldest make room.
 
     Subclasses define :meth:`begin` and :meth:`terms`.
 
@@ -54,6 +54,10 @@ class Pooled(Source):
     Raises:
         ValueError: for impossible settings; on :meth:`start`, for a teacher without
             batch norms that have running statistics.
+
+    >>> from abdlab import CMI
+    >>> len(CMI((1, 8, 8), rounds=3, kd_steps=5))
+    15
     """
 
     captures = True
