@@ -1,5 +1,11 @@
 """What CMI and DeepInversion share: images are made in rounds and join a pool, and the
 student learns from the pool.
+
+A round's first pseudo-batch takes many times as long as the others, and a run can be
+stopped and saved between pseudo-batches only. An image of the pool takes channels x
+height x width bytes, on the device and in every checkpoint (51,200 of 3x32x32: 157 MB),
+and a little over twice that while a batch joins. ``shift`` and ``flip`` say what leaves
+a label true in this kind of image (a mirrored digit is none), not what any image shows.
 """
 
 from __future__ import annotations
@@ -29,13 +35,10 @@ class Pooled(Source):
     """Base class of sources that make images in rounds and teach from all of them.
 
     A round makes one batch in ``synthesis_steps`` steps and keeps it as it was when its
-    loss was lowest. Then follow ``kd_steps`` student steps, each a pseudo-batch, on
-    batches of the pool. **The first of each round runs the whole synthesis before it.**
-    The losses of the batch that was kept stand in every Step of the round.
-
-    The pool is 8-bit: channels x height x width bytes an image, on the device and in
-    every checkpoint (51,200 of 3x32x32: 157 MB), twice that while a batch joins. It
-    holds at most ``pool`` images: when it is full, the oldest make room.
+    loss was lowest. Then follow ``kd_steps`` student steps on batches of the pool, each
+    a pseudo-batch. **The first one of a round runs the whole synthesis before it.** The
+    losses of the kept batch stand in every Step of the round. The pool holds at most
+    ``pool`` images as 8-bit bytes; when it is full, the oldest make room.
 
     Subclasses define :meth:`begin` and :meth:`terms`.
 
@@ -43,13 +46,12 @@ class Pooled(Source):
         shape: (channels, height, width).
         rounds, synthesis_steps, kd_steps: see above.
         synthesis_batch, batch_size: images made per round; images per student step.
-        pool: at most this many images; None keeps all. Once started, the images
-            themselves.
+        pool: None keeps all. Once started, the images themselves.
         lr: SGD, cosine to 0 by step.
         temperature: T of the KD loss T^2 x KL(T || S), summed over classes.
         batch_norm, one_hot: weights of the batch-norm statistics loss and of the
             cross-entropy with random targets.
-        shift, flip: random moves, in pixels, and mirroring of what the networks see.
+        shift, flip: random moves, in pixels, and mirroring of what networks see.
 
     Raises:
         ValueError: for impossible settings; on :meth:`start`, for a teacher without
