@@ -121,9 +121,7 @@ FAMILIES: dict[str, Family] = {
     "stamp": Family(_stamp_start, _stamp, lambda v: v[0].sigmoid().flatten(1).mean(1), 12.0, 0.3),
     "additive": Family(_additive_start, _additive, lambda v: _rms(v[0]), 5.0, 0.05),
     "blend": Family(_blend_start, _stamp, lambda v: v[0].sigmoid().flatten(1).mean(1), 5.0, 0.15),
-    "frequency": Family(
-        _frequency_start, _frequency, lambda v: _rms(_waves(v)), 2.5, 0.15
-    ),
+    "frequency": Family(_frequency_start, _frequency, lambda v: _rms(_waves(v)), 2.5, 0.15),
 }
 
 
@@ -360,17 +358,20 @@ def outlier_index(table: Tensor) -> Tensor:
     return (torch.where(logs == low, second, low) - logs).amax(1)
 
 
-def suspects(table: Tensor, threshold: float = THRESHOLD) -> list[int]:
-    """The classes whose :func:`outlier_index` exceeds ``threshold``, worst first.
+def suspects(table: Tensor, threshold: float = THRESHOLD, at_most: int = 2) -> list[int]:
+    """The classes whose :func:`outlier_index` exceeds ``threshold``, worst first; and
+    pairs of classes, up to ``at_most`` together, that hide each other.
 
-    A found one is taken out of the table before the next one is looked for, so that two
-    targets do not hide each other.
+    In one family, m > 1 classes are suspects together when log(cheapest cost of the
+    rest / their dearest) exceeds twice the threshold: among many gaps, a larger one is
+    no wonder. At least half of the classes are left for comparison.
     """
-    left, found = list(range(len(table))), []
-    while len(left) > 2:
-        index = outlier_index(table[left])
-        worst = int(index.argmax())
-        if index[worst] <= threshold:
-            break
-        found.append(left.pop(worst))
-    return found
+    index = outlier_index(table)
+    found = {c for c in range(len(table)) if index[c] > threshold}
+    logs, order = table.clamp_min(1e-6).log().sort(dim=0)
+    for m in range(2, min(at_most, len(table) // 2) + 1):
+        for family in range(table.shape[1]):
+            if logs[m, family] - logs[m - 1, family] > 2 * threshold:
+                found.update(order[:m, family].tolist())
+    cheapest = (table / table.median(0).values).amin(1)
+    return sorted(found, key=lambda c: float(cheapest[c]))

@@ -162,7 +162,7 @@ def rebuild(model: nn.Module, purified: Sequence[Mapping]) -> nn.Module:
     name, so that the file's weights fit. The bounds' values come with the weights.
     """
     for entry in purified:
-        if entry["name"] != "bounded":
+        if "layers" not in entry:
             continue
         if entry["layers"] == "batch norm":
             bound(model, entry["k"])
@@ -225,7 +225,7 @@ class Bounded(Purifier):
             raise ValueError(f"agreement is a share in (0, 1], not {agreement}")
         self.k, self.agreement = k, agreement
 
-    def clean(self, model, pool, rng):
+    def clean(self, model, origin, pool, rng):
         k = self.k
         if k is None:
             k = round(choose_k(agreement_curve(model, pool), self.agreement), 2)

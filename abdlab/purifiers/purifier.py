@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from abdlab.features import mode
+from abdlab.features import frozen, mode
 from abdlab.purifiers.pool import synthetic_pool
 
 
@@ -21,15 +21,24 @@ class Purifier:
     report: dict
 
     @property
+    def needs_pool(self) -> bool:
+        """Whether it looks at the synthetic images at all."""
+        return True
+
+    @property
     def name(self) -> str:
         return type(self).__name__.lower()
 
-    def clean(self, model: nn.Module, pool: Tensor, rng: torch.Generator) -> dict:
-        """Change ``model``, a copy of the teacher in eval mode with weights that take
-        gradients, in place; returns the report.
+    def clean(
+        self, model: nn.Module, origin: nn.Module, pool: Tensor | None, rng: torch.Generator
+    ) -> dict:
+        """Change ``model``, a copy in eval mode with weights that take gradients, in
+        place; returns the report.
 
         Args:
-            pool: (N, C, H, W) synthetic images of this very model.
+            origin: the teacher as it was before any purifier, to be asked, never
+                changed. pool: (N, C, H, W) synthetic images of it; may be
+                None where :attr:`needs_pool` says so.
             rng: draws all random numbers.
         """
         raise NotImplementedError
@@ -40,6 +49,7 @@ class Purifier:
         shape: Sequence[int],
         *,
         pool: Tensor | None = None,
+        origin: nn.Module | None = None,
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> nn.Module:
@@ -51,21 +61,24 @@ class Purifier:
 
         Args:
             teacher: maps images (N, C, H, W) in [0, 1] to logits.
-            shape: (C, H, W). pool: synthetic images of the teacher (N, C, H, W);
-                None makes them.
+            shape: (C, H, W).
+            origin: the teacher before other purifiers changed it; None: ``teacher``.
+            pool: synthetic images (N, C, H, W) of the origin; None makes them.
 
         Raises:
             RuntimeError: when the teacher's weights changed: a purifier's error.
         """
-        before = {key: value.clone() for key, value in teacher.state_dict().items()}
+        origin = teacher if origin is None else origin
+        before = [value.clone() for m in (teacher, origin) for value in m.state_dict().values()]
         model = copy.deepcopy(teacher).to(device)
         model.requires_grad_(True).eval()
-        if pool is None:
-            pool = synthetic_pool(model, shape, device=device, seed=seed)
-        with mode(model, training=False):
-            self.report = self.clean(model, pool.to(device), torch.Generator().manual_seed(seed))
-        after = teacher.state_dict()
-        if any(not torch.equal(value, after[key]) for key, value in before.items()):
+        if pool is None and self.needs_pool:
+            pool = synthetic_pool(origin, shape, device=device, seed=seed)
+        rng = torch.Generator().manual_seed(seed)
+        with mode(origin, training=False), frozen(origin):
+            self.report = self.clean(model, origin, None if pool is None else pool.to(device), rng)
+        after = [value for m in (teacher, origin) for value in m.state_dict().values()]
+        if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
             raise RuntimeError(f"{self.name} changed the teacher that it was to copy")
         model.purified = [*getattr(teacher, "purified", ()), {"name": self.name, **self.report}]
         return model.eval().requires_grad_(False)
