@@ -75,6 +75,7 @@ SECTIONS: dict[str, list[str]] = {
     "clean": _free(SOURCES["clean"], *_AUGMENT),
     "sv": _free(DEFENSES["sv"]),
     "sr": _free(DEFENSES["sr"]),
+    "tc": _free(DEFENSES["tc"]),
 }
 
 #: members of a mixed source and their weights where settings name none; each member's

@@ -8,9 +8,10 @@ from abdlab.defenses.shuffling_vaccine import (
     VaccineNotFound,
     suspicion,
 )
+from abdlab.defenses.trigger_consistency import TriggerConsistency
 
 #: name -> class, as presets and parameter cells name them
-DEFENSES = {"sv": ShufflingVaccine, "sr": SelfRetrospection}
+DEFENSES = {"sv": ShufflingVaccine, "sr": SelfRetrospection, "tc": TriggerConsistency}
 
 __all__ = [
     "DEFENSES",
@@ -18,6 +19,7 @@ __all__ = [
     "SelfRetrospection",
     "ShuffledTeacher",
     "ShufflingVaccine",
+    "TriggerConsistency",
     "VaccineNotFound",
     "suspicion",
 ]
