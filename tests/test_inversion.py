@@ -63,12 +63,14 @@ def test_cosines_are_orthonormal_and_low():
 
 def test_invert_finds_the_corner_and_costs_mark_its_class(images):
     table, bank = costs(Corner(), images, families=["stamp", "additive"], steps=60)
-    assert table.shape == (3, 2) and len(bank) == 6
+    assert table.shape == (3, 2)
+    assert len(bank) == 6
     assert [(t.target, t.family) for t in bank][:3] == [(0, "stamp"), (0, "additive"), (1, "stamp")]
     trigger = bank.of(2).triggers[0]
     assert (Corner()(trigger(images)).argmax(1) == 2).float().mean() > 0.9
     mask = trigger.values[0].sigmoid()[0, 0]
-    assert mask.argmax() == 0 and mask[0, 0] > 0.8
+    assert mask.argmax() == 0
+    assert mask[0, 0] > 0.8
 
 
 def test_cost_is_cross_entropy_plus_penalty(images):
@@ -96,7 +98,8 @@ def test_images_of_the_target_are_not_used(images):
             return super().forward(x)
 
     invert(Watched(), images, [2], families=["additive"], steps=2, batch=8)
-    assert seen[-1].shape[0] == 8 and (seen[-1][:, 0, 0, 0] < 0.75).all()
+    assert seen[-1].shape[0] == 8
+    assert (seen[-1][:, 0, 0, 0] < 0.75).all()
     with pytest.raises(ValueError, match="class 2 already"):
         invert(Corner(), images[:20], [2])
 
@@ -108,8 +111,10 @@ def test_same_seed_same_triggers_and_the_model_is_left_alone(images):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     banks = [invert(model, images, [0, 1], steps=5, seed=1) for _ in range(2)]
     for a, b in zip(*banks, strict=True):
-        assert a.cost == b.cost and all(map(torch.equal, a.values, b.values))
-    assert model.training and all(p.requires_grad for p in model.parameters())
+        assert a.cost == b.cost
+        assert all(map(torch.equal, a.values, b.values))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -126,10 +131,13 @@ def test_bank_round_trip_and_mixing(images):
     again = Bank.from_state(bank.state())
     rng = torch.Generator().manual_seed(0)
     one, two = bank.on(images, rng), again.on(images, torch.Generator().manual_seed(0))
-    assert torch.equal(one, two) and bank.targets == [0, 2]
+    assert torch.equal(one, two)
+    assert bank.targets == [0, 2]
     each = torch.stack([t(images) for t in bank])
     assert ((each - one).abs().amax((2, 3, 4)).amin(0) == 0).all()  # each image has one of them
-    assert len(bank.of(2)) == 2 and len(bank.latest(3)) == 3 and len(bank + again) == 8
+    assert len(bank.of(2)) == 2
+    assert len(bank.latest(3)) == 3
+    assert len(bank + again) == 8
     with pytest.raises(ValueError, match="empty bank"):
         Bank().on(images, rng)
 

@@ -80,7 +80,8 @@ def test_train_mode_clamps_what_the_batch_normalised():
 def test_a_bounded_norm_stays_one_to_sources(teacher, pool):
     model = bound(copy.deepcopy(teacher), 2.0)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(isinstance(m, BoundedBatchNorm) for m in norms)
+    assert norms
+    assert all(isinstance(m, BoundedBatchNorm) for m in norms)
     losses = []
     for net in (teacher, bound(copy.deepcopy(teacher), 1e4)):
         with norm_inputs(net) as inputs:
@@ -130,8 +131,10 @@ def test_the_teacher_stays_as_it_is(teacher, pool):
     for name in PURIFIERS:
         options = {"unlearn": {"targets": [0], "rounds": 1, "steps": 2}, "clipped": {"steps": 2}}
         made = PURIFIERS[name](**options.get(name, {})).purify(teacher, SHAPE, pool=pool)
-        assert made is not teacher and made.purified[0]["name"] == name
-        assert not any(p.requires_grad for p in made.parameters()) and not made.training
+        assert made is not teacher
+        assert made.purified[0]["name"] == name
+        assert not any(p.requires_grad for p in made.parameters())
+        assert not made.training
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not any(isinstance(m, BoundedBatchNorm) for m in teacher.modules())
 
@@ -152,7 +155,8 @@ def test_a_chain_a_file_and_its_card(teacher, pool, tmp_path):
     assert [entry["name"] for entry in model.purified] == ["bounded", "clipped", "clp"]
     path = save_purified(tmp_path / "p.safetensors", model, {"label": "x"})
     again = load_purified(path)
-    assert torch.equal(again(pool), model(pool)) and again.purified == model.purified
+    assert torch.equal(again(pool), model(pool))
+    assert again.purified == model.purified
     with pytest.raises(CheckpointError):  # its bounds cannot be lost silently
         load_model(path)
     with pytest.raises(ValueError, match="did you mean 'bounded'"):
@@ -171,7 +175,8 @@ def test_clp_by_hand():
     assert channel_lipschitz(conv, norm).tolist() == pytest.approx([1.0, 1.0, 1.0, 9.0])
     model = nn.Sequential(conv, norm).eval()
     made = purify(model, [CLP(u=1.0)], (2, 8, 8))  # mean 3, std 4
-    assert made[1].weight.tolist() == [2.0, -2.0, 2.0, 0.0] and made.purified[0]["pruned"] == 1
+    assert made[1].weight.tolist() == [2.0, -2.0, 2.0, 0.0]
+    assert made.purified[0]["pruned"] == 1
     assert purify(model, ["clp"], (2, 8, 8)).purified[0]["pruned"] == 0  # at most 1.5 of 4
 
 
@@ -236,11 +241,13 @@ def test_unlearn_finds_the_planted_backdoor_and_removes_it():
     triggered[:, :, 0, 0] = 1.0
     asr = lambda m: (m(triggered).argmax(1) == 0).float().mean().item()  # noqa: E731
     acc = lambda m: (m(images).argmax(1) == labels).float().mean().item()  # noqa: E731
-    assert asr(teacher) == 1.0 and acc(teacher) == 1.0
+    assert asr(teacher) == 1.0
+    assert acc(teacher) == 1.0
     purifier = Unlearn(rounds=4, steps=60, lr=3e-2)
     made = purifier.purify(teacher, SHAPE, pool=images, seed=0)
     assert made.purified[0]["targets"] == [0]
-    assert asr(made) < 0.1 and acc(made) > 0.95
+    assert asr(made) < 0.1
+    assert acc(made) > 0.95
     again = Unlearn(rounds=4, steps=60, lr=3e-2).purify(teacher, SHAPE, pool=images, seed=0)
     assert torch.equal(again.fc.weight, made.fc.weight)
 
@@ -251,14 +258,18 @@ def test_unlearn_leaves_a_model_without_a_suspect_alone():
     with torch.no_grad():
         teacher.fc.weight[0, 0] = 1.0
     made = Unlearn().purify(teacher, SHAPE, pool=images)
-    assert made.purified[0]["targets"] == [] and torch.equal(made.fc.weight, teacher.fc.weight)
+    assert made.purified[0]["targets"] == []
+    assert torch.equal(made.fc.weight, teacher.fc.weight)
 
 
 def test_synthetic_pool_with_and_without_batch_norm(teacher):
     for model in (teacher, GroupNet()):
         a, b = (synthetic_pool(model, SHAPE, images=70, steps=3, seed=4) for _ in range(2))
-        assert a.shape == (70, *SHAPE) and torch.equal(a, b)
-        assert a.min() >= 0 and a.max() <= 1 and not a.requires_grad
+        assert a.shape == (70, *SHAPE)
+        assert torch.equal(a, b)
+        assert a.min() >= 0
+        assert a.max() <= 1
+        assert not a.requires_grad
     assert all(p.requires_grad for p in teacher.parameters())
 
 

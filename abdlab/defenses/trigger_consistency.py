@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from abdlab.defenses.defense import Defense, Plan
+from abdlab.errors import check_keys
 from abdlab.evaluate import kl
 from abdlab.features import frozen, mode
 from abdlab.inversion import Bank, invert
-from abdlab.purifiers import PURIFIERS, Unlearn, purify, rebuild, synthetic_pool
+from abdlab.purifiers import PURIFIERS, Purifier, Unlearn, purify, rebuild, synthetic_pool
 from abdlab.sources.source import Batch
 
 
@@ -47,8 +48,10 @@ class TriggerConsistency(Defense):
     Args:
         weight: of the consistency term; can be a plan
             (:data:`~abdlab.defenses.defense.Plan`).
-        purifiers: names of what the copy goes through. "unlearn" must be among them:
-            it finds the targets and the triggers.
+        purifiers: what the copy goes through, by name or made. "unlearn" must be among
+            them: it finds the targets and the triggers.
+        images: synthetic ones, which all of this is done on; most of the time goes
+            into making them.
         filter: leave suspicious images out of KD.
         cleaned: "filter" uses the purified teacher for that alone; "teach" also takes
             its answers in place of the teacher's.
@@ -65,24 +68,29 @@ class TriggerConsistency(Defense):
         self,
         *,
         weight: Plan = 1.0,
-        purifiers: Sequence[str] = ("unlearn", "bounded"),
+        purifiers: Sequence[str | Purifier] = ("unlearn", "bounded"),
+        images: int = 384,
         filter: bool = True,
         cleaned: str = "filter",
         renew_every: int | None = None,
         size: int = 32,
         without: Sequence[str] = ("attention",),
     ):
-        if "unlearn" not in purifiers or any(p not in PURIFIERS for p in purifiers):
+        check_keys("purifier", [p for p in purifiers if isinstance(p, str)], PURIFIERS)
+        if not any(p == "unlearn" or isinstance(p, Unlearn) for p in purifiers):
             raise ValueError(
-                f"purifiers are names among {', '.join(PURIFIERS)}, with 'unlearn' among them, not"
-                f" {list(purifiers)}"
+                f"purifiers need 'unlearn' among them, which finds the targets, not {purifiers}"
             )
         if cleaned not in ("filter", "teach"):
             raise ValueError(f"cleaned is 'filter' or 'teach', not {cleaned!r}")
-        if size < 1 or (renew_every is not None and renew_every < 1):
-            raise ValueError(f"size and renew_every are at least 1, not {size} and {renew_every}")
+        if min(size, images, renew_every or 1) < 1:
+            raise ValueError(
+                "size, images and renew_every are at least 1, not"
+                f" {size}, {images} and {renew_every}"
+            )
         self.weight = self.plan("weight", weight)
-        self.purifiers, self.filter, self.cleaned = tuple(purifiers), filter, cleaned
+        self.purifiers, self.images = tuple(purifiers), images
+        self.filter, self.cleaned = filter, cleaned
         self.renew_every, self.size, self.without = renew_every, size, tuple(without)
         self.given: tuple[nn.Module, Bank] | None = None
 
@@ -121,11 +129,11 @@ class TriggerConsistency(Defense):
 
     def _make(self, shape: Sequence[int]) -> None:
         seed = int(torch.randint(2**31, (), generator=self.rng))
-        pool = synthetic_pool(self.teacher, shape, device=self.device, seed=seed)
-        steps = [PURIFIERS[name]() for name in self.purifiers]
-        self.purified = purify(
-            self.teacher, steps, shape, pool=pool, device=self.device, seed=seed
+        pool = synthetic_pool(
+            self.teacher, shape, images=self.images, device=self.device, seed=seed
         )
+        steps = [PURIFIERS[p]() if isinstance(p, str) else p for p in self.purifiers]
+        self.purified = purify(self.teacher, steps, shape, pool=pool, device=self.device, seed=seed)
         self.bank = Bank()
         for step in steps:
             if isinstance(step, Unlearn):

@@ -8,6 +8,7 @@ the bounds from clean images. Ours needs neither images nor training.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -201,7 +202,7 @@ def choose_k(curve: Mapping[float, float], agreement: float) -> float:
     points = sorted(curve.items())
     if points[0][1] >= agreement:
         return points[0][0]
-    for (low, below), (high, above) in zip(points, points[1:], strict=False):
+    for (low, below), (high, above) in itertools.pairwise(points):
         if above >= agreement:
             return low + (high - low) * (agreement - below) / (above - below)
     return points[-1][0]

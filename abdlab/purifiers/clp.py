@@ -4,6 +4,8 @@ which a small change of the input can do unusually much are taken out. No data.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +22,11 @@ def pairs(model: nn.Module) -> list[tuple[str, str]]:
     directly.
     """
     found, named = [], [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    for (name, conv), (after, norm) in zip(named, named[1:], strict=False):
+    for (name, conv), (after, norm) in itertools.pairwise(named):
         beside = name.rpartition(".")[0] == after.rpartition(".")[0]
-        if beside and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            if conv.out_channels == norm.num_features:
-                found.append((name, after))
+        kinds = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if beside and kinds and conv.out_channels == norm.num_features:
+            found.append((name, after))
     return found
 
 
