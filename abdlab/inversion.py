@@ -214,13 +214,24 @@ class Bank:
         )
 
 
-def _picks(predicted: Tensor, targets: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """(triggers, n) indices of images that are not predicted as each trigger's target."""
-    rows = []
-    for target in targets.tolist():
-        others = (predicted != target).nonzero().flatten()
-        rows.append(others[torch.randint(len(others), (n,), generator=rng)])
-    return torch.stack(rows)
+def _picks(others: Sequence[Tensor], n: int, rng: torch.Generator) -> Tensor:
+    """(triggers, n) indices, each trigger's drawn from its own ``others``."""
+    return torch.stack([rows[torch.randint(len(rows), (n,), generator=rng)] for rows in others])
+
+
+def _carried(
+    rows: Sequence[tuple[str, list[int], tuple[Tensor, ...]]], images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(images (triggers, n, C, H, W) with each its own trigger, penalty x size of each
+    in nats) for rows of (family, their targets, their values).
+    """
+    parts, penalties, at = [], [], 0
+    for name, targets, values in rows:
+        family = FAMILIES[name]
+        parts.append(family.put(images[at : at + len(targets)], values))
+        penalties.append(family.penalty * family.size(values))
+        at += len(targets)
+    return torch.cat(parts), torch.cat(penalties)
 
 
 def invert(
@@ -286,23 +297,19 @@ def invert(
         for value in values:
             value.requires_grad_()
     labels = torch.tensor([target for _, wanted, _ in rows for target in wanted])
+    others = [(predicted != target).nonzero().flatten() for target in labels.tolist()]
     adam = Adam([{"params": list(v), "lr": FAMILIES[family].lr} for family, _, v in rows])
     trained = [value for _, _, values in rows for value in values if value.numel()]
     late, counted = torch.zeros(len(labels), device=device), 0
     wanted = deliver(labels.repeat_interleave(batch), device)
     with mode(model, training=False), frozen(model):
         for step in range(steps):
-            picked = images[deliver(_picks(predicted, labels, batch, rng), device).flatten()]
+            picked = images[deliver(_picks(others, batch, rng), device).flatten()]
             picked = picked.unflatten(0, (len(labels), batch))
-            parts, sizes, at = [], [], 0
-            for family, targets_, values in rows:
-                kind, n = FAMILIES[family], len(targets_)
-                parts.append(kind.put(picked[at : at + n], values))
-                sizes.append(kind.penalty * kind.size(values))
-                at += n
-            logits = model(torch.cat(parts).flatten(0, 1))
+            triggered, penalties = _carried(rows, picked)
+            logits = model(triggered.flatten(0, 1))
             each = F.cross_entropy(logits, wanted, reduction="none").unflatten(0, (-1, batch))
-            costs = each.mean(1) + torch.cat(sizes)
+            costs = each.mean(1) + penalties
             for value, grad in zip(trained, torch.autograd.grad(costs.sum(), trained), strict=True):
                 value.grad = grad
             adam.step()

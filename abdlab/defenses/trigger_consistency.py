@@ -83,7 +83,7 @@ class TriggerConsistency(Defense):
             )
         if cleaned not in ("filter", "teach"):
             raise ValueError(f"cleaned is 'filter' or 'teach', not {cleaned!r}")
-        if min(size, images, renew_every or 1) < 1:
+        if min(size, images, 1 if renew_every is None else renew_every) < 1:
             raise ValueError(
                 "size, images and renew_every are at least 1, not"
                 f" {size}, {images} and {renew_every}"

@@ -20,6 +20,11 @@ from abdlab.purifiers.purifier import Purifier
 #: what k is chosen from, in standard deviations
 KS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
 
+#: The share of synthetic images on which a bounded teacher is to predict what it
+#: predicts without, where no purifier came before and where one did. Chosen on the
+#: digits teachers of badnet_sq and blend, see notebooks/studies/tuning_purifiers.md.
+ALONE, AFTER = 0.68, 0.9
+
 
 class BoundedBatchNorm(nn.BatchNorm2d):
     """A batch norm whose normalised value is clamped to [-k, k] before scale and shift.
@@ -216,20 +221,25 @@ class Bounded(Purifier):
     Args:
         k: standard deviations. None takes the k at which the bounded teacher still
             predicts what the teacher does on this share of synthetic images:
-        agreement: in (0, 1].
+        agreement: in (0, 1]; None takes :data:`ALONE` for a teacher as it is, and
+            :data:`AFTER` for one that a purifier has changed, whose accuracy a tight
+            bound costs more and whose backdoor is weak already.
     """
 
-    def __init__(self, *, k: float | None = None, agreement: float = 0.8):
+    def __init__(self, *, k: float | None = None, agreement: float | None = None):
         if k is not None and not k > 0:
             raise ValueError(f"k counts standard deviations and is above 0, not {k}")
-        if not 0 < agreement <= 1:
+        if agreement is not None and not 0 < agreement <= 1:
             raise ValueError(f"agreement is a share in (0, 1], not {agreement}")
         self.k, self.agreement = k, agreement
 
     def clean(self, model, origin, pool, rng):
         k = self.k
         if k is None:
-            k = round(choose_k(agreement_curve(model, pool), self.agreement), 2)
+            wanted = self.agreement
+            if wanted is None:
+                wanted = AFTER if getattr(model, "purified", ()) else ALONE
+            k = round(choose_k(agreement_curve(model, pool), wanted), 2)
         if batch_norms(model):
             bound(model, k)
             return {"k": k, "layers": "batch norm"}

@@ -71,6 +71,7 @@ class Purifier:
         origin = teacher if origin is None else origin
         before = [value.clone() for m in (teacher, origin) for value in m.state_dict().values()]
         model = copy.deepcopy(teacher).to(device)
+        model.purified = list(getattr(teacher, "purified", ()))
         model.requires_grad_(True).eval()
         if pool is None and self.needs_pool:
             pool = synthetic_pool(origin, shape, device=device, seed=seed)
@@ -80,5 +81,5 @@ class Purifier:
         after = [value for m in (teacher, origin) for value in m.state_dict().values()]
         if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
             raise RuntimeError(f"{self.name} changed the teacher that it was to copy")
-        model.purified = [*getattr(teacher, "purified", ()), {"name": self.name, **self.report}]
+        model.purified = [*model.purified, {"name": self.name, **self.report}]
         return model.eval().requires_grad_(False)
