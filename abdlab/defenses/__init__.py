@@ -5,13 +5,19 @@ from abdlab.defenses.late import Late
 from abdlab.defenses.self_retrospection import SelfRetrospection
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, suspicion
 from abdlab.defenses.shuffling_vaccine import ShufflingVaccine, VaccineNotFound
+from abdlab.defenses.trigger_consistency import TriggerConsistency
 from abdlab.defenses.trigger_unlearning import TriggerUnlearning
 from abdlab.registry import Registry
 
 #: name -> class, as presets and parameter cells name them
 DEFENSES = Registry(
     "defense",
-    {"sv": ShufflingVaccine, "sr": SelfRetrospection, "tu": TriggerUnlearning},
+    {
+        "sv": ShufflingVaccine,
+        "sr": SelfRetrospection,
+        "tu": TriggerUnlearning,
+        "tc": TriggerConsistency,
+    },
 )
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "SelfRetrospection",
     "ShuffledTeacher",
     "ShufflingVaccine",
+    "TriggerConsistency",
     "TriggerUnlearning",
     "VaccineNotFound",
     "suspicion",

@@ -1,0 +1,85 @@
+"""What every purifier is: a teacher in, a new one out, before anybody learns from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from abdlab.features import frozen, mode
+from abdlab.purifiers.pool import synthetic_pool
+
+
+class Purifier:
+    """Base class. A purifier sees a network and what it makes from it itself; never
+    clean or triggered data. Subclasses define :meth:`clean`.
+    """
+
+    #: what a reader of the results must know of the latest call, plain values only
+    report: dict
+
+    @property
+    def needs_pool(self) -> bool:
+        """Whether it looks at the synthetic images at all."""
+        return True
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def clean(
+        self, model: nn.Module, origin: nn.Module, pool: Tensor | None, rng: torch.Generator
+    ) -> dict:
+        """Change ``model``, a copy in eval mode with weights that take gradients, in
+        place; returns the report.
+
+        Args:
+            origin: the teacher as it was before any purifier, to be asked, never
+                changed. pool: (N, C, H, W) synthetic images of it; may be
+                None where :attr:`needs_pool` says so.
+            rng: draws all random numbers.
+        """
+        raise NotImplementedError
+
+    def purify(
+        self,
+        teacher: nn.Module,
+        shape: Sequence[int],
+        *,
+        pool: Tensor | None = None,
+        origin: nn.Module | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> nn.Module:
+        """A purified copy of the teacher on ``device``, in eval mode, frozen. The
+        teacher stays as it is.
+
+        Its ``purified`` attribute lists what was done, one dict per purifier, for the
+        card of its file.
+
+        Args:
+            teacher: maps images (N, C, H, W) in [0, 1] to logits.
+            shape: (C, H, W).
+            origin: the teacher before other purifiers changed it; None: ``teacher``.
+            pool: synthetic images (N, C, H, W) of the origin; None makes them.
+
+        Raises:
+            RuntimeError: when the teacher's weights changed: a purifier's error.
+        """
+        origin = teacher if origin is None else origin
+        before = [value.clone() for m in (teacher, origin) for value in m.state_dict().values()]
+        model = copy.deepcopy(teacher).to(device)
+        model.purified = list(getattr(teacher, "purified", ()))
+        model.requires_grad_(True).eval()
+        if pool is None and self.needs_pool:
+            pool = synthetic_pool(origin, shape, device=device, seed=seed)
+        rng = torch.Generator().manual_seed(seed)
+        with mode(origin, training=False), frozen(origin):
+            self.report = self.clean(model, origin, None if pool is None else pool.to(device), rng)
+        after = [value for m in (teacher, origin) for value in m.state_dict().values()]
+        if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+            raise RuntimeError(f"{self.name} changed the teacher that it was to copy")
+        model.purified = [*model.purified, {"name": self.name, **self.report}]
+        return model.eval().requires_grad_(False)

@@ -1,0 +1,139 @@
+"""Unlearn: the triggers that a network itself shows when they are inverted are trained
+out of a copy of it, on images made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from abdlab.data import deliver
+from abdlab.inversion import FAMILIES, THRESHOLD, Bank, costs, invert, suspects
+from abdlab.losses import kl
+from abdlab.purifiers.purifier import Purifier
+
+
+def cheap(bank: Bank, table: Tensor, targets: Sequence[int], natural: float) -> Bank:
+    """Those triggers of the bank that cost at most ``natural`` times what the cheapest
+    class that is no target costs in the same family.
+
+    Args:
+        table: (classes, families) in nats, families in the order of
+            :data:`abdlab.inversion.FAMILIES`.
+    """
+    others = [c for c in range(len(table)) if c not in targets]
+    limits = dict(zip(FAMILIES, (natural * table[others].amin(0)).tolist(), strict=True))
+    return Bank(tuple(t for t in bank if t.cost <= limits[t.family]))
+
+
+def unlearning_loss(
+    model: nn.Module, images: Tensor, answers: Tensor, triggered: Tensor, wanted: Tensor
+) -> Tensor:
+    """Mean KL(answers || model(images)) + mean KL(wanted || model(triggered)), in nats;
+    a scalar.
+
+    Args:
+        answers, wanted: the teacher's logits on the images, and on those that
+            ``triggered`` are without their triggers.
+    """
+    out = model(torch.cat([images, triggered]))
+    kept, changed = out[: len(images)], out[len(images) :]
+    return kl(answers, kept).mean() + kl(wanted, changed).mean()
+
+
+class Unlearn(Purifier):
+    """Find the suspects; invert triggers that call them; train the copy to answer
+    images with a trigger as the teacher answers them without, and all others as before;
+    again, until fresh triggers cost what other classes' do.
+
+    Args:
+        targets: classes; None finds them (:func:`abdlab.inversion.suspects`). Without
+            one, nothing changes.
+        rounds: at most so many. starts: new triggers per round, target and family.
+        steps: of Adam per round, on batches of ``batch`` images with and as many
+            without a trigger. lr: of Adam.
+        natural: a trigger is unlearnt while its cost is at most this factor of what the
+            cheapest other class costs in its family. A dearer one is no backdoor but
+            what the class looks like.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: Sequence[int] | None = None,
+        rounds: int = 3,
+        starts: int = 3,
+        steps: int = 40,
+        batch: int = 48,
+        lr: float = 3e-4,
+        natural: float = 1.0,
+    ):
+        if min(rounds, starts, steps) < 1 or batch < 2:
+            raise ValueError("rounds, starts and steps are at least 1, batch at least 2")
+        if not natural > 0:
+            raise ValueError(f"natural is a factor above 0, not {natural}")
+        self.targets, self.rounds, self.starts, self.steps = targets, rounds, starts, steps
+        self.batch, self.lr, self.natural = batch, lr, natural
+        #: the triggers that were unlearnt last
+        self.bank = Bank()
+
+    def clean(self, model, origin, pool, rng):
+        def seed() -> int:
+            return int(torch.randint(2**31, (), generator=rng))
+
+        table, _ = costs(origin, pool, seed=seed())
+        targets = suspects(table, THRESHOLD) if self.targets is None else list(self.targets)
+        self.bank, history = Bank(), []
+        if targets:
+            answers, now = (_answers(m, pool) for m in (origin, model))
+            victims = [origin, *[model] * self.rounds]
+            if _same(origin, model):
+                victims = victims[1:]
+            adam = Adam(model.parameters(), lr=self.lr)
+            for victim in victims:
+                found = invert(
+                    victim, pool, targets, starts=self.starts, steps=60, batch=8, seed=seed()
+                )
+                found = cheap(found, table, targets, self.natural)
+                history.append(len(found))
+                if found:
+                    self.bank = self.bank + found
+                elif victim is model:
+                    break
+                if self.bank:
+                    self._train(model, adam, pool, answers, now, targets, rng)
+        return {"targets": targets, "triggers": len(self.bank), "found": history}
+
+    def _train(self, model, adam, pool, answers, now, targets, rng) -> None:
+        wanted = torch.tensor(targets, device=pool.device)
+        target = torch.isin(answers.argmax(1), wanted)
+        # what only the teacher takes for a target carries its trigger
+        usable = (~target | (now.argmax(1) == answers.argmax(1))).nonzero().flatten().cpu()
+        others = (~target).nonzero().flatten().cpu()
+
+        def some(rows: Tensor) -> Tensor:
+            chosen = torch.randint(len(rows), (self.batch,), generator=rng)
+            return deliver(rows[chosen], pool.device)
+
+        for _ in range(self.steps):
+            i, j = some(usable), some(others)
+            triggered = self.bank.on(pool[j], rng)
+            loss = unlearning_loss(model, pool[i], answers[i], triggered, answers[j])
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            adam.step()
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, classes) logits."""
+    return torch.cat([model(part) for part in images.split(256)])
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models are the same network with the same weights."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,290 @@
+"""Purifiers: bounds by hand, what a file brings back, and a planted backdoor unlearnt."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from abdlab.checkpoint import load_model
+from abdlab.errors import CheckpointError
+from abdlab.models import build
+from abdlab.purifiers import (
+    CLP,
+    PURIFIERS,
+    Bounded,
+    BoundedBatchNorm,
+    Clipped,
+    Purifier,
+    Unlearn,
+    bound,
+    load_purified,
+    purify,
+    rebuild,
+    save_purified,
+    synthetic_pool,
+)
+from abdlab.purifiers.bounded import agreement_curve, choose_k, statistics
+from abdlab.purifiers.clipped import margins
+from abdlab.purifiers.clp import channel_lipschitz, pairs
+from abdlab.purifiers.unlearn import unlearning_loss
+from abdlab.sources.objectives import batch_norm_loss, norm_inputs
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture
+def teacher():
+    model = build("wrn-10-1", channels=1, width=4, classes=4, seed=1)
+    model.train()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(20):  # running statistics of something
+            model(torch.rand(16, *SHAPE, generator=rng))
+    return model.eval()
+
+
+@pytest.fixture
+def pool():
+    return torch.rand(32, *SHAPE, generator=torch.Generator().manual_seed(2))
+
+
+def test_bounded_batch_norm_by_hand():
+    norm = nn.BatchNorm2d(1, eps=0.0).eval()
+    norm.running_mean.fill_(1.0)
+    norm.running_var.fill_(4.0)
+    with torch.no_grad():
+        norm.weight.fill_(3.0)
+        norm.bias.fill_(0.5)
+    x = torch.tensor([1.0, 4.0, 5.0, 100.0, -100.0]).view(5, 1, 1, 1)
+    bound(nn.Sequential(norm), 2.0)
+    assert norm(x).flatten().tolist() == pytest.approx([0.5, 5.0, 6.5, 6.5, -5.5])
+
+
+def test_a_wide_bound_changes_nothing_in_either_mode(pool):
+    plain = nn.BatchNorm2d(1)
+    wide = bound(nn.Sequential(copy.deepcopy(plain)), 1e4)
+    for mode in (True, False):
+        a, b = plain.train(mode)(pool), wide.train(mode)(pool)
+        assert torch.allclose(a, b, atol=1e-5)
+    assert torch.allclose(plain.running_var, wide[0].running_var)
+
+
+def test_train_mode_clamps_what_the_batch_normalised():
+    layer = bound(nn.Sequential(nn.BatchNorm2d(1)), 1.0).train()
+    x = torch.tensor([0.0, 0.0, 0.0, 10.0]).view(4, 1, 1, 1)  # z: -.577, ..., 1.732
+    out = layer(x).flatten().tolist()
+    assert out == pytest.approx([-0.5774, -0.5774, -0.5774, 1.0], abs=1e-3)
+
+
+def test_a_bounded_norm_stays_one_to_sources(teacher, pool):
+    model = bound(copy.deepcopy(teacher), 2.0)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(m, BoundedBatchNorm) for m in norms)
+    losses = []
+    for net in (teacher, bound(copy.deepcopy(teacher), 1e4)):
+        with norm_inputs(net) as inputs:
+            net(pool)
+        losses.append(batch_norm_loss(net, inputs).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class GroupNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).amax((2, 3)))
+
+
+def test_without_batch_norm_by_recorded_statistics(pool, tmp_path):
+    plain = GroupNet().eval()
+    mean, std = statistics(plain, pool)["norm"]
+    outputs = plain.norm(plain.conv(pool)).transpose(0, 1).flatten(1)
+    assert torch.allclose(mean, outputs.mean(1), atol=1e-5)
+    assert torch.allclose(std, outputs.std(1, correction=0), atol=1e-4)
+    model = Bounded(k=1.0).purify(plain, SHAPE, pool=pool)
+    seen = model.norm(model.conv(10 * pool))
+    assert (seen <= (mean + std).view(1, -1, 1, 1) + 1e-5).all()
+    path = save_purified(tmp_path / "g.safetensors", model)
+    again = load_purified(path, GroupNet())
+    assert torch.equal(again(pool), model(pool))
+    bare = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten())
+    assert purify(bare, [Bounded(k=1.0)], SHAPE, pool=pool).purified[0]["channels"] == {"0": 2}
+
+
+def test_choose_k_and_the_curve(teacher, pool):
+    assert choose_k({1.0: 0.5, 2.0: 0.9}, 0.7) == pytest.approx(1.5)
+    assert choose_k({1.0: 0.8, 2.0: 0.9}, 0.7) == 1.0
+    assert choose_k({1.0: 0.5, 2.0: 0.6}, 0.7) == 2.0
+    curve = agreement_curve(teacher, pool, (0.1, 1e4))
+    assert curve[1e4] == 1.0
+    report = Bounded(agreement=1.0).purify(teacher, SHAPE, pool=pool).purified[0]
+    assert 1.5 <= report["k"] <= 5.0
+
+
+def test_the_teacher_stays_as_it_is(teacher, pool):
+    before = copy.deepcopy(teacher.state_dict())
+    for name in PURIFIERS:
+        options = {"unlearn": {"targets": [0], "rounds": 1, "steps": 2}, "clipped": {"steps": 2}}
+        made = PURIFIERS[name](**options.get(name, {})).purify(teacher, SHAPE, pool=pool)
+        assert made is not teacher
+        assert made.purified[0]["name"] == name
+        assert not any(p.requires_grad for p in made.parameters())
+        assert not made.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(isinstance(m, BoundedBatchNorm) for m in teacher.modules())
+
+
+def test_a_purifier_that_works_in_place_is_an_error(teacher, pool):
+    class Bad(Purifier):
+        def clean(self, model, origin, pool, rng):
+            with torch.no_grad():
+                origin.fc.weight += 1
+            return {}
+
+    with pytest.raises(RuntimeError, match="bad changed the teacher"):
+        Bad().purify(teacher, SHAPE, pool=pool)
+
+
+def test_a_chain_a_file_and_its_card(teacher, pool, tmp_path):
+    model = purify(teacher, [Bounded(k=2.0), Clipped(steps=2), CLP(u=1.0)], SHAPE, pool=pool)
+    assert [entry["name"] for entry in model.purified] == ["bounded", "clipped", "clp"]
+    path = save_purified(tmp_path / "p.safetensors", model, {"label": "x"})
+    again = load_purified(path)
+    assert torch.equal(again(pool), model(pool))
+    assert again.purified == model.purified
+    with pytest.raises(CheckpointError):  # its bounds cannot be lost silently
+        load_model(path)
+    with pytest.raises(ValueError, match="did you mean 'bounded'"):
+        purify(teacher, ["bouded"], SHAPE, pool=pool)
+    rebuilt = rebuild(copy.deepcopy(teacher), model.purified)
+    assert set(rebuilt.state_dict()) == set(model.state_dict())
+
+
+def test_clp_by_hand():
+    conv, norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, eps=0.0)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[:, 0, 0, 0] = torch.tensor([1.0, 1.0, 1.0, 9.0])
+        norm.weight.copy_(torch.tensor([2.0, -2.0, 2.0, 2.0]))
+        norm.running_var.fill_(4.0)
+    assert channel_lipschitz(conv, norm).tolist() == pytest.approx([1.0, 1.0, 1.0, 9.0])
+    model = nn.Sequential(conv, norm).eval()
+    made = purify(model, [CLP(u=1.0)], (2, 8, 8))  # mean 3, std 4
+    assert made[1].weight.tolist() == [2.0, -2.0, 2.0, 0.0]
+    assert made.purified[0]["pruned"] == 1
+    assert purify(model, ["clp"], (2, 8, 8)).purified[0]["pruned"] == 0  # at most 1.5 of 4
+
+
+def test_clp_pairs_of_a_wide_resnet(teacher):
+    assert pairs(teacher) == [(f"stage{i}.0.conv1", f"stage{i}.0.bn2") for i in (1, 2, 3)]
+
+
+def test_clipped_learns_lower_bounds_from_the_margin(teacher, pool):
+    assert margins(torch.tensor([[1.0, 4.0, 2.0], [0.0, 0.0, 0.0]])).tolist() == [2.0, 0.0]
+    high = Clipped(k=2.0, weight=0.0, steps=5).purify(teacher, SHAPE, pool=pool).purified[0]
+    low = Clipped(k=2.0, weight=50.0, steps=5).purify(teacher, SHAPE, pool=pool).purified[0]
+    assert sum(low["learned"]) < sum(high["learned"])
+    with pytest.raises(ValueError, match="no batch norm"):
+        Clipped().purify(GroupNet(), SHAPE, pool=pool)
+
+
+def test_unlearning_loss_is_its_literal_formula():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(2, 1, 2, 2), torch.rand(3, 1, 2, 2)
+    a, b = torch.randn(2, 3), torch.randn(3, 3)
+    literal = 0.0
+    for images, wanted in ((x, a), (y, b)):
+        for image, logits in zip(images, wanted, strict=True):
+            p, q = logits.softmax(0), model(image[None])[0].softmax(0)
+            literal += (p * (p / q).log()).sum().item() / len(images)
+    assert unlearning_loss(model, x, a, y, b).item() == pytest.approx(literal, rel=1e-5)
+
+
+class Planted(nn.Module):
+    """Four classes by quadrant; a bright corner means class 0: a backdoor by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 4)
+        with torch.no_grad():
+            weight = torch.zeros(4, 8, 8)
+            weight[0, :4, :4], weight[1, :4, 4:], weight[2, 4:, :4] = 1, 1, 1
+            weight[3, 4:, 4:] = 1
+            weight[0, 0, 0] = 30
+            self.fc.weight.copy_(weight.flatten(1))
+            self.fc.bias.copy_(torch.tensor([-4.0, 0, 0, 0]))
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def quadrants(n):
+    rng = torch.Generator().manual_seed(5)
+    images, labels = 0.3 * torch.rand(n, 1, 8, 8, generator=rng), torch.arange(n) % 4
+    for image, label in zip(images, labels.tolist(), strict=True):
+        down, right = 4 * (label // 2), 4 * (label % 2)
+        image[:, down : down + 4, right : right + 4] += 0.6
+    images[:, :, 0, 0] = 0.1  # nobody shows the corner
+    return images, labels
+
+
+def test_unlearn_finds_the_planted_backdoor_and_removes_it():
+    images, labels = quadrants(64)
+    teacher = Planted().eval()
+    triggered = images[labels != 0].clone()
+    triggered[:, :, 0, 0] = 1.0
+    asr = lambda m: (m(triggered).argmax(1) == 0).float().mean().item()  # noqa: E731
+    acc = lambda m: (m(images).argmax(1) == labels).float().mean().item()  # noqa: E731
+    assert asr(teacher) == 1.0
+    assert acc(teacher) == 1.0
+    purifier = Unlearn(rounds=4, steps=60, lr=3e-2)
+    made = purifier.purify(teacher, SHAPE, pool=images, seed=0)
+    assert made.purified[0]["targets"] == [0]
+    assert asr(made) < 0.1
+    assert acc(made) > 0.95
+    again = Unlearn(rounds=4, steps=60, lr=3e-2).purify(teacher, SHAPE, pool=images, seed=0)
+    assert torch.equal(again.fc.weight, made.fc.weight)
+
+
+def test_unlearn_leaves_a_model_without_a_suspect_alone():
+    images, _ = quadrants(64)
+    teacher = Planted().eval()
+    with torch.no_grad():
+        teacher.fc.weight[0, 0] = 1.0
+    made = Unlearn().purify(teacher, SHAPE, pool=images)
+    assert made.purified[0]["targets"] == []
+    assert torch.equal(made.fc.weight, teacher.fc.weight)
+
+
+def test_synthetic_pool_with_and_without_batch_norm(teacher):
+    for model in (teacher, GroupNet()):
+        a, b = (synthetic_pool(model, SHAPE, images=70, steps=3, seed=4) for _ in range(2))
+        assert a.shape == (70, *SHAPE)
+        assert torch.equal(a, b)
+        assert a.min() >= 0
+        assert a.max() <= 1
+        assert not a.requires_grad
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bounded(k=0.0), "above 0, not 0.0"),
+        (lambda: Bounded(agreement=2.0), r"share in \(0, 1\]"),
+        (lambda: CLP(u=-1.0), "above 0, not -1.0"),
+        (lambda: Unlearn(rounds=0), "at least 1"),
+        (lambda: Unlearn(natural=0.0), "factor above 0"),
+        (lambda: Clipped(steps=0), "at least 1"),
+        (lambda: bound(GroupNet(), 2.0), "no batch norm"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
