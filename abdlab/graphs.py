@@ -136,9 +136,12 @@ def _steered(rates: Sequence[tuple[dict, Tensor]]) -> Iterator[None]:
 
 
 def beside(function: Callable[[], T]) -> T:
-    """Run a piece on a stream of its own, as torch asks for before a capture; the
-    current stream waits for it.
+    """Run a piece on another stream than the default one, as torch asks for before a
+    capture; the current stream waits for it. A run that has a stream of its own, as
+    side by side, stays there.
     """
+    if torch.cuda.current_stream() != torch.cuda.default_stream():
+        return function()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -152,6 +155,10 @@ def beside(function: Callable[[], T]) -> T:
 def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     """(what it returns, a call that runs its kernels again). Capturing runs none of
     them.
+
+    torch hands out 32 streams of each priority in turns, and a process with several
+    runs asks for more: so captures have those of high priority for themselves, where no
+    other run's kernels can get into them.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -159,7 +166,9 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         # allocate meanwhile
         with (
             _CAPTURING,
-            torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(priority=-1), capture_error_mode="thread_local"
+            ),
         ):
             result = function()
     except RuntimeError as error:
