@@ -9,7 +9,8 @@ length, piece by piece.
 time limit, killed when it is over; an error is a row, and the next stage goes on. Rows go
 to FOLDER/rows.jsonl as they are measured. A later run in the same folder keeps the
 teachers, skips what is done, and goes on with the long run where it stopped. ``merge``
-makes one table, Markdown and CSV, of several folders, or of one. ``--tiny`` tries all of it in seconds.
+makes one table, Markdown and CSV, of one folder or several. ``--tiny`` tries all of it in
+a minute, on a CPU too.
 
 It needs torch, torchvision, numpy, pandas, safetensors and Pillow; pytest for the tests.
 """
@@ -45,11 +46,13 @@ STAGES = {
     "speed": 45,
     "together": 45,
     "teachers": 95,
-    "students": 200,
-    "compile": 60,
+    "students": 220,
+    "compile": 50,
     "long": 520,  # all that is left
 }
 WHOLE = 520
+#: those that want the data set
+DATA_FOR = {"teachers", "students", "long"}
 #: seconds that the last row and the table may take
 RESERVE = 6
 #: triggers of the teachers; None is a clean one. Whose students are made first comes first.
@@ -82,6 +85,13 @@ COMPILED = {
     "bf16, compile": {"precision": "bf16", "compile": True},
     "compile": {"compile": True},
 }
+#: a source's settings in a run that is many times shorter than its paper's: rounds are
+#: shortened, so that images are made as often as the student's time allows
+SHORTER = {"fastdfkd": {"kd_steps": 40, "warmup": 10}}
+#: sources of the students, and each one's share of their time; the first with three seeds
+SHARES = {"fastdfkd": 0.75, "zskt": 0.25}
+#: the share of the students' time that cleaning a teacher may take
+PURIFYING = 0.3
 #: the way that stages after the measurements compute in
 BEST = {"graphs": True, "precision": "bf16"}
 
@@ -135,7 +145,12 @@ class Child:
         command += ["--part", part] if part else []
         command += ["--tiny"] if options.tiny else []
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ},  # several at once share the cores
         )
 
     def begin(self, seconds: float) -> None:
@@ -174,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     results = {}
     with (options.folder / "log.txt").open("a") as log:
         print(f"lease {lease}: {', '.join(wanted)}", file=log, flush=True)
-        data = decoding(options, log)
+        data = decoding(options, log) if DATA_FOR & set(wanted) else None
         waiting = {}
 
         def start(stage: str) -> list[Child]:
@@ -189,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
                 waiting[stage] = children
                 for following in wanted[number + 1 : number + 2]:
                     waiting[following] = start(following)
-                if stage in ("teachers", "students", "long") and data is not None:
+                if stage in DATA_FOR and data is not None:
                     try:
                         data.wait(max(1, end - time.monotonic()))
                     except subprocess.TimeoutExpired:
@@ -355,10 +370,6 @@ class Stage:
         """The options as this device can have them: a CPU has no graphs."""
         return options if self.gpu else {k: v for k, v in options.items() if k != "graphs"}
 
-    def settle(self) -> None:
-        if self.gpu:
-            self.torch.cuda.synchronize()
-
     def networks(self):
         """An untrained teacher and student of the paper's sizes."""
         from measure import MAIN
@@ -366,14 +377,16 @@ class Stage:
         return MAIN.networks()
 
 
-def pull(stream, stage: Stage, seconds: float, least: int = 1, most: int | None = None):
-    """(items per second, items) of a stream, pulled for so long, at least some."""
-    stage.settle()
+def pull(stream, seconds: float, least: int = 1) -> tuple[float, int]:
+    """(items per second, items) of a stream, pulled for so long, at least some.
+
+    Nobody waits for the device: an item holds numbers that were read from it, and a
+    device may not be waited for while another thread captures a graph.
+    """
     began, count = time.perf_counter(), 0
-    while (count < least or time.perf_counter() - began < seconds) and count != most:
+    while count < least or time.perf_counter() - began < seconds:
         next(stream)
         count += 1
-    stage.settle()
     return count / (time.perf_counter() - began), count
 
 
@@ -403,7 +416,7 @@ def tests(stage: Stage) -> None:
 
     os.chdir(ROOT)
     arguments = ["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:cov"]
-    arguments += ["-p", "no:xdist"] if not stage.tiny else []
+    arguments += ["-p", "no:xdist"]
     code = pytest.main([*arguments, "tests/test_gpu.py"], plugins=[Rows()])
     stage.record("tests", pytest=str(code))
 
@@ -412,7 +425,7 @@ def speed(stage: Stage) -> None:
     """Student steps per second of one run, by way of computing, beside the naive loop."""
     from measure import Loops
 
-    from abdlab import SelfRetrospection, ShufflingVaccine
+    from abdlab import SelfRetrospection
 
     long = 0.05 if stage.tiny else 1.2
 
@@ -427,8 +440,8 @@ def speed(stage: Stage) -> None:
                 side = calls(loops.ours if ours else loops.theirs)
                 # pieces are captured in their fourth call, the generator's is called once
                 # in a pseudo-batch
-                pull(side, stage, 0, 1 if stage.tiny or not ours else 6)
-                pace, count = pull(side, stage, long)
+                pull(side, 0, 1 if stage.tiny or not ours else 6)
+                pace, count = pull(side, long)
                 stage.record(
                     "speed",
                     way=way,
@@ -448,7 +461,6 @@ def speed(stage: Stage) -> None:
     measured("ABD's last part: graphs, bf16, SR", True, BEST, {}, defenses=[sr])
     measured("eager, SV", True, {}, {}, vaccine=True)
     measured("naive, eager, SV", False, {}, {}, vaccine=True)
-    assert ShufflingVaccine  # the vaccine is Loops' own
 
 
 def compile(stage: Stage) -> None:  # as the option of distill is called
@@ -466,9 +478,9 @@ def compile(stage: Stage) -> None:  # as the option of distill is called
             began = time.perf_counter()
             loops = Loops(main_size(), stage.device, **stage.ways(options))
             side = calls(loops.ours)
-            pull(side, stage, 0, 1 if stage.tiny else 6)
+            pull(side, 0, 1 if stage.tiny else 6)
             ready = time.perf_counter() - began
-            pace, count = pull(side, stage, 0.05 if stage.tiny else 1.5)
+            pace, count = pull(side, 0.05 if stage.tiny else 1.5)
             stage.record(
                 "speed",
                 way=way,
@@ -509,8 +521,8 @@ def together(stage: Stage) -> None:
         forget(stage)
         stream = side_by_side(streams)
         try:
-            pull(stream, stage, 0, most * runs)
-            pace, count = pull(stream, stage, 0.1 if stage.tiny else 2.5, runs)
+            pull(stream, 0, most * runs)
+            pace, count = pull(stream, 0.1 if stage.tiny else 2.5, runs)
         finally:
             stream.close()
         stage.record(
@@ -567,7 +579,7 @@ def teachers(stage: Stage) -> None:
     settings |= {"flip": not stage.tiny, "shift": 0 if stage.tiny else 4, "precision": "bf16"}
     ready = time.perf_counter() - began
     # without graphs where they fail: slower, and cut when the time is up
-    for graphs in ((True, False) if stage.gpu else (False,)):
+    for graphs in (True, False) if stage.gpu else (False,):
         models = copy.deepcopy(fresh)
         at, found = time.perf_counter(), None
         try:
@@ -651,10 +663,16 @@ def purified_of(stage: Stage, teacher):
     """(a purified teacher or None, why not)."""
     import inspect
 
+    def late(*_):
+        raise TimeoutError(f"cleaning took more than {cap:.0f} s")
+
     try:
         from abdlab.purifiers import purify
     except ImportError as error:
         return None, f"abdlab.purifiers has no purify: {error}"
+    cap = PURIFYING * stage.seconds
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, cap)
     try:
         known = inspect.signature(purify).parameters
         more = {"device": stage.device, "seed": 0}
@@ -662,9 +680,11 @@ def purified_of(stage: Stage, teacher):
             teacher, ["bounded", "unlearn"], stage.shape, **{k: more[k] for k in more if k in known}
         )
         return (found if hasattr(found, "state_dict") else found[0]), None
-    except Exception:
+    except Exception as error:
         stage.record.failed("purify")
-        return None, "the purifier failed"
+        return None, f"the purifier failed: {error}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def length_key(source_class) -> str | None:
@@ -690,11 +710,9 @@ def students(stage: Stage) -> None:
     exam = Exam.of(*test, trigger_from(TEACHERS[stage.part] or FLOOR), target=0)
     stage.record("examined", teacher=stage.part, defense="the teacher", **marks_of(exam(teacher)))
     seeds = (0,) if stage.tiny else (0, 1, 2)
-    # (source, share of the whole stage, seeds)
-    plan = [("fastdfkd", 0.6, seeds), ("zskt", 0.4, seeds[:1])]
-    if "fastdfkd" not in SOURCES:
-        stage.record("skipped", teacher=stage.part, source="fastdfkd", why="no such source here")
-        plan = [("zskt", 1.0, seeds[:1])]
+    plan = [name for name in SHARES if name in SOURCES]
+    for name in SHARES.keys() - set(plan):
+        stage.record("skipped", teacher=stage.part, source=name, why="no such source here")
     began = time.perf_counter()
     clean, why = purified_of(stage, teacher)
     if clean is None:
@@ -708,11 +726,11 @@ def students(stage: Stage) -> None:
             seconds=round(time.perf_counter() - began, 1),
         )
     whole = stage.left
-    for number, (name, share, seeds) in enumerate(plan):
-        last = number == len(plan) - 1
+    for name in plan:
+        few = stage.left if name == plan[-1] else SHARES[name] * whole
+        chosen = seeds if name == next(iter(SHARES)) else seeds[:1]
         try:
-            few = stage.left if last else min(stage.left, share * whole)
-            one_source(stage, SOURCES[name], name, teacher, clean, card, exam, seeds, few)
+            one_source(stage, SOURCES[name], name, teacher, clean, card, exam, chosen, few)
         except Exception:
             stage.record.failed(f"{stage.part}, {name}")
 
@@ -724,17 +742,16 @@ def marks_of(found: dict) -> dict:
 def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, seconds) -> None:
     """The students of one source, all at once."""
     import copy
+    import inspect
 
     from abdlab import SelfRetrospection, ShufflingVaccine, distill, side_by_side
-
-    import inspect
 
     began = time.monotonic()
     key = length_key(source_class)
     signature = inspect.signature(source_class).parameters
-    settings = {"batch_size": 8, "width": 4} if stage.tiny else {}
-    settings |= {"kd_steps": 3} if stage.tiny and "kd_steps" in signature else {}
-    settings |= {"synthesis_steps": 2} if stage.tiny and "synthesis_steps" in signature else {}
+    settings = dict(SHORTER.get(name, {}))
+    if stage.tiny:
+        settings |= {"batch_size": 8, "width": 4, "kd_steps": 3, "warmup": 1, "flip": False}
     settings = {k: v for k, v in settings.items() if k in signature}
     default = signature[key].default
 
@@ -769,16 +786,17 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
             students.append(student)
         return students, found, len(source)
 
-    # timed over whole units of its length, as a round makes images first; after those
-    # in which pieces are captured
+    # timed after the pseudo-batches in which pieces are captured; where the length is in
+    # rounds, which make images first, from the beginning
     _, found, steps = streams(default)
     unit = steps // default
     stream = side_by_side(found)
     trial = min(0.15 * seconds, 12)
     at = time.monotonic()
     try:
-        pull(stream, stage, 0, 1 if stage.tiny else min(6, unit) * len(ways))
-        pace, timed = pull(stream, stage, trial - (time.monotonic() - at), 1)
+        if unit == 1:
+            pull(stream, 0, (1 if stage.tiny else 6) * len(ways))
+        pace, timed = pull(stream, trial - (time.monotonic() - at), 1)
     finally:
         stream.close()
     left = seconds - (time.monotonic() - began)
@@ -799,6 +817,8 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
     at = time.monotonic()
     students, found, total = streams(length)
     stream, events, done = side_by_side(found), {i: [] for i in range(len(ways))}, {}
+    # whatever has not ended then is cut, with time for its exam
+    end = seconds - (0 if stage.tiny else 3 + 0.3 * len(ways))
 
     def report(number: int, index: int) -> None:
         way, seed = ways[number]
@@ -812,6 +832,7 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
             total=total,
             **marks_of(exam(students[number])),
             seconds=round(time.monotonic() - at, 1),
+            settings=settings | {key: length},
             events=events[number],
         )
 
@@ -819,12 +840,15 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
         for number, step in stream:
             events[number] += step.events
             done[number] = step.index
-            if time.monotonic() - began > seconds:
+            if step.index in (total // 2, total):
+                report(number, step.index)
+            if time.monotonic() - began > end:
                 break
     finally:
         stream.close()
-    for number, index in sorted(done.items()):
-        report(number, index)
+        for number, index in sorted(done.items()):
+            if index != total:
+                report(number, index)
 
 
 def agreed(stage: Stage, name: str, value: float, patience: float = 20) -> float:
@@ -1122,9 +1146,7 @@ def _table(rows: list[dict]) -> list[str]:
         return []
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [[str(row.get(name, "")) for name in columns] for row in rows]
-    return [
-        "| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *lines)
-    ]
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *lines)]
 
 
 # ------------------------------------------------------------------ the command line
