@@ -160,7 +160,7 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     runs asks for more: so captures have those of high priority for themselves, where no
     other run's kernels can get into them.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # thread_local: other runs of this process, each in a thread of its own, may
         # allocate meanwhile
@@ -172,6 +172,7 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         ):
             result = function()
     except RuntimeError as error:
+        torch.cuda.set_stream(current)  # torch leaves the stream of a capture that failed
         raise RuntimeError(
             f"this run's step cannot be captured as a CUDA graph, so leave graphs out: {error}"
         ) from error

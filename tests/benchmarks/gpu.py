@@ -67,6 +67,8 @@ TEACHERS = {
 WITH_STUDENTS = ("badnet_grid", "trojan_wm", "blend")
 #: the one whose full ZSKT run is the long one
 LONG = "badnet_grid"
+#: a teacher is trained no longer than this
+MOST_EPOCHS = 40
 #: the trigger that the clean teacher is examined with: its floor
 FLOOR = "badnet_grid"
 #: name of a way -> options of distill, and TF32 and cuDNN's search where they are not at
@@ -176,6 +178,8 @@ def parts_of(stage: str, tiny: bool) -> list[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Go through the stages; the exit status is 0 when each has a row that it is done."""
+    # whoever ends this ends its stages too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     lease = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,8 @@ def run(options: argparse.Namespace) -> int:
         except Exception:
             traceback.print_exc(file=log)
     passed = time.monotonic() - began
-    print((options.folder / "report.md").read_text())
+    if (options.folder / "report.md").exists():
+        print((options.folder / "report.md").read_text())
     print(f"{passed:.0f} s in all: {results}", flush=True)
     return 0 if set(results.values()) == {"done"} and len(results) == len(wanted) else 1
 
@@ -575,43 +580,44 @@ def teachers(stage: Stage) -> None:
         build(name, width=width, mean=data["mean"], std=data["std"], seed=i)
         for i in range(len(TEACHERS))
     ]
-    settings = {"batch_size": 20, "epochs": 4, "lr": 0.2} if stage.tiny else {"epochs": 24}
-    settings |= {"flip": not stage.tiny, "shift": 0 if stage.tiny else 4, "precision": "bf16"}
-    ready = time.perf_counter() - began
-    # without graphs where they fail: slower, and cut when the time is up
+    settings = {"batch_size": 20, "lr": 0.2, "shift": 0, "flip": False} if stage.tiny else {}
+    settings = {"batch_size": 256, "lr": 0.25, "shift": 4, "flip": True, **settings}
+    settings |= {"precision": "bf16"}
+    ready, found = time.perf_counter() - began, None
+
+    def training(models, graphs: bool, epochs: int):
+        return train_together(
+            models, sets, epochs=epochs, device=stage.device, graphs=graphs, **settings
+        )
+
+    # without graphs where they fail: slower, and shorter
     for graphs in (True, False) if stage.gpu else (False,):
-        models = copy.deepcopy(fresh)
-        at, found = time.perf_counter(), None
         try:
-            stream = train_together(models, sets, device=stage.device, graphs=graphs, **settings)
-            for steps in stream:
+            # two epochs are timed first, the second without captures: a run that is cut
+            # ends at a high rate, so its schedule has to be as long as there is time for
+            models, passed = copy.deepcopy(fresh), [0.0]
+            for steps in training(models, graphs, 2):
+                passed.append(steps[0].seconds)
+            pace = passed[2] - passed[1]
+            epochs = 4 if stage.tiny else min(MOST_EPOCHS, int((stage.left - 8) / pace))
+            stage.record("length", what="teachers", epochs=epochs, epoch_s=round(pace, 2))
+            if epochs < 2:
+                raise TimeoutError("no time was left for two epochs")
+            models, at = copy.deepcopy(fresh), time.perf_counter()
+            for steps in training(models, graphs, epochs):
                 found = steps
-                if steps[0].index in (1, steps[0].total // 2):
+                if steps[0].index == epochs // 2:
                     stage.record(
                         "epoch",
                         index=steps[0].index,
-                        total=steps[0].total,
+                        total=epochs,
                         seconds=round(steps[0].seconds, 1),
                         clean_acc=round(accuracy(models[-1], *data["test"]), 4),
-                        loss=round(steps[-1].losses["cross_entropy"], 4),
+                        losses=[round(step.losses["cross_entropy"], 4) for step in steps],
                     )
-                    for model in models:
-                        model.train()
-                pace = steps[0].seconds / steps[0].index
-                if steps[0].index == 2 and pace * (steps[0].total + 1) > stage.left:
-                    # a run that is cut ends at a high rate: shorten its schedule instead
-                    settings["epochs"] = max(2, int((stage.left - 3) / pace))
-                    stage.record("shortened", epochs=settings["epochs"], epoch_s=round(pace, 2))
-                    stream.close()
-                    models = copy.deepcopy(fresh)
-                    stream = train_together(
-                        models, sets, device=stage.device, graphs=graphs, **settings
-                    )
-                    for again in stream:
-                        found = again
-                    break
             break
         except Exception:
+            found = None
             stage.record.failed(f"teachers, graphs={graphs}")
     if found is None:
         raise SystemExit("no teacher was trained")
@@ -969,6 +975,10 @@ def stage_main(options: argparse.Namespace) -> int:
         import pytest
 
         assert pytest
+    import gc
+
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through again before each capture
     stage = Stage(options)
     try:
         where = {"card": "none: a CPU", "device": str(stage.device)}
