@@ -18,6 +18,7 @@ from abdlab import (
     OOD,
     ZSKT,
     CleanKD,
+    DeepInversion,
     Diverged,
     Mixed,
     SelfRetrospection,
@@ -549,3 +550,13 @@ def test_networks_that_are_trained_together_are_replayed(double, wrn, taped, dig
     for one, other in zip(found[0][1], found[1][1], strict=True):
         for p, q in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
             torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("defenses", [NONE, abd], ids=["plain", "SV and SR"])
+def test_a_pools_teacher_is_replayed_too(wrn, taped, defenses, monkeypatch):
+    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)  # as on CUDA
+    sizes = {"rounds": 4, "synthesis_steps": 2, "kd_steps": 6, "synthesis_batch": 8}
+    assert_alike(*both(wrn, lambda: DeepInversion(SHAPE, **sizes, batch_size=8), defenses))
+    # the teacher's answers, and the student's steps, anew for each defence
+    assert len(taped) >= 2
+    assert max(taped) == 4 * 6 - graphs.WARM

@@ -42,11 +42,11 @@ for folder in (ROOT, HERE.parent, HERE):
 #: the stages in order of worth, and the most seconds that each may take of a run of 520;
 #: a shorter run shortens all alike. What a stage leaves is there for those after it.
 STAGES = {
-    "tests": 50,
+    "tests": 70,
     "speed": 45,
     "together": 45,
     "teachers": 95,
-    "students": 220,
+    "students": 240,
     "compile": 50,
     "long": 520,  # all that is left
 }
@@ -89,9 +89,9 @@ COMPILED = {
 }
 #: a source's settings in a run that is many times shorter than its paper's: rounds are
 #: shortened, so that images are made as often as the student's time allows
-SHORTER = {"fastdfkd": {"kd_steps": 40, "warmup": 10}}
+SHORTER = {"fastdfkd": {"kd_steps": 60, "warmup": 10}}
 #: sources of the students, and each one's share of their time; the first with three seeds
-SHARES = {"fastdfkd": 0.75, "zskt": 0.25}
+SHARES = {"fastdfkd": 0.8, "zskt": 0.2}
 #: the share of the students' time that cleaning a teacher may take
 PURIFYING = 0.3
 #: the way that stages after the measurements compute in
@@ -806,9 +806,9 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
     finally:
         stream.close()
     left = seconds - (time.monotonic() - began)
-    # of one run, all others beside it; a fifth of the time is for verification, captures
-    # and self-retrospection
-    wished = agreed(stage, name, 0.8 * left * pace / len(ways) / unit)
+    # of one run, all others beside it; the rest of the time is for captures, for
+    # verification, and for self-retrospection, a step of which is worth ten
+    wished = agreed(stage, name, 0.65 * left * pace / len(ways) / unit)
     length = max(2, min(default, int(wished)))
     length = min(length, 4) if stage.tiny else length
     stage.record(
