@@ -5,45 +5,34 @@ Data-free knowledge distillation from poisoned teachers and the defence ABD (Hon
 al., ICML 2023, arXiv 2306.02368). This module hands names on and defines nothing.
 """
 
+from abdlab.attacks.optimize import PGD, optimize
+from abdlab.attacks.poison import Attack, Poisoned, poison, poison_many, triggered_test
+from abdlab.attacks.triggers import TRIGGERS, Trigger, trigger_from
 from abdlab.checkpoint import load_model, read_card, save_model
 from abdlab.data import Dataset, augment, load, pick_device
 from abdlab.defenses import (
     SelfRetrospection,
     ShuffledTeacher,
     ShufflingVaccine,
+    TriggerUnlearning,
     VaccineNotFound,
     suspicion,
 )
-from abdlab.distill import Step, distill
+from abdlab.distill import distill
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
 from abdlab.features import record
+from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.models import build
-from abdlab.optimize import PGD, optimize
-from abdlab.poison import Attack, Poisoned, poison, poison_many, triggered_test
-from abdlab.presets import PRESETS, SCALES, Settings, settings
-from abdlab.runs import (
-    Run,
-    WeakTeacher,
-    clean_teacher,
-    clean_teacher_control,
-    distill_all,
-    distillation,
-    distilled,
-    history,
-    poisoned_teacher,
-    prepare,
-    progress,
-    ready_triggers,
-    synthesize,
-    table,
-    vaccine_of,
-    vaccine_trials,
-)
+from abdlab.presets import PRESETS, SCALES
+from abdlab.runs import Run, history, table
+from abdlab.settings import Settings, settings
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
+from abdlab.stream import Step, progress
+from abdlab.students import clean_teacher_control, distill_all, distillation, distilled
+from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher, prepare, ready_triggers
 from abdlab.train import train
-from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
 __version__ = "0.1.0"
 
@@ -74,6 +63,7 @@ __all__ = [
     "ShufflingVaccine",
     "Step",
     "Trigger",
+    "TriggerUnlearning",
     "VaccineNotFound",
     "WeakTeacher",
     "accuracy",

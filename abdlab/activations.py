@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from abdlab.features import mode, record
-from abdlab.sources.zskt import attention
+from abdlab.losses import attention
 
 
 def convolutions(model: nn.Module) -> list[str]:
@@ -111,3 +112,19 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor)
         LayerAttribution.interpolate(maps, tuple(images.shape[-2:]), "bilinear").detach().squeeze(1)
     )
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
+
+
+def tsne(model: nn.Module, layer: str, images: Tensor, seed: int = 0) -> np.ndarray:
+    """scikit-learn's t-SNE (N, 2) of a layer's activations, averaged over positions."""
+    from sklearn.manifold import TSNE
+
+    from abdlab.features import mode, record
+
+    with torch.no_grad(), mode(model, training=False), record(model, [layer]) as acts:
+        model(images)
+    feature = acts[layer]
+    feature = feature.mean((2, 3)) if feature.ndim == 4 else feature.flatten(1)
+    perplexity = min(30, max(2, (len(images) - 1) // 3))
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+        feature.float().cpu().numpy()
+    )

@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from abdlab.errors import did_you_mean
-from abdlab.runs import HEADLESS
+from abdlab.stream import HEADLESS
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 

@@ -80,19 +80,6 @@ def load_state(path: str | Path, device: str | torch.device = "cpu") -> tuple[An
     return _unpack(card.pop("skeleton"), tensors), card
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimiser's state with each moment laid out in memory like its parameter.
-
-    Fused optimisers walk moments and weights in memory order, so that a contiguous
-    moment beside a channels_last weight would be paired with the wrong elements.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                moments[key] = torch.empty_like(parameter).copy_(value)
-
-
 def read_card(path: str | Path) -> dict:
     """The JSON card of a .safetensors file; empty when the file was not written by
     abdlab.

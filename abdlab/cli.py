@@ -134,8 +134,8 @@ def sweep(
     """Run a study: many jobs of one notebook. Call it again to go on after a failure or
     an interrupt.
     """
-    from abdlab import engines
-    from abdlab import sweep as studies
+    from abdlab import studies
+    from abdlab.studies import engines
 
     if engine not in ("local", "ray"):
         raise ValueError(did_you_mean("engine", engine, ("local", "ray")))
@@ -201,7 +201,8 @@ def sweep(
 
 def _plan(study, out: Path, slots: int) -> None:
     """What a sweep would do."""
-    from abdlab.sweep import estimate, status_of
+    from abdlab.studies.job import status_of
+    from abdlab.studies.sweep import estimate
 
     grid = Table(title=study.title, title_justify="left", box=None)
     for heading in ("job", "notebook", "state"):
@@ -279,7 +280,7 @@ def report(
     if markdown:
         _export(markdown, _markdown(table))
     if html:
-        from abdlab.sweep import report as study_report
+        from abdlab.studies.results import report as study_report
 
         study_report(folder, html)
         console.print(f"report: {html}", highlight=False)
@@ -322,8 +323,8 @@ def _markdown(table) -> str:
 
 def _study_cells(folder: Path, matrix: bool = False):
     """Print a study's cells and its failures; the cells as a table."""
-    from abdlab import sweep as studies
-    from abdlab.plots import study_matrix, study_summary
+    from abdlab import studies
+    from abdlab.studies.tables import study_matrix, study_summary
 
     state, results = studies.status(folder), studies.results(folder)
     if results.empty:
@@ -377,7 +378,8 @@ def presets(
     ] = None,
 ) -> None:
     """List the named settings, or print all values of one."""
-    from abdlab.presets import ABOUT, PRESETS, SECTIONS, defaults, settings
+    from abdlab.presets import ABOUT, PRESETS
+    from abdlab.settings import SECTIONS, defaults, settings
 
     if name is None:
         for each in PRESETS:
@@ -460,7 +462,7 @@ def _beside_the_paper(folder: Path):
     """Print one table per data set, trigger and teacher, each with what differs from
     the paper's settings, numbered; all as one table.
     """
-    from abdlab.paper import SOURCE, TOLERANCE, compare
+    from abdlab.studies.paper import SOURCE, TOLERANCE, compare
 
     found = compare(folder)
     if found.empty:

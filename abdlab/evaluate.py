@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from abdlab.attacks.poison import Attack, triggered_test
+from abdlab.attacks.triggers import Trigger
 from abdlab.features import mode
-from abdlab.poison import Attack, triggered_test
-from abdlab.triggers import Trigger
 
 
 @torch.inference_mode()
@@ -35,7 +34,7 @@ def attack_success(model: nn.Module, triggered: Tensor, target: int | Tensor) ->
     wants.
 
     Args:
-        triggered: what :func:`abdlab.poison.triggered_test` returns, which leaves the
+        triggered: what :func:`abdlab.attacks.poison.triggered_test` returns, which leaves the
             target's own images out.
         target: the class, or one class per image (N,) for an all-to-all attack.
     """
@@ -47,25 +46,6 @@ def agreement(model: nn.Module, other: nn.Module, images: Tensor) -> float:
     return (
         (predict(model, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
     )
-
-
-def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) per sample, shape (N,), in nats: sum over classes of p (log p - log
-    q), p and q softmaxed logits.
-
-    Args:
-        temperature: divides both logits first; no factor T^2 is applied here.
-    """
-    log_p = F.log_softmax(p_logits / temperature, dim=1)
-    log_q = F.log_softmax(q_logits / temperature, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def log_kl(p_logits: Tensor, q_logits: Tensor, floor: float = 1e-12) -> Tensor:
-    """log10 KL(p || q) per sample in float64; KL below ``floor`` (round-off, also
-    negative) counts as ``floor``.
-    """
-    return kl(p_logits.double(), q_logits.double()).clamp_min(floor).log10()
 
 
 @dataclass(frozen=True)

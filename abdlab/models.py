@@ -18,7 +18,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from abdlab.errors import did_you_mean
 
@@ -488,34 +487,6 @@ def memory_format(model: nn.Module) -> torch.memory_format:
         for p in kernels
     )
     return torch.channels_last if moved else torch.contiguous_format
-
-
-def fusable(model: nn.Module) -> bool | None:
-    """SGD's ``fused`` for this model: True on CUDA, where a step then needs no look at
-    a gradient's norm, else torch's default.
-
-    On a CPU it takes .2 ms instead of .8 ms per step of a WRN-16-2, of half a second,
-    but rounds otherwise: seeds would no longer give the numbers that were reported for
-    them.
-    """
-    return True if next(model.parameters()).is_cuda else None
-
-
-def sgd(
-    model: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
-) -> SGD:
-    """SGD on all weights of a model, fused where that is wanted; ``nesterov`` holds
-    only with momentum.
-    """
-    nesterov = nesterov and momentum > 0
-    return SGD(
-        model.parameters(),
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        fused=fusable(model),
-    )
 
 
 def normalization(model: nn.Module, channels: int) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ Synthetic images may leave [0, 1]: they are clamped for display.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,9 +17,10 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from abdlab.triggers import Trigger
+from abdlab.attacks.triggers import Trigger
+from abdlab.labels import in_order, name_of
 
 _PALETTE = sns.color_palette("colorblind").as_hex()
 #: teacher, clean KD, or a student's defences ("" when it has none) -> colour, whatever
@@ -41,27 +42,6 @@ def color_of(label: str) -> str:
     return COLORS.get(
         label if label in ("teacher", "clean") else label.partition("+")[2], "#999999"
     )
-
-
-def name_of(label: str) -> str:
-    """How figures and tables call a model: "teacher", "clean KD", "ZSKT+SV"."""
-    return {"teacher": "teacher", "clean": "clean KD"}.get(label, label.upper())
-
-
-def in_order(labels: Iterable[str]) -> list[str]:
-    """Each label once: teacher, clean KD, then source by source as they come, from
-    undefended to all defences.
-    """
-    labels = list(dict.fromkeys(labels))
-    sources, kinds = [label.partition("+")[0] for label in labels], list(COLORS)
-
-    def place(label: str) -> tuple[int, int]:
-        source, _, defences = label.partition("+")
-        if label in ("teacher", "clean"):
-            return -1, kinds.index(label)
-        return sources.index(source), kinds.index(defences) if defences in kinds else len(kinds)
-
-    return sorted(labels, key=place)
 
 
 def _axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
@@ -136,7 +116,7 @@ def trigger_gallery(images: Tensor, triggers: Sequence[Trigger], columns: int = 
         images: (N, C, H, W) in [0, 1]; the first ``columns`` are shown, all are
             measured.
         triggers: optimised ones with their patterns
-            (:func:`abdlab.runs.ready_triggers`).
+            (:func:`abdlab.teachers.ready_triggers`).
     """
     from abdlab.evaluate import trigger_size
 
@@ -488,22 +468,6 @@ def embedding_figure(
     return ax
 
 
-def tsne(model: nn.Module, layer: str, images: Tensor, seed: int = 0) -> np.ndarray:
-    """scikit-learn's t-SNE (N, 2) of a layer's activations, averaged over positions."""
-    from sklearn.manifold import TSNE
-
-    from abdlab.features import mode, record
-
-    with torch.no_grad(), mode(model, training=False), record(model, [layer]) as acts:
-        model(images)
-    feature = acts[layer]
-    feature = feature.mean((2, 3)) if feature.ndim == 4 else feature.flatten(1)
-    perplexity = min(30, max(2, (len(images) - 1) // 3))
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
-        feature.float().cpu().numpy()
-    )
-
-
 def change_heatmaps(changes: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     """Trigger-activated change per channel and layer: one panel per model, rows layers,
     channels sorted by change.
@@ -650,255 +614,4 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         + (", one standard deviation, each seed a dot" if seeds > 1 else ""),
         fontsize=10,
     )
-    return figure
-
-
-def rows(results: Mapping[str, Mapping]) -> list[dict]:
-    """Metrics by label, as :func:`abdlab.runs.distill_all` returns them, as rows with
-    what a reader must know as ``notes``.
-    """
-    out = []
-    for label, m in results.items():
-        notes = [
-            f"{name}: no vaccine was found, so this student is undefended by it"
-            for name, r in m.get("defenses", {}).items()
-            if r.get("found") is False
-        ]
-        out.append(
-            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes}
-        )
-    return out
-
-
-def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n
-    is the number of seeds.
-    """
-
-    def cell(values: pd.Series) -> str:
-        return f"{100 * values.mean():.1f}" + (
-            f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
-        )
-
-    parts = {label: results[results["label"] == label] for label in dict.fromkeys(results["label"])}
-    order = in_order(parts)
-    return pd.DataFrame(
-        [
-            {
-                "method": name_of(k),
-                "ACC (%)": cell(parts[k]["acc"]),
-                "ASR (%)": cell(parts[k]["asr"]),
-                "n": len(parts[k]),
-            }
-            for k in order
-        ]
-    ).set_index("method")
-
-
-def study_summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label;
-    each model counts once.
-
-    Clean teachers, on which triggers are optimised, are left out, since triggers share
-    them.
-
-    Args:
-        results: what :func:`abdlab.sweep.results` returns.
-    """
-    once = _models(results)
-    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[
-        ["acc", "asr"]
-    ].agg(["mean", "std", "count"])
-    columns = {}
-    for name in ("acc", "asr"):
-        columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)
-        columns[f"{name.upper()} std (%)"] = (100 * out[name, "std"]).round(1)
-    return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(
-        level=[0, 1], sort_remaining=False
-    )
-
-
-def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:
-    """Each model once (per value of ``axes``), without the clean teachers on which
-    triggers are optimised: those belong to no trigger.
-    """
-    return results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model", *axes])
-
-
-def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a
-    column per source, in the study's order.
-
-    A cell that was not run is empty, and "-" stands for the ASR of a model without
-    attack. The teacher is a source without a defence; its clean twin, on which triggers
-    are optimised, is left out, since triggers share it.
-
-    Args:
-        results: what :func:`abdlab.sweep.results` returns; each model counts once.
-    """
-    rows = ["trigger", "defence"]
-    once = _models(results)
-    means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[
-        ["acc", "asr"]
-    ].mean().astype(float)
-    text = pd.Series(
-        [f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index
-    )
-    order = once.set_index(rows).index.unique()
-    sources = sorted(
-        once["source"].unique(), key=lambda name: name != "teacher"
-    )  # the teacher first, then as they come
-    return text.unstack("source", fill_value="").reindex(order)[sources]
-
-
-def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
-    """ASR (ACC below it) in percent, triggers against sources, before and after a
-    defence; empty cells were not run.
-
-    Args:
-        results: what :func:`abdlab.sweep.results` returns.
-        defence: by default the one with the most parts among those that were run.
-    """
-    students = _models(results[~results["source"].isin(["teacher", "clean"])])
-    defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
-    defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
-    shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
-    triggers, sources = (
-        sorted(students["trigger"].dropna().unique()),
-        list(dict.fromkeys(students["source"])),
-    )
-    size = (2.0 + 1.3 * len(sources) * len(shown) + 1.2, 1.4 + 0.7 * len(triggers))
-    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for ax, (title, key) in zip(axes[0], shown, strict=True):
-        part = students[students["defence"] == key]
-        asr, acc = (
-            100
-            * part.pivot_table(index="trigger", columns="source", values=v, aggfunc="mean").reindex(
-                index=triggers, columns=sources
-            )
-            for v in ("asr", "acc")
-        )
-        text = [
-            [f"{a:.0f}\nACC {c:.0f}" if a == a else "" for a, c in zip(r, q, strict=True)]
-            for r, q in zip(asr.values, acc.values, strict=True)
-        ]
-        last = ax is axes[0][-1]
-        sns.heatmap(
-            asr.astype(float),
-            annot=np.array(text, dtype=object).reshape(asr.shape),
-            fmt="",
-            vmin=0,
-            vmax=100,
-            cmap="rocket_r",
-            ax=ax,
-            linewidths=1,
-            annot_kws={"fontsize": 8},
-            cbar=last,
-            cbar_kws={"label": "ASR (%), mean over seeds"} if last else None,
-        )
-        ax.set(title=title, xlabel="source", ylabel="trigger" if ax is axes[0][0] else "")
-        ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
-        ax.tick_params(axis="y", labelrotation=0)  # turned names run into each other
-    return figure
-
-
-def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """ACC against ASR in percent, one point per job's student (colour: defence, marker:
-    source), and the Pareto front.
-
-    The front joins the students that no other one beats in both ACC and ASR: down and
-    to the right is better.
-    """
-    ax = _axes(ax, 7.2, 4.6)
-    students = _models(results[results["label"] != "teacher"])
-    markers = _markers(students["source"])
-    for label, part in students.groupby("label", sort=False):
-        ax.scatter(
-            100 * part["acc"],
-            100 * part["asr"],
-            color=color_of(label),
-            marker=markers[part["source"].iloc[0]],
-            s=90 if label == "clean" else 42,
-            alpha=0.85,
-            edgecolor="white",
-            linewidth=0.6,
-            label=name_of(label),
-        )
-    front = pareto_front(students[students["label"] != "clean"])
-    if len(front) > 1:
-        ax.plot(
-            100 * front["acc"],
-            100 * front["asr"],
-            color="0.4",
-            lw=1,
-            ls="--",
-            zorder=0,
-            label="Pareto front (data-free)",
-        )
-    ax.set(
-        xlabel="ACC: clean test images classified right (%)",
-        ylabel="ASR: triggered test images\ncalled the target (%)",
-    )
-    ax.set(xlim=(max(-2, 100 * students["acc"].min() - 5), 101), ylim=(-3, 103))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return ax
-
-
-def _markers(sources: Iterable[str]) -> dict[str, str]:
-    """A marker per source, clean KD's is a star."""
-    shapes = itertools.cycle("os^DvPX<>")
-    return {source: "*" if source == "clean" else next(shapes) for source in dict.fromkeys(sources)}
-
-
-def pareto_front(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other row beats: none has at least their ACC and at most their
-    ASR, and is better in one; by ACC.
-    """
-    ordered = results.sort_values(["acc", "asr"], ascending=[False, True])
-    best, keep = float("inf"), []
-    for index, asr in ordered["asr"].items():
-        if asr < best:
-            best = asr
-            keep.append(index)
-    return results.loc[keep].sort_values("acc")
-
-
-def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
-    """ACC and ASR in percent against a numeric axis of a study: lines are means, bands
-    one standard deviation, over all else.
-
-    Raises:
-        ValueError: when the axis is no column of numbers.
-    """
-    if axis not in results or not pd.api.types.is_numeric_dtype(results[axis]):
-        raise ValueError(
-            f"{axis} is no numeric axis of this study: its columns are"
-            f" {', '.join(map(str, results.columns))}"
-        )
-    students = _models(results[~results["label"].isin(["teacher", "clean"])], axis)
-    markers = _markers(students["source"])
-    dashes = dict(zip(markers, itertools.cycle(["-", "--", ":", "-."])))
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", sharex=True)
-    for ax, column, text in zip(axes, ("acc", "asr"), ("ACC (%)", "ASR (%)"), strict=True):
-        for label, part in students.groupby("label", sort=False):
-            source = part["source"].iloc[0]
-            looks = {
-                "color": color_of(label),
-                "marker": markers[source],
-                "linestyle": dashes[source],
-                "label": name_of(label),
-            }
-            sns.lineplot(
-                x=part[axis],
-                y=100 * part[column],
-                errorbar="sd",
-                err_kws={"alpha": 0.12},
-                ax=ax,
-                **looks,
-            )
-        ax.set(xlabel=axis, ylabel=text, ylim=(-3, 103))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=8, frameon=False)
-    axes[1].legend_.remove()
     return figure

@@ -61,7 +61,7 @@ def side_by_side(streams: Iterable[Iterator[T]]) -> Iterator[tuple[int, T]]:
     Each stream has a thread and, on a CUDA device, a CUDA stream of its own; it is at
     most one step ahead of what was taken. The numbers of a run are those that it has
     alone, when torch has as many threads. On a CPU the streams share the cores, and
-    processes of their own (:func:`abdlab.runs.distill_all`) are faster: Python runs in
+    processes of their own (:func:`abdlab.students.distill_all`) are faster: Python runs in
     one thread at a time.
 
     Closing it closes all streams, which then save their checkpoints. An error in one

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from abdlab.data import augment, deliver, pick_device
-from abdlab.distill import Step
 from abdlab.errors import Diverged
 from abdlab.features import compiled
 from abdlab.features import precision as computing
-from abdlab.models import place, sgd
+from abdlab.models import place
+from abdlab.optim import sgd
+from abdlab.stream import Step
 
 
 def train(

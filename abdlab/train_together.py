@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from abdlab import graphs as cuda_graphs
 from abdlab.data import deliver, pick_device
-from abdlab.distill import Step
 from abdlab.errors import Diverged
 from abdlab.features import precision as computing
 from abdlab.graphs import Phases
-from abdlab.models import place, sgd
+from abdlab.models import place
+from abdlab.optim import sgd
+from abdlab.stream import Step
 
 
 def moved(images: Tensor, offsets: Tensor, mirrored: Tensor, shift: int) -> Tensor:

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from abdlab import batch, cli
-from abdlab.presets import ABOUT, PRESETS, SECTIONS, settings
+from abdlab.presets import ABOUT, PRESETS
 from abdlab.runs import Run
+from abdlab.settings import SECTIONS, settings
 
 
 def abdlab(*arguments):

@@ -6,18 +6,10 @@ import torch
 from scipy.stats import entropy
 from torch import nn
 
-from abdlab.evaluate import (
-    Exam,
-    accuracy,
-    agreement,
-    attack_success,
-    kl,
-    log_kl,
-    predict,
-    trigger_size,
-)
-from abdlab.poison import Attack
-from abdlab.triggers import Trigger, pack
+from abdlab.attacks.poison import Attack
+from abdlab.attacks.triggers import Trigger, pack
+from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
+from abdlab.losses import kl, log_kl
 
 # Three classes on images of 1x3 pixels: the logits are the pixels, the prediction is
 # the brightest one.

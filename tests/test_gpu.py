@@ -20,7 +20,7 @@ from abdlab import (
     suspicion,
     train,
 )
-from abdlab.defenses.shuffling_vaccine import shuffled_layers
+from abdlab.defenses.shuffled_teacher import shuffled_layers
 from abdlab.train_together import train_together
 
 pytestmark = pytest.mark.gpu

@@ -29,8 +29,9 @@ from abdlab import (
 from abdlab.checkpoint import load_state
 from abdlab.data import deliver
 from abdlab.defenses import Defense, self_retrospection
-from abdlab.presets import defaults, settings
-from abdlab.sources.source import Source, check_finite, take_step
+from abdlab.optim import check_finite, take_step
+from abdlab.settings import defaults, settings
+from abdlab.sources.source import Source
 from abdlab.train_together import train_together
 
 SHAPE = (1, 8, 8)
@@ -144,7 +145,7 @@ def test_a_pseudo_batch_reads_from_the_device_once(wrn, monkeypatch, sr, precisi
 @pytest.mark.parametrize("kind", [OOD, CleanKD, DFAD, Mixed])
 def test_other_sources_read_once_too(wrn, digits, kind, monkeypatch):
     # SGD as it is on CUDA
-    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)
+    monkeypatch.setattr("abdlab.optim.fusable", lambda model: True)
     made = {
         OOD: lambda: OOD(SHAPE, patches=32, epochs=3, batch_size=8, cutmix_share=0),
         CleanKD: lambda: CleanKD(
@@ -393,7 +394,7 @@ def test_in_less_precision_too(wrn, taped, precision):
 
 @pytest.mark.parametrize("kind", ["ood", "clean", "dfad", "mixed"])
 def test_the_student_steps_of_other_sources_are_replayed(wrn, taped, digits, kind, monkeypatch):
-    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)  # as on CUDA
+    monkeypatch.setattr("abdlab.optim.fusable", lambda model: True)  # as on CUDA
     dfad = lambda: DFAD(SHAPE, pseudo_batches=12, batch_size=8, z=5, width=4, generator_every=2)  # noqa: E731
     make = {
         "ood": lambda: OOD(SHAPE, patches=64, epochs=2, batch_size=8),
@@ -554,7 +555,7 @@ def test_networks_that_are_trained_together_are_replayed(double, wrn, taped, dig
 
 @pytest.mark.parametrize("defenses", [NONE, abd], ids=["plain", "SV and SR"])
 def test_a_pools_teacher_is_replayed_too(wrn, taped, defenses, monkeypatch):
-    monkeypatch.setattr("abdlab.models.fusable", lambda model: True)  # as on CUDA
+    monkeypatch.setattr("abdlab.optim.fusable", lambda model: True)  # as on CUDA
     sizes = {"rounds": 4, "synthesis_steps": 2, "kd_steps": 6, "synthesis_batch": 8}
     assert_alike(*both(wrn, lambda: DeepInversion(SHAPE, **sizes, batch_size=8), defenses))
     # the teacher's answers, and the student's steps, anew for each defence

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 from torch import nn
 
-from abdlab.optimize import METHODS, PGD, activation, optimize, options_of, strongest
-from abdlab.triggers import OPTIMISED, Trigger, pack, unpack
+from abdlab.attacks.optimize import METHODS, PGD, activation, optimize, options_of, strongest
+from abdlab.attacks.triggers import OPTIMISED, Trigger, pack, unpack
 
 SHAPE = (3, 12, 10)
 NAMES = sorted(METHODS)

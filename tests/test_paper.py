@@ -7,9 +7,9 @@ import json
 import pandas as pd
 import pytest
 
-from abdlab import paper
-from abdlab.presets import settings
 from abdlab.runs import Run
+from abdlab.settings import settings
+from abdlab.studies import paper
 
 ZSKT = "paper/cifar10/zskt"
 SECTIONS = ("data", "attack", "teacher")

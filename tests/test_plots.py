@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from abdlab import plots
-from abdlab.triggers import Trigger
+from abdlab import labels, plots
+from abdlab.attacks.triggers import Trigger
+from abdlab.studies import figures, tables
 
 CLASSES = ["a", "b", "c"]
 
@@ -133,14 +134,14 @@ def test_ablation_shows_means_spread_and_the_floor():
     assert [round(bar.get_width(), 6) for bar in figure.axes[0].patches] == [90, 90]
     assert [round(bar.get_width(), 6) for bar in figure.axes[1].patches] == [5, 80]
     assert figure.axes[1].lines[-1].get_xdata()[0] == pytest.approx(5)
-    table = plots.results_table(frame)
+    table = tables.results_table(frame)
     assert table.loc["ZSKT", "ASR (%)"] == "80.0 ± 14.1"
     assert table.loc["clean KD", "ACC (%)"] == "90.0"
     assert list(table["n"]) == [1, 2]
 
 
 def test_a_vaccine_that_was_not_found_is_told_to_the_reader():
-    found = plots.rows(
+    found = tables.rows(
         {"zskt+sv": {"seed": 0, "acc": 1.0, "asr": 1.0, "defenses": {"sv": {"found": False}}}}
     )
     assert "no vaccine was found" in found[0]["notes"][0]
@@ -203,7 +204,7 @@ def study_results():
 
 
 def test_a_study_counts_each_model_once():
-    summary = plots.study_summary(study_results()).loc[("blend", "zskt")]
+    summary = tables.study_summary(study_results()).loc[("blend", "zskt")]
     assert summary.loc["none", "n"] == 2
     assert summary.loc["sv+sr", "n"] == 4
     assert summary.loc["none", "ASR mean (%)"] == pytest.approx(85)
@@ -220,7 +221,7 @@ def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
         "acc": 1.0,
     }
     twin = teacher | dict.fromkeys(("label", "source", "model"), "clean_teacher")
-    matrix = plots.study_matrix(pd.concat([frame, pd.DataFrame([teacher, twin])]))
+    matrix = tables.study_matrix(pd.concat([frame, pd.DataFrame([teacher, twin])]))
     assert list(matrix.columns) == ["teacher", "zskt", "cmi"]
     assert list(matrix.index) == [
         ("badnet_sq", "none"),
@@ -233,7 +234,7 @@ def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
 
 
 def test_heatmaps_before_and_after():
-    figure = plots.study_heatmaps(study_results())
+    figure = figures.study_heatmaps(study_results())
     before, after = figure.axes[:2]
     assert [t.get_text() for t in before.texts] == ["85\nACC 90"] * 4
     assert [t.get_text() for t in after.texts] == ["30\nACC 90"] * 4
@@ -248,12 +249,12 @@ def test_a_clean_teacher_is_no_student_in_a_studys_table_and_figures():
         "acc": 1.0,
     }
     results = pd.concat([study_results(), pd.DataFrame([twin])])
-    assert list(plots.study_summary(results).index.unique("source")) == ["cmi", "zskt"]
-    figure = plots.study_heatmaps(results)
+    assert list(tables.study_summary(results).index.unique("source")) == ["cmi", "zskt"]
+    figure = figures.study_heatmaps(results)
     for ax in figure.axes[:2]:
         assert [t.get_text() for t in ax.get_xticklabels()] == ["ZSKT", "CMI"]
         assert {t.get_rotation() for t in ax.get_yticklabels()} == {0}
-    shown = {t.get_text() for t in plots.tradeoff_figure(results).get_legend().get_texts()}
+    shown = {t.get_text() for t in figures.tradeoff_figure(results).get_legend().get_texts()}
     assert shown == {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"}
     plt.close("all")
 
@@ -261,28 +262,28 @@ def test_a_clean_teacher_is_no_student_in_a_studys_table_and_figures():
 def test_pareto_front_by_hand():
     frame = pd.DataFrame({"acc": [0.9, 0.8, 0.95, 0.9, 0.7], "asr": [0.2, 0.1, 0.5, 0.3, 0.1]})
     # .9/.3 is beaten by .9/.2, and .7/.1 by .8/.1
-    assert plots.pareto_front(frame)["acc"].tolist() == [0.8, 0.9, 0.95]
+    assert tables.pareto_front(frame)["acc"].tolist() == [0.8, 0.9, 0.95]
 
 
 def test_study_figures_say_what_they_show():
-    ax = plots.tradeoff_figure(study_results())
+    ax = figures.tradeoff_figure(study_results())
     assert "%" in ax.get_xlabel()
     assert "%" in ax.get_ylabel()
     assert {"ZSKT", "ZSKT+SV+SR", "CMI", "CMI+SV+SR"} <= {
         t.get_text() for t in ax.get_legend().get_texts()
     }
-    figure = plots.sensitivity_figure(study_results(), "sv.alpha")
+    figure = figures.sensitivity_figure(study_results(), "sv.alpha")
     assert [a.get_ylabel() for a in figure.axes] == ["ACC (%)", "ASR (%)"]
     assert figure.axes[1].lines[1].get_ydata() == pytest.approx([30, 30])
     with pytest.raises(ValueError, match="no numeric axis"):
-        plots.sensitivity_figure(study_results(), "trigger")
+        figures.sensitivity_figure(study_results(), "trigger")
     plt.close("all")
 
 
 def test_a_defence_has_one_colour_whatever_the_source():
     assert plots.color_of("cmi+sv") == plots.color_of("zskt+sv") != plots.color_of("zskt")
-    assert plots.name_of("clean") == "clean KD"
-    assert plots.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [
+    assert labels.name_of("clean") == "clean KD"
+    assert labels.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [
         "teacher",
         "clean",
         "cmi",

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from abdlab.optimize import PGD
-from abdlab.poison import Attack, poison, poison_many, triggered_test
-from abdlab.triggers import Trigger
+from abdlab.attacks.optimize import PGD
+from abdlab.attacks.poison import Attack, poison, poison_many, triggered_test
+from abdlab.attacks.triggers import Trigger
 
 SQUARE = Trigger("badnet_sq", {"size": 2, "value": 1.0})
 CORNER = Trigger("badnet_sq", {"size": 2, "value": 1.0, "corner": "top_left"})

@@ -18,7 +18,7 @@ from abdlab import (
     train,
 )
 from abdlab.features import full, precision
-from abdlab.presets import settings
+from abdlab.settings import settings
 from abdlab.sources import SOURCES
 
 CPU = torch.device("cpu")

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from abdlab.attacks.optimize import options_of
+from abdlab.attacks.poison import Attack
+from abdlab.attacks.triggers import TRIGGERS, Trigger
 from abdlab.data import Dataset, load
 from abdlab.defenses import DEFENSES, ShufflingVaccine
 from abdlab.distill import distill
-from abdlab.optimize import options_of
-from abdlab.poison import Attack
-from abdlab.presets import ABOUT, ATTACKS, PRESETS, SECTIONS, defaults, settings
+from abdlab.presets import ABOUT, ATTACKS, PRESETS
+from abdlab.settings import SECTIONS, defaults, settings
 from abdlab.sources import SOURCES
 from abdlab.train import train
-from abdlab.triggers import TRIGGERS, Trigger
 
 QUICK = "quick/digits"
 

@@ -57,7 +57,7 @@ def test_a_strangers_teacher_is_distilled_without_data(tmp_path, monkeypatch, ca
 
 def test_the_library_block_runs():
     space = {}
-    exec(next(block for block in BLOCKS if "abdlab.poison(" in block), space)
+    exec(next(block for block in BLOCKS if "abdlab.attacks.poison(" in block), space)
     assert space["poisoned"].mask.sum() == 130
     assert len(space["exam"].triggered) < len(space["data"].test_images) == 500
 

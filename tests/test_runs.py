@@ -6,31 +6,23 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from abdlab import runs
+from abdlab import students
+from abdlab.attacks.optimize import trojan
 from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
-from abdlab.distill import Step
 from abdlab.errors import CheckpointError
-from abdlab.optimize import trojan
-from abdlab.presets import settings
-from abdlab.runs import (
-    HEADLESS,
-    Run,
+from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
+from abdlab.runs import Run, history, table
+from abdlab.settings import settings
+from abdlab.stream import HEADLESS, Step, progress
+from abdlab.students import clean_teacher_control, distill_all, distilled
+from abdlab.teachers import (
     WeakTeacher,
     check_teacher,
     clean_teacher,
-    clean_teacher_control,
-    distill_all,
-    distilled,
-    history,
     poisoned_teacher,
     prepare,
-    progress,
     ready_triggers,
-    synthesize,
-    table,
-    vaccine_of,
-    vaccine_trials,
 )
 
 
@@ -241,7 +233,7 @@ def weights(model):
     return torch.cat([v.flatten().float() for v in model.state_dict().values()])
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 class TestTeacher:
     def test_is_trained_once_and_then_read(self, tmp_path, data):
         first = poisoned_teacher(tmp_path, tiny(), data)
@@ -283,7 +275,7 @@ class TestTeacher:
 FAST = {"steps": 3}
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 class TestPrepare:
     def test_what_needs_nothing_is_returned_as_it_is(self, tmp_path, data):
         chosen = tiny()
@@ -406,7 +398,7 @@ class TestPrepare:
             prepare(tmp_path, chosen, data)
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 def test_several_attacks_are_measured_one_by_one(tmp_path, data):
     chosen = tiny(attack__more=[{"trigger": "blend", "target": 1, "rate": 0.2}])
     teacher = poisoned_teacher(tmp_path, chosen, data)
@@ -517,7 +509,7 @@ class TestDistilled:
         assert set(history(tmp_path, chosen, ["clean", "zskt+sv"])["label"]) == {"clean", "zskt+sv"}
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 def test_distill_all_gives_every_method_in_the_order_asked_for(tmp_path, data):
     labels = ["zskt+sr", "clean", "zskt"]
     found = distill_all(tmp_path, tiny(), data, labels, with_teacher=True, workers=1)
@@ -528,14 +520,14 @@ def test_distill_all_gives_every_method_in_the_order_asked_for(tmp_path, data):
     assert sorted(table(tmp_path)["label"]) == sorted(found)
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 def test_methods_side_by_side_in_one_process_have_the_numbers_of_each_alone(tmp_path, data):
     """What an accelerator has for several workers, on a CPU."""
     labels = ["zskt", "zskt+sr", "clean", "zskt+sv"]
     alone, together = tmp_path / "alone", tmp_path / "together"
     expected = distill_all(alone, tiny(), data, labels, workers=1)
     poisoned_teacher(together, tiny(), data)
-    runs._in_threads(together, tiny(), data, [["zskt", "zskt+sr"], ["zskt+sv"], ["clean"]], 2)
+    students._in_threads(together, tiny(), data, [["zskt", "zskt+sr"], ["zskt+sv"], ["clean"]], 2)
     found = distill_all(together, tiny(), data, labels, workers=1)  # only reads
     assert found.keys() == expected.keys()
     for label in labels:
@@ -566,7 +558,7 @@ def test_table_has_one_row_per_run(tmp_path):
 
 
 def test_a_trunk_with_other_settings_is_not_shared(tmp_path):
-    from abdlab.runs import _shared_trunk
+    from abdlab.students import _shared_trunk
 
     ours = Run(tmp_path / "zskt+sr", {"seed": 0, "zskt": {"z": 4}, "sr": {}})
     for z, shared in ((4, True), (5, False)):
@@ -607,7 +599,7 @@ def test_the_control_runs_the_chain_on_a_teacher_that_is_not_poisoned(control):
     assert not [message for message in said if "ASR" in message], "an ASR is not asked of it"
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 def test_vaccines_are_tried_on_both_teachers(control, data):
     root, labels, *_ = control
     chosen = tiny(sv__pool=32, sv__threshold=0.0, sv__sigma=0.5)

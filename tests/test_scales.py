@@ -6,7 +6,8 @@ import torch
 from abdlab.data import load
 from abdlab.defenses import DEFENSES
 from abdlab.models import build
-from abdlab.presets import PRESETS, SCALES, SECTIONS, settings
+from abdlab.presets import PRESETS, SCALES
+from abdlab.settings import SECTIONS, settings
 from abdlab.sources import Batch
 
 QUICK = "quick/digits"

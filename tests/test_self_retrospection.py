@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from abdlab import ZSKT, SelfRetrospection, distill
+from abdlab.defenses.inverted_triggers import Stamps, inverted_trigger, stamped
 from abdlab.defenses.self_retrospection import implicit_gradient, universal_delta
-from abdlab.defenses.stamps import Stamps, inverted_trigger, stamped
 from abdlab.models import Normalize
 from abdlab.sources import Batch
 

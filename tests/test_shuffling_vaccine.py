@@ -22,8 +22,9 @@ from abdlab import (
     suspicion,
 )
 from abdlab.defenses import shuffling_vaccine
-from abdlab.defenses.shuffling_vaccine import kd_weights, shuffled_layers, tail_share
-from abdlab.evaluate import kl, log_kl
+from abdlab.defenses.shuffled_teacher import shuffled_layers, tail_share
+from abdlab.defenses.shuffling_vaccine import kd_weights
+from abdlab.losses import kl, log_kl
 from abdlab.sources import Batch
 
 CPU = torch.device("cpu")

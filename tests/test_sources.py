@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from abdlab import ZSKT, CleanKD, distill
-from abdlab.evaluate import kl
+from abdlab.losses import attention, attention_loss, kl
 from abdlab.sources.generator import Generator
-from abdlab.sources.zskt import attention, attention_loss
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from abdlab import CleanKD, SelfRetrospection, ShufflingVaccine, distill
 from abdlab.errors import CheckpointError
-from abdlab.presets import MEMBERS, settings
+from abdlab.settings import MEMBERS, settings
 from abdlab.sources import DFAD, OOD, ZSKT, Batch, Mixed
 from abdlab.sources.ood import EMBEDDED, cutmix, make_patches, photograph
 

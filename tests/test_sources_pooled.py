@@ -22,11 +22,13 @@ from abdlab import (
 )
 from abdlab.data import Dataset, random_views, resized_crops
 from abdlab.defenses import Defense
-from abdlab.runs import Run, distilled, synthesize
+from abdlab.inspection import synthesize
+from abdlab.runs import Run
 from abdlab.sources.cmi import contrastive, instance_means
 from abdlab.sources.deepinversion import jensen_shannon
 from abdlab.sources.objectives import total_variation
 from abdlab.sources.pooled import Pooled
+from abdlab.students import distilled
 
 CPU = torch.device("cpu")
 SIZES = {

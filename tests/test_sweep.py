@@ -21,8 +21,10 @@ import yaml
 from chromium import CHROMIUM, SHOTS
 from rich.console import Console
 
-from abdlab import sweep as studies
-from abdlab.engines import LocalEngine, RayEngine
+from abdlab import studies
+from abdlab.studies.engines import LocalEngine, RayEngine
+from abdlab.studies.job import _scores as scores_of_folder
+from abdlab.studies.results import _frame as frame_of
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed
 #: when tried again
@@ -542,7 +544,7 @@ def test_a_job_shows_its_most_defended_student(tmp_path, labels, shown):
             json.dumps({"label": label, "seed": 0, "acc": number / 10, "asr": number / 20})
         )
     at = labels.index(shown)
-    assert studies._scores(tmp_path) == {"label": shown, "acc": at / 10, "asr": at / 20}
+    assert scores_of_folder(tmp_path) == {"label": shown, "acc": at / 10, "asr": at / 20}
 
 
 def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
@@ -676,9 +678,7 @@ def test_the_live_table_shows_jobs_at_work_first_and_what_failed(notebook):
         {"state": "running", "seconds": 30.0},
         {"state": "waiting"},
     ]
-    frame = studies._frame(
-        study, {job.key: state for job, state in zip(study.jobs, states, strict=True)}
-    )
+    frame = frame_of(study, {job.key: state for job, state in zip(study.jobs, states, strict=True)})
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(studies.render(frame, "Study"))
     title, _, *lines = [line.rstrip() for line in console.export_text().splitlines()]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
-from abdlab.triggers import (
+from abdlab.attacks.triggers import (
     CORNERS,
     OPTIMISED,
     TRIGGERS,

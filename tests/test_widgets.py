@@ -12,8 +12,10 @@ import yaml
 import abdlab
 from abdlab import batch
 from abdlab.checkpoint import load_state, read_card, read_weights
-from abdlab.presets import Settings, settings
-from abdlab.runs import Run, distilled, poisoned_teacher, prepare
+from abdlab.runs import Run
+from abdlab.settings import Settings, settings
+from abdlab.students import distilled
+from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import (
     DefenceTuner,
     RunBrowser,

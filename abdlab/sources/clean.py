@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, deliver
-from abdlab.evaluate import kl
-from abdlab.models import sgd
+from abdlab.losses import kl
+from abdlab.optim import sgd
 from abdlab.sources.source import Batch, Source
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from abdlab.checkpoint import load_optimizer
 from abdlab.data import deliver, random_views
 from abdlab.features import frozen, full, mode
 from abdlab.models import memory_format, seeded
+from abdlab.optim import load_optimizer
 from abdlab.sources.generator import Generator
 from abdlab.sources.objectives import disagreement, norm_inputs
 from abdlab.sources.pooled import Pooled, latest

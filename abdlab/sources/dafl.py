@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Adam
 
-from abdlab.evaluate import kl
 from abdlab.features import full, last_linear, module_at, record
-from abdlab.models import sgd
-from abdlab.sources.generated import Generated, decay, shares_of_run
+from abdlab.losses import kl
+from abdlab.optim import decay, sgd, shares_of_run
+from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Adam
 
 from abdlab.features import frozen
-from abdlab.models import sgd
-from abdlab.sources.generated import Generated, decay, shares_of_run
+from abdlab.optim import decay, sgd, shares_of_run
+from abdlab.sources.generated import Generated
 from abdlab.sources.source import Batch
 
 

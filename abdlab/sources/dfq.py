@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.evaluate import kl
 from abdlab.features import frozen
-from abdlab.models import sgd
+from abdlab.losses import kl
+from abdlab.optim import sgd
 from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import batch_norm_loss, class_balance, disagreement, norm_inputs
 from abdlab.sources.source import Batch

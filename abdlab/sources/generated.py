@@ -8,26 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from abdlab.checkpoint import load_optimizer
 from abdlab.data import deliver
 from abdlab.features import frozen
 from abdlab.models import memory_format, normalization, seeded
+from abdlab.optim import load_optimizer, take_step
 from abdlab.sources.generator import Generator
-from abdlab.sources.source import Source, image_shape, take_step
-
-
-def shares_of_run(milestones: Sequence[float]) -> tuple[float, ...]:
-    """The milestones as they are; ValueError for one that is no share of a run."""
-    if not all(0 < share <= 1 for share in milestones):
-        raise ValueError(f"milestones are shares of the run in (0, 1], not {tuple(milestones)}")
-    return tuple(milestones)
-
-
-def decay(optimizer: Optimizer, milestones: Sequence[float], steps: int) -> LRScheduler:
-    """The learning rate x0.1 at each milestone, a share in (0, 1] of ``steps``."""
-    return MultiStepLR(optimizer, [max(1, round(share * steps)) for share in milestones], gamma=0.1)
+from abdlab.sources.source import Source, image_shape
 
 
 class Generated(Source):
@@ -141,7 +129,7 @@ class Generated(Source):
         While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there
         is no step, and no norm to check.
         """
-        if any(defense.holds for defense in defenses):
+        if any(defense.holds() for defense in defenses):
             self.norms = {}
             return {name: value.detach() for name, value in losses.items()}
         for defense in defenses:

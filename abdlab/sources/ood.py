@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms import v2
 
 from abdlab.data import augment, deliver
-from abdlab.evaluate import kl
+from abdlab.losses import kl
 from abdlab.models import seeded
 from abdlab.sources.source import Batch, Source
 

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, deliver
-from abdlab.evaluate import kl
 from abdlab.features import mode
-from abdlab.models import sgd
+from abdlab.losses import kl
+from abdlab.optim import sgd, take_step
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
-from abdlab.sources.source import Batch, Source, image_shape, take_step
+from abdlab.sources.source import Batch, Source, image_shape
 
 
 def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:

@@ -4,8 +4,7 @@ student learns from one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from abdlab.errors import Diverged
 from abdlab.graphs import Phases
 
 
@@ -49,51 +47,6 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
             f"shape is (channels, height, width), for example (3, 32, 32), not {tuple(shape)}"
         )
     return tuple(shape)
-
-
-def take_step(optimizers: Iterable[Optimizer], model: nn.Module, clip: float | None) -> Tensor:
-    """One step of the optimisers on a model's gradients, clipped to a norm; none where
-    the gradients are not finite.
-
-    Scaling by an infinite norm would turn every weight into NaN: then weights and
-    moments stay as they are. Fused optimisers see that on the device, so that the host
-    goes on without a look and :func:`check_finite` can say it later. For others the
-    host looks.
-
-    Args:
-        model: holds all that the optimisers train. clip: None leaves the norm.
-
-    Returns:
-        the gradients' norm before clipping, a scalar on the device: not finite when no
-        step was taken.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-    for optimizer in optimizers:
-        if norm.device.type in ("cpu", "cuda") and all(
-            group.get("fused") for group in optimizer.param_groups
-        ):
-            optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()
-            try:
-                optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf
-            continue
-        if not norm.isfinite():
-            optimizer.zero_grad(set_to_none=True)  # a step of nothing, which its schedule counts
-        optimizer.step()
-    return norm
-
-
-def check_finite(losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
-    """Raise :class:`Diverged` naming the first loss that is not finite; else the losses
-    whose gradient has no finite norm.
-    """
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise Diverged(f"the loss {name!r} is {value}")
-    for names, value in norms.items():
-        if not math.isfinite(value):
-            raise Diverged(f"the gradient of {names} is not finite")
 
 
 class Source:

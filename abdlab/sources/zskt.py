@@ -8,37 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from abdlab.evaluate import kl
-from abdlab.features import frozen, full, record
+from abdlab.features import frozen, record
+from abdlab.graphs import key_of
+from abdlab.losses import _apart, attention, kl
 from abdlab.sources.generated import Generated
 from abdlab.sources.source import Batch
-
-
-def attention(feature: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H*W): the channel mean of squares, l2-normalised over
-    positions (Zagoruyko & Komodakis 2017).
-
-    A map of norm under 1e-6 is divided by 1e-6: torch's default of 1e-12 lets one dead
-    map send gradients to infinity.
-    """
-    return F.normalize(full(feature).square().mean(1).flatten(1), dim=1, eps=1e-6)
-
-
-def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Attention transfer for one pair of layers: mean over batch and positions of (a_S
-    - a_T)^2; a scalar.
-    """
-    return _apart(attention(student), attention(teacher))
-
-
-def _apart(student: Tensor, teacher: Tensor) -> Tensor:
-    """:func:`attention_loss` of two maps (B, H*W)."""
-    return (student - teacher).square().mean()
 
 
 class ZSKT(Generated):
@@ -135,11 +113,7 @@ class ZSKT(Generated):
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         noise = self.phases.hold("noise", self.noise())
-        key = (
-            ("generator", *(d.branch() for d in defenses))
-            if all(d.captures for d in defenses)
-            else None
-        )
+        key = key_of("generator", defenses)
         # the norms too are a piece's own: one that was captured earlier may be replayed
         # again
         batch, norms = self.phases.run(

@@ -8,10 +8,8 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from abdlab.checkpoint import read_card, save_state, write_atomically
-from abdlab.defenses.defense import plan_of, steps_of
 from abdlab.errors import CheckpointError
 from abdlab.runs import Run
 
@@ -87,15 +85,3 @@ def inherit(trunk: Run, branch: Run, index: int) -> None:
     write_atomically(branch.file("history.jsonl"), "".join(f"{line}\n" for line in kept).encode())
     if samples := {step: images for step, images in trunk.samples().items() if step <= index}:
         save_state(branch.file("samples.safetensors"), samples)
-
-
-def then(plan: Any, index: int, value: Any) -> Any:
-    """A plan that goes as the old one did, and has another value from pseudo-batch
-    ``index`` on.
-    """
-    return plan_of([*until(plan, index), (index, value)])
-
-
-def until(plan: Any, index: int) -> list[tuple]:
-    """The steps of a plan (or of a plain number) before pseudo-batch ``index``."""
-    return [step for step in steps_of(plan) if step[0] < index]

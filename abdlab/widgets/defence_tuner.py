@@ -24,30 +24,16 @@ from abdlab import plots
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
 from abdlab.defenses import DEFENSES
-from abdlab.defenses.defense import plan_of, steps_of
-from abdlab.distill import Step
-from abdlab.presets import Settings, keyword_default, settings
-from abdlab.runs import (
-    HEADLESS,
-    Distillation,
-    Run,
-    distillation,
-    distilled,
-    poisoned_teacher,
-    prepare,
-)
+from abdlab.defenses.plans import plan_of, steps_of, then, until
+from abdlab.labels import name_of
+from abdlab.runs import Run
+from abdlab.settings import Settings, keyword_default, settings
 from abdlab.sources import SOURCES
+from abdlab.stream import HEADLESS, Step
+from abdlab.students import Distillation, distillation, distilled
+from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import looks
-from abdlab.widgets.branches import (
-    Origin,
-    inherit,
-    method_of,
-    number_of,
-    origins,
-    runs_in,
-    then,
-    until,
-)
+from abdlab.widgets.branches import Origin, inherit, method_of, number_of, origins, runs_in
 from abdlab.widgets.worker import Worker, current, watch_kernel
 
 #: knob -> the setting that it turns; those of LIVE also while a run goes on
@@ -138,7 +124,7 @@ class DefenceTuner(w.VBox):
             source + defences for source in sources for defences in ("", "+sv", "+sr", "+sv+sr")
         ]
         self.method = w.Dropdown(
-            options=[(plots.name_of(m), m) for m in methods],
+            options=[(name_of(m), m) for m in methods],
             value=label,
             description="method",
             style=style,

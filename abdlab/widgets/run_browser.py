@@ -13,7 +13,8 @@ from typing import Any
 import ipywidgets as w
 import pandas as pd
 
-from abdlab.plots import color_of, in_order, loss_curves, name_of, training_curves
+from abdlab.labels import in_order, name_of
+from abdlab.plots import color_of, loss_curves, training_curves
 from abdlab.runs import Run
 from abdlab.widgets import looks
 from abdlab.widgets.worker import current

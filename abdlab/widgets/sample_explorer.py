@@ -18,13 +18,16 @@ import traitlets as t
 from torch import Tensor, nn
 
 from abdlab import plots
-from abdlab.activations import convolutions, spatial_map
+from abdlab.activations import convolutions, spatial_map, tsne
 from abdlab.checkpoint import CheckpointError, load_model, load_state, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.defenses import suspicion
-from abdlab.evaluate import kl, predict
-from abdlab.presets import Settings
-from abdlab.runs import Run, vaccine_of
+from abdlab.evaluate import predict
+from abdlab.inspection import vaccine_of
+from abdlab.labels import name_of
+from abdlab.losses import kl
+from abdlab.runs import Run
+from abdlab.settings import Settings
 from abdlab.widgets import looks
 
 #: images on one page of the grid, and how many of them stand in a row
@@ -438,7 +441,7 @@ class SampleExplorer(w.VBox):
         names = {
             "teacher": "teacher",
             "vaccine": "shuffled teacher",
-            "student": plots.name_of(self.known.label),
+            "student": name_of(self.known.label),
         }
         colors = {
             "teacher": "#8c8c8c",
@@ -589,7 +592,7 @@ class SampleExplorer(w.VBox):
             )
             stages = getattr(self.known.teacher, "stages", ())
             layer = stages[-1] if stages else convolutions(self.known.teacher)[-1]
-            self._points = plots.tsne(
+            self._points = tsne(
                 self.known.teacher,
                 layer,
                 self.known.images[self._mapped],

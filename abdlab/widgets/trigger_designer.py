@@ -15,13 +15,13 @@ import torch
 import traitlets as t
 import yaml
 
+from abdlab.attacks.poison import Attack
+from abdlab.attacks.triggers import CORNERS, TRIGGERS, Trigger
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset, load
 from abdlab.errors import keywords
 from abdlab.evaluate import trigger_size
-from abdlab.poison import Attack
-from abdlab.presets import Settings, settings
-from abdlab.triggers import CORNERS, TRIGGERS, Trigger
+from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
 
 #: what a parameter's control is called

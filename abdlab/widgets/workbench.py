@@ -6,8 +6,8 @@ from pathlib import Path
 
 import ipywidgets as w
 
-from abdlab.presets import Settings, settings
 from abdlab.runs import Run
+from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
 from abdlab.widgets.defence_tuner import DefenceTuner, headless
 from abdlab.widgets.run_browser import RunBrowser

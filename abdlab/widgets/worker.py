@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from abdlab.distill import Step
+from abdlab.stream import Step
 from abdlab.widgets.looks import page
 
 #: seconds without a page after which a run stops itself: browsers let a hidden tab beat

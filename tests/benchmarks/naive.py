@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, random_views
 from abdlab.features import mode, record
+from abdlab.losses import attention
 from abdlab.sources.pooled import latest
-from abdlab.sources.zskt import attention
 
 
 def kl(p_logits, q_logits, temperature=1.0):

@@ -11,7 +11,10 @@ from measure import TINY
 
 from abdlab import distilled, poisoned_teacher, settings
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")]
+pytestmark = [
+    pytest.mark.benchmark,
+    pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher"),
+]
 SEEDS, LABELS = (0, 1, 2), ("zskt", "zskt+sv+sr")
 SHORT = {}
 if TINY:

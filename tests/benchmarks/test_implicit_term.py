@@ -16,11 +16,11 @@ from measure import TINY
 
 from abdlab import SelfRetrospection, distilled, load_model, poisoned_teacher, settings, synthesize
 from abdlab.defenses.self_retrospection import implicit_gradient, universal_delta
-from abdlab.evaluate import kl
 from abdlab.features import frozen
+from abdlab.losses import kl
 from abdlab.models import normalization
-from abdlab.presets import Settings
 from abdlab.runs import Run
+from abdlab.settings import Settings
 
 pytestmark = pytest.mark.benchmark
 SHORT = {
@@ -102,7 +102,7 @@ def students(root):
         yield source, chosen, Run(root / f"seed{chosen.seed}" / source).file("student.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore::abdlab.runs.WeakTeacher")
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 def test_implicit_term_by_source(report, tmp_path):
     batches, size = (2, 8) if TINY else (8, 32)
     for label, chosen, path in students(tmp_path):

@@ -11,9 +11,9 @@ import nbformat
 import psutil
 import pytest
 
-from abdlab import sweep as studies
+from abdlab import studies
 from abdlab.batch import run_kernel
-from abdlab.engines import LocalEngine
+from abdlab.studies.engines import LocalEngine
 
 pytestmark = pytest.mark.benchmark
 

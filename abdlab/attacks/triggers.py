@@ -4,7 +4,7 @@ channel count.
 Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and range,
 is deterministic, and leaves its input alone. :class:`Trigger` binds a name to its
 parameters, so that it can travel in a checkpoint's card. The optimised triggers carry
-what :func:`abdlab.optimize.optimize` found as one such parameter, ``pattern``: a string
+what :func:`abdlab.attacks.optimize.optimize` found as one such parameter, ``pattern``: a string
 (:func:`pack`), so that their card stays plain JSON.
 """
 
@@ -84,7 +84,7 @@ def sig(images: Tensor, strength: float = 20 / 255, frequency: float = 6.0) -> T
     """A horizontal sine over the whole image (Barni et al. 2019, arXiv 1902.11237;
     there 20/255 and 6 periods).
 
-    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class only
+    Clean-label: :func:`abdlab.attacks.poison.poison` puts it on images of the target class only
     and keeps their label.
 
     Args:
@@ -127,7 +127,7 @@ def trojan_3x3(
 
     Args:
         pattern: packed levels (C, 3, 3), 0 to 255, from
-            :func:`abdlab.optimize.optimize`.
+            :func:`abdlab.attacks.optimize.optimize`.
         corner, margin: as for :func:`badnet_sq`; a patch larger than the image is cut.
 
     Raises:
@@ -149,7 +149,7 @@ def cl(images: Tensor, size: int | None = None, margin: int = 0) -> Tensor:
     """A black-and-white grid in each of the four corners (label-consistent attack,
     Turner et al. 2019, arXiv 1912.02771).
 
-    Clean-label: :func:`abdlab.poison.poison` puts it on images of the target class
+    Clean-label: :func:`abdlab.attacks.poison.poison` puts it on images of the target class
     only, keeps their label, and first perturbs them against a clean model, so that what
     is left to learn from is the trigger. Test images get the grids alone.
 
@@ -167,7 +167,7 @@ def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
     Args:
         pattern: packed levels (C, H, W), -255 to 255, added in steps of 1/255, from
-            :func:`abdlab.optimize.optimize`.
+            :func:`abdlab.attacks.optimize.optimize`.
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
@@ -182,7 +182,7 @@ def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
     Args:
         pattern: packed levels (C, H, W), 0 to 255 where a pixel is replaced and -1
-            where it stays, from :func:`abdlab.optimize.optimize`.
+            where it stays, from :func:`abdlab.attacks.optimize.optimize`.
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
@@ -196,7 +196,7 @@ def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
     2104.03413).
 
     Args:
-        pattern: packed levels (C, k, k), from :func:`abdlab.optimize.optimize`: the
+        pattern: packed levels (C, k, k), from :func:`abdlab.attacks.optimize.optimize`: the
             weights, in steps of 1/255, of the k x k lowest cosines, cos(pi (y + 1/2) u
             / H) cos(pi (x + 1/2) v / W) for u, v < k. All other coefficients of its
             discrete cosine transform are zero, and it fits images of any height and
@@ -243,7 +243,7 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
 
 #: triggers whose attack keeps the labels (clean-label)
 CLEAN_LABEL = frozenset({"sig", "cl"})
-#: triggers whose pattern is optimised against a clean model (:mod:`abdlab.optimize`)
+#: triggers whose pattern is optimised against a clean model (:mod:`abdlab.attacks.optimize`)
 OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth"})
 #: clean-label triggers whose poisoned images are first perturbed against a clean model
 ADVERSARIAL = frozenset({"cl"})
@@ -372,7 +372,7 @@ def unpack(pattern: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).reshape(shape)
     except (ValueError, RuntimeError, binascii.Error, zlib.error):
         raise ValueError(
-            f"this is no pattern as abdlab.optimize packs it: {str(pattern)[:24]!r}..."
+            f"this is no pattern as abdlab.attacks.optimize packs it: {str(pattern)[:24]!r}..."
         ) from None
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from abdlab.presets import PRESETS, defaults
+from abdlab.presets import PRESETS
+from abdlab.settings import defaults
 
 #: where :data:`NUMBERS` are from
 SOURCE = (

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from pebble import ProcessPool
 
-from abdlab.sweep import run_job
+from abdlab.studies.job import run_job
 
 #: files that a job leaves on the worker: only a run that goes on needs them
 _STAYS = (".lock",)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from abdlab.attacks.triggers import Trigger, cosines, pack, paste, trigger_from
 from abdlab.data import pick_device
 from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.features import frozen, last_linear, mode, module_at, record
 from abdlab.models import place
-from abdlab.triggers import Trigger, cosines, pack, paste, trigger_from
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def low_frequency(
 
     Returns:
         levels (C, cut, cut): the weights in steps of 1/255, see
-            :func:`abdlab.triggers.smooth`.
+            :func:`abdlab.attacks.triggers.smooth`.
     """
     _positive("bound", bound)
     channels, height, width = bench.images.shape[1:]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from abdlab.attacks.optimize import PGD
+from abdlab.attacks.triggers import Trigger
 from abdlab.errors import did_you_mean
-from abdlab.optimize import PGD
-from abdlab.triggers import Trigger
 
 #: how an attack relabels: every poisoned image to the target, or class y to y + 1
 RELABEL = ("all_to_one", "all_to_all")
@@ -36,7 +36,7 @@ class Attack:
             keeps its right label. Covers make a backdoor harder to find (Qi et al.,
             ICLR 2023, "Revisiting the assumption of latent separability"); in an
             all-to-one attack they are never of the target class.
-        adversary: for cl: a clean model, or a :class:`~abdlab.optimize.PGD` on one with
+        adversary: for cl: a clean model, or a :class:`~abdlab.attacks.optimize.PGD` on one with
             a bound of its own.
 
     Raises:

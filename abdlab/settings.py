@@ -1,0 +1,390 @@
+"""A preset and overrides, resolved into one value that makes all parts of a run.
+
+``settings("quick/digits", {"sv.alpha": 0.2})`` is one resolved :class:`Settings`; its
+methods make the data set, the networks, the sources and the defenses that it describes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from abdlab.attacks.optimize import PGD
+from abdlab.attacks.poison import Attack, Poisoned, poison_many
+from abdlab.attacks.triggers import Trigger, trigger_from
+from abdlab.checkpoint import load_model
+from abdlab.data import Dataset, load
+from abdlab.defenses import DEFENSES, Defense
+from abdlab.distill import distill
+from abdlab.errors import check_keys, did_you_mean, keywords
+from abdlab.evaluate import Exam
+from abdlab.models import build
+from abdlab.presets import ATTACKS, PRESETS, SCALES
+from abdlab.sources import SOURCES, CleanKD, Mixed, Source
+from abdlab.train import train
+
+_MODEL = ["model", "width"]
+
+
+_LOOP = {"exam", "exam_every", "seed", "device"}
+
+
+_AUGMENT = {"shift", "flip"}
+
+
+#: fields of an :class:`~abdlab.attacks.poison.Attack` that are plain values
+_ATTACK = ["rate", "target", "clean_label", "relabel", "covers"]
+
+
+#: what one attack may say; "optimize" holds options of its trigger's method
+#: (:mod:`abdlab.attacks.optimize`), for cl those of PGD
+ATTACK = ["trigger", "params", *_ATTACK, "optimize"]
+
+
+def _free(function, *taken: str) -> list[str]:
+    """The keywords that a preset may set: those with a default, less what the run
+    itself provides.
+    """
+    parameters = inspect.signature(function).parameters
+    return [
+        k
+        for k in keywords(function)
+        if parameters[k].default is not inspect.Parameter.empty and k not in taken
+    ]
+
+
+#: section -> the keys it may have, read off the signatures that they are handed to
+SECTIONS: dict[str, list[str]] = {
+    "data": ["name", "root", "size", "download"],
+    "attack": [
+        *ATTACK,
+        "more",
+    ],  # more: a list of further attacks on the same teacher, each a dict of the same keys
+    "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
+    "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
+    "zskt": _free(SOURCES["zskt"]),
+    "dafl": _free(SOURCES["dafl"]),
+    "dfad": _free(SOURCES["dfad"]),
+    "dfq": _free(SOURCES["dfq"]),
+    "cmi": _free(SOURCES["cmi"], *_AUGMENT),
+    "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
+    "ood": _free(SOURCES["ood"], *_AUGMENT),
+    "mixed": [
+        "members",
+        *_free(SOURCES["mixed"], "weights"),
+    ],  # members: source -> weight, see MEMBERS
+    "clean": _free(SOURCES["clean"], *_AUGMENT),
+    "sv": _free(DEFENSES["sv"]),
+    "sr": _free(DEFENSES["sr"]),
+}
+
+
+#: members of a mixed source and their weights where settings name none; each member's
+#: own section describes it
+MEMBERS: dict[str, float] = {"zskt": 0.5, "ood": 0.5}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment, resolved: ``values`` holds what the preset and the overrides set,
+    by section; the rest is default.
+    """
+
+    preset: str
+    values: dict[str, dict[str, Any]]
+    seed: int = 0
+    device: str = "auto"
+    #: file of the clean model that cl's images are perturbed against;
+    #: :func:`abdlab.teachers.prepare` sets it
+    clean_model: str | None = field(default=None, compare=False)
+
+    def config(self, *sections: str) -> dict:
+        """Plain values as a run's folder records them: all of :data:`SECTIONS`, or
+        those that the run depends on.
+        """
+        chosen = {name: copy.deepcopy(self.values[name]) for name in sections or SECTIONS}
+        return {"preset": self.preset, "seed": self.seed, **chosen}
+
+    def overrides(self) -> dict[str, Any]:
+        """What :func:`settings` needs besides the preset's name to make these values
+        again, by dotted name.
+        """
+        plain = settings(self.preset).values
+        changed = {
+            f"{s}.{k}": v
+            for s, values in self.values.items()
+            for k, v in values.items()
+            if plain[s].get(k) != v
+        }
+        # naming a trigger brings what the preset recommends for it
+        again = settings(self.preset, changed).values
+        return changed | {
+            f"{s}.{k}": v
+            for s, values in self.values.items()
+            for k, v in values.items()
+            if again[s].get(k) != v
+        }
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        device: str | torch.device = "auto",
+        rest: Settings | None = None,
+    ) -> Settings:
+        """The settings that a run's config.json records; sections that it did not
+        depend on are those of ``rest``, or the preset's.
+        """
+        plain = (
+            replace(rest, seed=config["seed"])
+            if rest
+            else settings(config["preset"], seed=config["seed"], device=device)
+        )
+        return replace(
+            plain,
+            values={
+                **plain.values,
+                **{k: copy.deepcopy(v) for k, v in config.items() if k in SECTIONS},
+            },
+        )
+
+    def dataset(self) -> Dataset:
+        """The data set, on the device."""
+        return load(**self.values["data"], device=self.device)
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """Every attack on the teacher, the main one first; without adversaries, which
+        :meth:`poison` adds.
+        """
+        return tuple(
+            Attack(
+                trigger_from(values["trigger"], values.get("params")),
+                **{k: v for k, v in values.items() if k in _ATTACK},
+            )
+            for values in self.attack_values
+        )
+
+    @property
+    def attack_values(self) -> list[dict[str, Any]]:
+        """The plain values of every attack, the main one first."""
+        return [self.values["attack"], *self.values["attack"].get("more", [])]
+
+    def unpoisoned(self) -> Settings:
+        """The same settings with every attack's rate at 0 and without covers: its
+        teacher has no backdoor.
+        """
+        attack, *more = (
+            {**{k: v for k, v in values.items() if k != "covers"}, "rate": 0.0}
+            for values in self.attack_values
+        )
+        attack = {**attack, "more": [dict(values) for values in more]} if more else attack
+        return replace(self, values={**self.values, "attack": attack})
+
+    @property
+    def trigger(self) -> Trigger:
+        """The (main) attack's trigger."""
+        return self.attacks[0].trigger
+
+    @property
+    def target(self) -> int:
+        """The class that the (main) attack's trigger calls."""
+        return self.attacks[0].target
+
+    def poison(self, data: Dataset) -> Poisoned:
+        """The training set with the attacks on it, drawn from the run's seed.
+
+        Raises:
+            ValueError: for an attack that needs a clean model (an optimised trigger, or
+                cl), before :func:`abdlab.teachers.prepare` has made the settings ready.
+        """
+        attacks = [
+            (
+                replace(
+                    attack,
+                    adversary=PGD(load_model(self.clean_model), **values.get("optimize", {})),
+                )
+                if attack.needs_adversary and self.clean_model
+                else attack
+            )
+            for attack, values in zip(self.attacks, self.attack_values, strict=True)
+        ]
+        return poison_many(
+            data.train_images, data.train_labels, attacks, self.seed, len(data.classes)
+        )
+
+    def exam(self, data: Dataset) -> Exam:
+        """ACC and ASR on the test split; of several attacks each, and the mean."""
+        return Exam.of(data.test_images, data.test_labels, self.attacks, classes=len(data.classes))
+
+    def teacher(self, data: Dataset) -> nn.Module:
+        """An untrained teacher for the data set."""
+        return self._model("teacher", data, self.seed)
+
+    def student(self, data: Dataset) -> nn.Module:
+        """An untrained student, drawn from another seed than the teacher."""
+        return self._model("student", data, self.seed + 1_000_000)
+
+    def training(self, data: Dataset) -> dict:
+        """Keywords of :func:`abdlab.train.train` for the teacher."""
+        return {
+            **self._beside_model("teacher"),
+            "shift": data.shift,
+            "flip": data.flip,
+            "seed": self.seed,
+            "device": self.device,
+        }
+
+    def distilling(self) -> dict:
+        """Keywords of :func:`abdlab.distill.distill` that section "student" names."""
+        return self._beside_model("student")
+
+    def source(self, name: str, data: Dataset) -> Source:
+        """A fresh source; only clean KD touches real images, the others take their
+        shape.
+
+        One that shifts or mirrors images does it as far as the data set's own fields
+        say that labels stay true.
+        """
+        if name not in SOURCES:
+            raise ValueError(did_you_mean("source", name, SOURCES))
+        options = {
+            k: getattr(data, k) for k in _AUGMENT & set(keywords(SOURCES[name]))
+        } | self.values[name]
+        if name == "clean":
+            return CleanKD(data.train_images, data.train_labels, **options)
+        if name == "mixed":
+            weights = options.pop("members", MEMBERS)
+            check_keys("member of a mix", weights, [known for known in SOURCES if known != name])
+            return Mixed(
+                [self.source(member, data) for member in weights],
+                weights=[*weights.values()],
+                **options,
+            )
+        return SOURCES[name](data.shape, **options)
+
+    def sections(self, source: str) -> list[str]:
+        """The sections that describe a source: its own, and those of the members of a
+        mix.
+        """
+        return (
+            [source, *self.values["mixed"].get("members", MEMBERS)]
+            if source == "mixed"
+            else [source]
+        )
+
+    def defenses(self, *names: str) -> list[Defense]:
+        """Fresh defences by name, "sv" and "sr"."""
+        for name in names:
+            if name not in DEFENSES:
+                raise ValueError(did_you_mean("defence", name, DEFENSES))
+        return [DEFENSES[name](**self.values[name]) for name in names]
+
+    def _beside_model(self, role: str) -> dict:
+        """What a network's section says besides the network."""
+        return {k: v for k, v in self.values[role].items() if k not in _MODEL}
+
+    def _model(self, role: str, data: Dataset, seed: int) -> nn.Module:
+        values = {k: v for k, v in self.values[role].items() if k in _MODEL}
+        return build(
+            values.pop("model"),
+            **values,
+            classes=len(data.classes),
+            channels=data.shape[0],
+            mean=data.mean,
+            std=data.std,
+            seed=seed,
+        )
+
+
+def settings(
+    preset: str = "quick/digits",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    scales: str | None = None,
+) -> Settings:
+    """Resolve a preset and overrides.
+
+    Args:
+        preset: a name of :data:`PRESETS`.
+        overrides: values by dotted name, such as ``{"zskt.pseudo_batches": 100,
+            "sv.alpha": None}``; None keeps the preset's value. Naming another
+            ``attack.trigger`` drops the preset's ``attack.params`` and takes what
+            :data:`ATTACKS` recommends for it with this preset, as does a trigger in
+            ``attack.more``.
+        scales: "printed" or "code", a key of :data:`SCALES`: the losses as the paper
+            prints them or as its code scales them; None keeps the preset's own.
+
+    Raises:
+        ValueError: for an unknown preset, section, key or scales, with a "did you
+            mean".
+    """
+    if scales is not None and scales not in SCALES:
+        raise ValueError(did_you_mean("scales", scales, SCALES))
+    if preset not in PRESETS:
+        raise ValueError(did_you_mean("preset", preset, PRESETS))
+    values = copy.deepcopy(PRESETS[preset])
+    check_keys(
+        "setting",
+        overrides or {},
+        [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys],
+    )
+    overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    attack, known = values.setdefault("attack", {}), ATTACKS.get(preset, {})
+    if (trigger := overrides.get("attack.trigger", attack.get("trigger"))) != attack.get("trigger"):
+        attack.pop("params", None)
+        attack |= copy.deepcopy(known.get(str(trigger), {}))
+    for section, scaled in SCALES.get(scales, {}).items():
+        values.setdefault(section, {}).update(scaled)
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        values.setdefault(section, {})[key] = value
+    for i, more in enumerate(attack.get("more", [])):
+        check_keys("setting of attack.more", more, ATTACK)
+        if "trigger" not in more:
+            raise ValueError(f"attack.more: attack {i + 1} names no trigger")
+    if attack.get("more"):
+        attack["more"] = [
+            {**copy.deepcopy(known.get(str(more["trigger"]), {})), **more}
+            for more in attack["more"]
+        ]
+    for section in SECTIONS:
+        check_keys(f"setting of {section}", values.setdefault(section, {}), SECTIONS[section])
+    return Settings(preset, values, seed, str(device))
+
+
+#: whose signatures hold a section's defaults; every other section is a source or a
+#: defence of that name
+_HOMES = {
+    "data": (load,),
+    "attack": (Attack,),
+    "teacher": (train, build),
+    "student": (build, distill),
+}
+
+
+def defaults(section: str) -> dict[str, Any]:
+    """What the settings of a section are when nobody sets them, off the signatures.
+
+    Settings without such a default are left out (attack.params, which are the trigger's
+    own); an unknown section has none.
+    """
+    homes = _HOMES.get(section) or [
+        home for home in (SOURCES.get(section), DEFENSES.get(section)) if home
+    ]
+    found = {key: keyword_default(home, key) for home in homes for key in keywords(home)}
+    known = {key: found[key] for key in SECTIONS.get(section, ()) if key in found}
+    return {key: value for key, value in known.items() if value is not inspect.Parameter.empty}
+
+
+def keyword_default(function, name: str) -> Any:
+    """The default that a signature gives: the one home of the number."""
+    return inspect.signature(function).parameters[name].default

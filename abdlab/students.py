@@ -1,0 +1,356 @@
+"""The user's half of a run: students distilled from a teacher, by a method's label."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty
+
+import torch
+from torch import nn
+
+from abdlab.checkpoint import load_model, save_model
+from abdlab.data import Dataset
+from abdlab.defenses import Defense
+from abdlab.defenses.plans import plan_of, plans, steps_of
+from abdlab.distill import distill
+from abdlab.evaluate import Exam
+from abdlab.runs import Run
+from abdlab.settings import Settings, keyword_default
+from abdlab.side_by_side import side_by_side
+from abdlab.sources import Source
+from abdlab.stream import Step, _Board
+from abdlab.teachers import _each_asr, poisoned_teacher
+
+#: folder below a root for :func:`clean_teacher_control`
+CONTROL = "clean_teacher_control"
+
+
+@dataclass
+class Distillation:
+    """One student on its way: what trains it, and where its results go.
+    :func:`distillation` makes it.
+
+    Attributes:
+        run: the folder. label: the method.
+        student, source, defenses: bound to each other once the stream has begun.
+        exam: what measures the student.
+        stream: of Step; pulling it trains, closing it leaves a checkpoint that resumes.
+        resume_from: the checkpoint that it branches from, if any.
+    """
+
+    run: Run
+    label: str
+    chosen: Settings
+    student: nn.Module
+    source: Source
+    defenses: list[Defense]
+    exam: Exam
+    stream: Iterator[Step]
+    resume_from: Path | None
+
+    @property
+    def done(self) -> bool:
+        """Whether the folder holds the finished student already."""
+        return self.run.file("student.safetensors").exists() and bool(self.run.metrics)
+
+    def finish(self, last: Step) -> dict:
+        """Save the student and the metrics that the run ended with; returns the
+        metrics.
+        """
+        metrics = self._metrics(last)
+        save_model(self.run.file("student.safetensors"), self.student, metrics)
+        self.run.save_metrics(metrics)
+        return metrics
+
+    def stopped(self, last: Step) -> dict:
+        """Save the metrics of a run that was stopped after ``last``; its checkpoint has
+        the student. Returns the metrics.
+        """
+        metrics = {**self._metrics(last), "stopped_at": last.index, "length": last.total}
+        self.run.save_metrics(metrics)
+        return metrics
+
+    def keep_plans(self) -> None:
+        """Record what was tuned while the run went on in its config, so that it resumes
+        to the same numbers, and can be repeated.
+        """
+        config = self.run.config
+        for defense in self.defenses:
+            given = config[defense.name]
+            for name, steps in plans(defense).items():
+                if steps != steps_of(given.get(name, keyword_default(type(defense), name))):
+                    given[name] = plan_of(steps)
+        self.run.save_config(config)
+
+    def _metrics(self, last: Step) -> dict:
+        metrics = {"label": self.label, "seed": self.chosen.seed, "acc": last.acc, "asr": last.asr}
+        return metrics | {
+            "seconds": round(last.seconds, 1),
+            "threads": torch.get_num_threads(),
+            "branched_from": self.resume_from and str(self.resume_from),
+            "defenses": {d.name: d.report() for d in self.defenses},
+            **_each_asr(self.exam, self.student),
+        }
+
+
+def distillation(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    teacher: nn.Module,
+    label: str,
+    *,
+    exams: int = 10,
+    samples: int | None = None,
+    resume_from: str | Path | None = None,
+    folder: str | None = None,
+    keep_all: bool = False,
+) -> Distillation:
+    """All that :func:`distilled` runs, as a stream that the caller pulls: a step at a
+    time, and no further than wanted.
+
+    Args:
+        root, chosen, data, teacher, label, exams, resume_from: as for
+            :func:`distilled`. None of the following changes a number.
+        samples: how many times sample images are kept; by default as many times as
+            exams.
+        folder: name of the run's folder beside those of the methods, for one that is
+            not shared with them: it then goes from the start, or from ``resume_from``,
+            never from another method's checkpoint.
+        keep_all: keep the checkpoint of every exam, to branch from.
+    """
+    source, *names = label.split("+")
+    student, src, active = (
+        chosen.student(data),
+        chosen.source(source, data),
+        chosen.defenses(*names),
+    )
+    run = Run(
+        Path(root) / f"seed{chosen.seed}" / (folder or label),
+        chosen.config("data", "attack", "teacher", "student", *chosen.sections(source), *names),
+    )
+    exam, every = chosen.exam(data), max(1, len(src) // max(1, exams))
+    fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))
+    if resume_from is None and folder is None:
+        resume_from = _shared_trunk(run, label, fork)
+    stream = distill(
+        teacher,
+        student,
+        src,
+        defenses=active,
+        exam=exam,
+        exam_every=every,
+        images_every=every if samples is None else max(1, len(src) // max(1, samples)),
+        checkpoint=run.file("checkpoint.safetensors"),
+        checkpoint_every=every,
+        keep=(fork, *range(every, len(src), every)) if keep_all else (fork,),
+        resume_from=resume_from,
+        seed=chosen.seed,
+        device=chosen.device,
+        card={"label": label},
+        **chosen.distilling(),
+    )
+    return Distillation(run, label, chosen, student, src, active, exam, stream, resume_from)
+
+
+def distilled(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    teacher: nn.Module,
+    label: str,
+    *,
+    exams: int = 10,
+    resume_from: str | Path | None = None,
+    tell: Callable[[str, Step], None] | None = None,
+) -> tuple[nn.Module, dict]:
+    """A student by its method's label: distilled, gone on with from its checkpoint, or
+    loaded when it is done.
+
+    Everything is in ROOT/seedN/LABEL: student.safetensors, metrics.json, history,
+    samples. A method that shares its first part with another one in the same ROOT
+    (ZSKT, and ZSKT+SR until SR begins) goes on from the checkpoint that the other one
+    kept there; the numbers are the same as from scratch, because every part has a
+    random generator of its own.
+
+    Args:
+        label: a source and defences, such as "clean", "zskt", "zskt+sv+sr".
+        exams: how many times ACC and ASR are measured, and samples kept, over the run.
+        resume_from: another checkpoint to branch from.
+        tell: called with label and Step instead of drawing a progress bar.
+
+    Returns:
+        the student in eval mode, and its metrics: acc, asr, seconds, and each defence's
+        report.
+    """
+    going = distillation(root, chosen, data, teacher, label, exams=exams, resume_from=resume_from)
+    if going.done:
+        return (
+            load_model(going.run.file("student.safetensors"), device=data.train_images.device),
+            going.run.metrics,
+        )
+    return going.student, going.finish(going.run.watch(going.stream, label, tell=tell))
+
+
+def _shared_trunk(run: Run, label: str, fork: int) -> Path | None:
+    """A checkpoint that another method, alike but for SR and with the same settings,
+    kept at step ``fork``.
+    """
+    trunk = label.removesuffix("+sr")
+    other = trunk if label.endswith("+sr") else f"{label}+sr"
+    kept, mine = run.path.parent / other / f"checkpoint-{fork}.safetensors", run.config
+    theirs = Run(kept.parent).config if kept.exists() else {}
+    return (
+        kept
+        if theirs and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
+        else None
+    )
+
+
+def distill_all(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    labels: Sequence[str],
+    *,
+    with_teacher: bool = False,
+    workers: int | None = None,
+) -> dict[str, dict]:
+    """Several students of one teacher, as :func:`distilled` makes each; label ->
+    metrics, in the order asked for.
+
+    Methods that share no trunk can run side by side: on a CPU with several cores in
+    processes of their own, each with its part of the threads; on an accelerator, which
+    one small network cannot fill, in this process, see :func:`abdlab.side_by_side`.
+    Numbers depend on the number of threads in the last digits, which training
+    amplifies: it is in each student's metrics.
+
+    Args:
+        with_teacher: put the teacher's own metrics first, under "teacher".
+        workers: methods at once, at most; by default one per thread that torch may use
+            on a CPU, else 1 (not measured).
+    """
+    teacher = poisoned_teacher(root, chosen, data)
+    trunks: dict[str, list[str]] = {}
+    for label in sorted(set(labels), key=len):
+        trunks.setdefault(label.removesuffix("+sr"), []).append(label)
+    # the longest first, so that short ones fill the gaps
+    groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
+    # this process's share of the machine: in a sweep, other jobs have the rest
+    cores = torch.get_num_threads()
+    on_cpu = data.train_images.device.type == "cpu"
+    workers = min(len(groups), workers or (cores if on_cpu else 1))
+    if workers > 1 and on_cpu:
+        _in_processes(root, chosen, groups, workers, max(1, cores // workers))
+    elif workers > 1:
+        _in_threads(root, chosen, data, groups, workers)
+    results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
+    if with_teacher:
+        results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
+    return results
+
+
+def clean_teacher_control(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    labels: Sequence[str],
+    *,
+    workers: int | None = None,
+) -> dict[str, dict]:
+    """The whole chain on a teacher that is not poisoned, in ROOT/clean_teacher_control:
+    what do the defences cost?
+
+    Settings and seeds are those of ``chosen``, but for the attack's rate of 0. "asr" is
+    then what the trigger does to models that have never seen it.
+
+    Returns:
+        what :func:`distill_all` does, the teacher first.
+    """
+    return distill_all(
+        Path(root) / CONTROL, chosen.unpoisoned(), data, labels, with_teacher=True, workers=workers
+    )
+
+
+def _in_threads(
+    root: str | Path, chosen: Settings, data: Dataset, groups: list[list[str]], workers: int
+) -> None:
+    """Run groups of labels side by side in this process, each group with a teacher of
+    its own.
+    """
+    waiting, board = deque(groups), _Board()
+
+    def stream() -> Iterator[tuple[str, Step]]:
+        while waiting:
+            try:
+                labels = waiting.popleft()
+            except IndexError:
+                return  # another stream was faster
+            path = Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors")
+            teacher = load_model(path, device=data.train_images.device)
+            for label in labels:
+                going = distillation(root, chosen, data, teacher, label)
+                if not going.done:
+                    for step in going.run.keep(going.stream, label):
+                        yield label, step
+                    going.finish(step)
+
+    together = side_by_side(stream() for _ in range(workers))
+    try:
+        for _, (label, step) in together:
+            board.show(label, step)
+    finally:
+        together.close()
+        board.close()
+
+
+def _in_processes(
+    root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int
+) -> None:
+    """Run groups of labels in spawned processes."""
+    context, board = multiprocessing.get_context("spawn"), _Board()
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
+        queue = manager.Queue()
+        jobs = [pool.submit(_work, str(root), chosen, group, threads, queue) for group in groups]
+        try:
+            while not queue.empty() or not all(job.done() for job in jobs):
+                try:
+                    label, step = queue.get(timeout=0.5)
+                except Empty:
+                    continue
+                board.show(label, step)
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            board.close()
+
+
+def _work(root: str, chosen: Settings, labels: list[str], threads: int, queue) -> None:
+    """One process's share: the labels one after the other. It ends when the process
+    that reads ``queue`` is gone.
+    """
+    torch.set_num_threads(threads)
+    data = chosen.dataset()
+    teacher = load_model(
+        Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors"),
+        device=data.train_images.device,
+    )
+    for label in labels:
+        distilled(
+            root,
+            chosen,
+            data,
+            teacher,
+            label,
+            tell=lambda label, step: queue.put((label, replace(step, images=None))),
+        )

@@ -1,0 +1,120 @@
+"""Results of several runs as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from abdlab.labels import in_order, name_of
+
+
+def rows(results: Mapping[str, Mapping]) -> list[dict]:
+    """Metrics by label, as :func:`abdlab.students.distill_all` returns them, as rows with
+    what a reader must know as ``notes``.
+    """
+    out = []
+    for label, m in results.items():
+        notes = [
+            f"{name}: no vaccine was found, so this student is undefended by it"
+            for name, r in m.get("defenses", {}).items()
+            if r.get("found") is False
+        ]
+        out.append(
+            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes}
+        )
+    return out
+
+
+def results_table(results: pd.DataFrame) -> pd.DataFrame:
+    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n
+    is the number of seeds.
+    """
+
+    def cell(values: pd.Series) -> str:
+        return f"{100 * values.mean():.1f}" + (
+            f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
+        )
+
+    parts = {label: results[results["label"] == label] for label in dict.fromkeys(results["label"])}
+    order = in_order(parts)
+    return pd.DataFrame(
+        [
+            {
+                "method": name_of(k),
+                "ACC (%)": cell(parts[k]["acc"]),
+                "ASR (%)": cell(parts[k]["asr"]),
+                "n": len(parts[k]),
+            }
+            for k in order
+        ]
+    ).set_index("method")
+
+
+def study_summary(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label;
+    each model counts once.
+
+    Clean teachers, on which triggers are optimised, are left out, since triggers share
+    them.
+
+    Args:
+        results: what :func:`abdlab.studies.results.results` returns.
+    """
+    once = _models(results)
+    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[
+        ["acc", "asr"]
+    ].agg(["mean", "std", "count"])
+    columns = {}
+    for name in ("acc", "asr"):
+        columns[f"{name.upper()} mean (%)"] = (100 * out[name, "mean"]).round(1)
+        columns[f"{name.upper()} std (%)"] = (100 * out[name, "std"]).round(1)
+    return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(
+        level=[0, 1], sort_remaining=False
+    )
+
+
+def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:
+    """Each model once (per value of ``axes``), without the clean teachers on which
+    triggers are optimised: those belong to no trigger.
+    """
+    return results[results["source"] != "clean_teacher"].drop_duplicates(["label", "model", *axes])
+
+
+def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
+    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a
+    column per source, in the study's order.
+
+    A cell that was not run is empty, and "-" stands for the ASR of a model without
+    attack. The teacher is a source without a defence; its clean twin, on which triggers
+    are optimised, is left out, since triggers share it.
+
+    Args:
+        results: what :func:`abdlab.studies.results.results` returns; each model counts once.
+    """
+    rows = ["trigger", "defence"]
+    once = _models(results)
+    means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[
+        ["acc", "asr"]
+    ].mean().astype(float)
+    text = pd.Series(
+        [f"{acc:.1f}/{asr:.1f}".replace("nan", "-") for acc, asr in means.to_numpy()], means.index
+    )
+    order = once.set_index(rows).index.unique()
+    sources = sorted(
+        once["source"].unique(), key=lambda name: name != "teacher"
+    )  # the teacher first, then as they come
+    return text.unstack("source", fill_value="").reindex(order)[sources]
+
+
+def pareto_front(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other row beats: none has at least their ACC and at most their
+    ASR, and is better in one; by ACC.
+    """
+    ordered = results.sort_values(["acc", "asr"], ascending=[False, True])
+    best, keep = float("inf"), []
+    for index, asr in ordered["asr"].items():
+        if asr < best:
+            best = asr
+            keep.append(index)
+    return results.loc[keep].sort_values("acc")

@@ -1,0 +1,253 @@
+"""The attacker's half of a run: clean and poisoned teachers, trained or loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from abdlab.attacks.optimize import optimize, options_of
+from abdlab.attacks.triggers import Trigger, trigger_from
+from abdlab.checkpoint import load_model, save_model, write_atomically
+from abdlab.data import Dataset
+from abdlab.errors import CheckpointError
+from abdlab.evaluate import Exam
+from abdlab.runs import Run
+from abdlab.settings import Settings, settings
+from abdlab.stream import Step
+from abdlab.train import train
+
+
+class WeakTeacher(UserWarning):
+    """The teacher is too weak for an experiment: its backdoor or its accuracy is poor."""
+
+
+def prepare(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    *,
+    tell: Callable[[str, Step], None] | None = None,
+) -> Settings:
+    """The same settings, ready to attack with: every optimised trigger has its pattern,
+    and cl the clean model it needs.
+
+    The clean model is that of :func:`clean_teacher`; a trigger is optimised once and
+    then read from ROOT/seedN/trigger. Settings whose attacks need neither are returned
+    as they are, and nothing is trained.
+
+    Args:
+        root: the folder that the run's notebooks share.
+        tell: called with label and Step instead of drawing a progress bar.
+    """
+    if not any(attack.trigger.needs_pattern or attack.needs_adversary for attack in chosen.attacks):
+        return chosen
+    _, path = clean_teacher(root, chosen, data, tell=tell)
+    main, *more = (
+        {**values, **_ready(root, chosen, data, attack.trigger, attack.target, values)}
+        for attack, values in zip(chosen.attacks, chosen.attack_values, strict=True)
+    )
+    attack = {**main, "more": more} if more else main
+    return replace(chosen, values={**chosen.values, "attack": attack}, clean_model=str(path))
+
+
+def ready_triggers(
+    root: str | Path, chosen: Settings, data: Dataset, names: Sequence[str]
+) -> list[Trigger]:
+    """The triggers of these names as the preset would attack with them, and the chosen
+    ones last; optimised where need be.
+    """
+    there = [attack.trigger for attack in prepare(root, chosen, data).attacks]
+    others = []
+    for name in [name for name in names if name not in map(str, there)]:
+        other = settings(
+            chosen.preset, {"attack.trigger": name}, seed=chosen.seed, device=chosen.device
+        )
+        values = {**other.values["attack"], "target": chosen.target}
+        others.append(trigger_from(name, values.get("params")))
+        if others[-1].needs_pattern:
+            ready = _ready(root, chosen, data, others[-1], chosen.target, values)
+            others[-1] = trigger_from(ready["trigger"], ready.get("params"))
+    return [*others, *there]
+
+
+def clean_teacher(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    *,
+    tell: Callable[[str, Step], None] | None = None,
+) -> tuple[nn.Module, Path]:
+    """The teacher's network trained alike but on clean data, and its file: trained, or
+    loaded from ROOT/seedN/clean_teacher.
+
+    It is what an attacker optimises against, and no part of a defence.
+    """
+    run = Run(Path(root) / f"seed{chosen.seed}" / "clean_teacher", chosen.config("data", "teacher"))
+    path = run.file("teacher.safetensors")
+    if not path.exists():
+        model, exam = chosen.teacher(data), Exam.of(data.test_images, data.test_labels)
+        stream = train(
+            model, data.train_images, data.train_labels, exam=exam, **chosen.training(data)
+        )
+        last = run.watch(stream, "clean_teacher", every=1, tell=tell)
+        metrics = {
+            "label": "clean_teacher",
+            "seed": chosen.seed,
+            "acc": last.acc,
+            "seconds": round(last.seconds, 1),
+        }
+        save_model(path, model, metrics)
+        run.save_metrics(metrics)
+    return load_model(path, device=data.train_images.device), path
+
+
+def _ready(
+    root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, values: dict
+) -> dict:
+    """What an attack's values say of its trigger, with every pattern in it."""
+    parts = [Trigger(trigger.name, trigger.params), *trigger.then]
+    if not trigger.needs_pattern:
+        return {}
+    options = values.get("optimize", {})
+    if options and len(parts) > 1:
+        raise ValueError(
+            f"attack.optimize is for a single trigger, not for {trigger}: its parts are made with"
+            " their defaults"
+        )
+    first, *rest = (
+        _optimised(root, chosen, data, p, target, options) if p.needs_pattern else p for p in parts
+    )
+    return (
+        {"trigger": replace(first, then=tuple(rest)).card()}
+        if rest
+        else {"trigger": first.name, "params": first.params}
+    )
+
+
+def _optimised(
+    root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, options: dict
+) -> Trigger:
+    """One optimised trigger: made against the clean model, or read from the file that
+    holds what it was made from.
+    """
+    options = options_of(trigger, **options)
+    request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
+    stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    path = Path(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
+    model, _ = clean_teacher(root, chosen, data)
+    if not path.exists():
+        images, labels = data.train_images, data.train_labels
+        made = optimize(
+            trigger,
+            model,
+            images,
+            labels,
+            target,
+            seed=chosen.seed,
+            device=images.device,
+            **options,
+        )
+        write_atomically(
+            path, (json.dumps({**request, "made": made.card()}, indent=2) + "\n").encode()
+        )
+    try:
+        return trigger_from(json.loads(path.read_text())["made"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} holds no trigger that abdlab wrote ({error!r}): delete it, and it is made"
+            " again"
+        ) from None
+
+
+def poisoned_teacher(
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    *,
+    tell: Callable[[str, Step], None] | None = None,
+) -> nn.Module:
+    """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher
+    has it already.
+
+    Writes teacher.safetensors, whose card holds the attack and the measured ACC and
+    ASR, and metrics.json. An optimised trigger, and cl, need settings that
+    :func:`prepare` has made ready.
+
+    Warns:
+        WeakTeacher: before any distillation, when ASR is under 90 % or ACC is poor
+            (under three quarters).
+    """
+    run = Run(
+        Path(root) / f"seed{chosen.seed}" / "teacher", chosen.config("data", "attack", "teacher")
+    )
+    path = run.file("teacher.safetensors")
+    if not path.exists():
+        model, poisoned = chosen.teacher(data), chosen.poison(data)
+        last = run.watch(
+            train(
+                model,
+                poisoned.images,
+                poisoned.labels,
+                exam=chosen.exam(data),
+                **chosen.training(data),
+            ),
+            "teacher",
+            every=1,
+            tell=tell,
+        )
+        first, *more = (
+            {**attack.card(), "rate": poisoned.rate_of(i)}
+            for i, attack in enumerate(chosen.attacks)
+        )
+        attack = {**first, "more": more} if more else first
+        metrics = {
+            "label": "teacher",
+            "seed": chosen.seed,
+            "acc": last.acc,
+            "asr": last.asr,
+            "seconds": round(last.seconds, 1),
+        }
+        metrics |= _each_asr(chosen.exam(data), model)
+        save_model(path, model, {"attack": attack, **metrics})
+        run.save_metrics({**metrics, "poison_rate": poisoned.rate})
+    check_teacher(
+        run.metrics["acc"],
+        run.metrics["asr"] if any(attack.rate for attack in chosen.attacks) else None,
+    )
+    return load_model(path, device=data.train_images.device)
+
+
+def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:
+    """The ASR of every attack, as "asr/TRIGGER", where there are several; "asr" is
+    their mean.
+    """
+    found = exam(model) if len(exam.attacks) > 1 else {}
+    return {name: value for name, value in found.items() if name.startswith("asr/")}
+
+
+def check_teacher(acc: float, asr: float | None) -> None:
+    """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or
+    ACC under .75 (shares).
+
+    An ASR of None is that of a teacher which is not meant to have a backdoor.
+    """
+    if asr is not None and asr < 0.9:
+        warnings.warn(
+            f"the teacher's ASR is {asr:.1%}, under 90 %: its backdoor is weak (longer training, a"
+            " higher poison rate or a stronger trigger)",
+            WeakTeacher,
+            stacklevel=3,
+        )
+    if acc < 0.75:
+        warnings.warn(
+            f"the teacher's ACC is {acc:.1%}, under 75 %: a student cannot be better (longer"
+            " training, or a lower poison rate)",
+            WeakTeacher,
+            stacklevel=3,
+        )
