@@ -358,7 +358,10 @@ class Stage:
         self.options, self.tiny = options, options.tiny
         self.record = Record(options.folder, options.name, options.lease, options.tiny)
         self.torch, self.part = torch, options.part
-        self.seconds = float(sys.stdin.readline() or 60)
+        told = sys.stdin.readline()
+        if not told:
+            raise SystemExit("nobody said how many seconds this stage has: its parent is gone")
+        self.seconds = float(told)
         self.began = time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.gpu = self.device.type == "cuda"
