@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench bench-report quick-preset triggers book clean
+.PHONY: demo test lab lint format bench bench-report gpu quick-preset triggers book clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make format        mend style"
 	@echo "make bench         measure speed and memory against the naive formulas, and what sweeps and widgets cost"
 	@echo "make bench-report  the former alone, into tests/benchmarks/README.md: on an idle machine, please"
+	@echo "make gpu           what a GPU is wanted for, in 9 minutes: DATA=cifar10-jpeg.tar.xz [INTO=runs/gpu] [SECONDS=520]"
 	@echo "make quick-preset  the figures of the quick preset: seeds 13, 14, 15"
 	@echo "make book          write notebooks/studies/README.md from its prose and its CSV files"
 	@echo "make triggers      the figures of all eleven triggers: a teacher each"
@@ -48,6 +49,12 @@ bench: $(READY)
 
 bench-report: $(READY)
 	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s -k 'not sweep and not designer'
+
+# not $(READY): a lent machine has torch and no network
+INTO ?= runs/gpu
+SECONDS ?= 520
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/benchmarks/gpu.py run $(INTO) --data $(DATA) --seconds $(SECONDS)
 
 quick-preset: $(READY)
 	$(BIN)/abdlab run 05_abd_ablation -p run runs/quick-preset -p seeds '[13, 14, 15]'

@@ -150,9 +150,12 @@ def _steered(rates: Sequence[tuple[dict, Tensor]]) -> Iterator[None]:
 
 
 def beside(function: Callable[[], T]) -> T:
-    """Run a piece on a stream of its own, as torch asks for before a capture; the
-    current stream waits for it.
+    """Run a piece on another stream than the default one, as torch asks for before a
+    capture; the current stream waits for it. A run that has a stream of its own, as
+    side by side, stays there.
     """
+    if torch.cuda.current_stream() != torch.cuda.default_stream():
+        return function()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -166,17 +169,24 @@ def beside(function: Callable[[], T]) -> T:
 def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     """(what it returns, a call that runs its kernels again). Capturing runs none of
     them.
+
+    torch hands out 32 streams of each priority in turns, and a process with several
+    runs asks for more: so captures have those of high priority for themselves, where no
+    other run's kernels can get into them.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # thread_local: other runs of this process, each in a thread of its own, may
         # allocate meanwhile
         with (
             _CAPTURING,
-            torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(priority=-1), capture_error_mode="thread_local"
+            ),
         ):
             result = function()
     except RuntimeError as error:
+        torch.cuda.set_stream(current)  # torch leaves the stream of a capture that failed
         raise RuntimeError(
             f"this run's step cannot be captured as a CUDA graph, so leave graphs out: {error}"
         ) from error

@@ -76,10 +76,12 @@ def side_by_side(streams: Iterable[Iterator[T]]) -> Iterator[tuple[int, T]]:
     stop, turns = threading.Event(), [threading.Semaphore(1) for _ in streams]
     threads_of_torch = torch.get_num_threads()
     default = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    # asked for in a row, so that no two runs have the same one of torch's 32
+    owned = [torch.cuda.Stream() if default is not None else None for _ in streams]
 
     def pull(number: int) -> None:
         torch.set_num_threads(threads_of_torch)
-        own = torch.cuda.Stream() if default is not None else None
+        own = owned[number]
         error = None
         try:
             with torch.cuda.stream(own) if own is not None else nullcontext():

@@ -16,10 +16,12 @@ from abdlab import (
     ShufflingVaccine,
     distill,
     pick_device,
+    side_by_side,
     suspicion,
     train,
 )
 from abdlab.defenses.shuffled_teacher import shuffled_layers
+from abdlab.train_together import train_together
 
 pytestmark = pytest.mark.gpu
 
@@ -188,6 +190,40 @@ def test_a_run_with_graphs_resumes_without_and_the_other_way_round(
         assert len(list(begun(teacher, rest, ("sv", "sr"), checkpoint=path, graphs=not first))) == 5
         for p, q in zip(whole.parameters(), rest.parameters(), strict=True):
             torch.testing.assert_close(q, p, rtol=1e-2, atol=1e-3)
+
+
+def test_runs_side_by_side_with_graphs_are_those_alone(teacher, student, no_tf32):
+    cuda()
+    alone, beside = ([copy.deepcopy(student) for _ in range(5)] for _ in range(2))
+    for seed, mine in enumerate(alone):
+        list(begun(teacher, mine, ("sr",), seed=seed))
+    streams = [
+        begun(teacher, mine, ("sr",), graphs=True, seed=seed) for seed, mine in enumerate(beside)
+    ]
+    assert len(list(side_by_side(streams))) == 5 * 20
+    for mine, other in zip(alone, beside, strict=True):
+        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_networks_trained_together_with_graphs_are_those_without(wrn, digits, no_tf32, precision):
+    cuda()
+    images = digits.train_images[:80].to("cuda")
+    sets = [(images, digits.train_labels[:80].to("cuda"))] * 3
+    options = {"epochs": 3, "batch_size": 20, "lr": 0.05, "shift": 1, "flip": True}
+    found = []
+    for graphs in (False, True):
+        models = [wrn(seed=i) for i in range(3)]
+        steps = list(train_together(models, sets, graphs=graphs, precision=precision, **options))
+        found.append(([s.losses["cross_entropy"] for pair in steps for s in pair], models))
+    loose = precision == "bf16"
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.1 if loose else 1e-2)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(
+                q, p, rtol=0.2 if loose else 1e-2, atol=5e-2 if loose else 1e-3
+            )
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -18,6 +18,7 @@ from abdlab import (
     OOD,
     ZSKT,
     CleanKD,
+    DeepInversion,
     Diverged,
     Mixed,
     SelfRetrospection,
@@ -32,6 +33,7 @@ from abdlab.defenses import Defense, self_retrospection
 from abdlab.optim import check_finite, take_step
 from abdlab.settings import defaults, settings
 from abdlab.sources.source import Source
+from abdlab.train_together import train_together
 
 SHAPE = (1, 8, 8)
 CPU = torch.device("cpu")
@@ -530,3 +532,32 @@ def test_graphs_and_compile_are_settings():
     )
     assert chosen.distilling() == {"graphs": True, "compile": True}
     assert chosen.training(chosen.dataset())["compile"]
+
+
+def test_networks_that_are_trained_together_are_replayed(double, wrn, taped, digits, monkeypatch):
+    fused = partial(SGD, momentum=0.9, nesterov=True, fused=True)  # as on CUDA
+    monkeypatch.setattr(
+        "abdlab.train_together.sgd", lambda model, lr, *_, nesterov: fused(model.parameters(), lr)
+    )
+    sets = [(digits.train_images[:40].double(), digits.train_labels[:40])] * 2
+    found = []
+    for with_graphs in (False, True):
+        models = [wrn(seed=i) for i in range(2)]
+        options = {"epochs": 3, "batch_size": 10, "lr": 0.05, "shift": 1, "flip": True}
+        stream = train_together(models, sets, graphs=with_graphs, device="cpu", **options)
+        found.append(([s.losses["cross_entropy"] for pair in stream for s in pair], models))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-9)
+    assert taped == [9, 9]  # of 12 steps of each network three run as Python
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        for p, q in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("defenses", [NONE, abd], ids=["plain", "SV and SR"])
+def test_a_pools_teacher_is_replayed_too(wrn, taped, defenses, monkeypatch):
+    monkeypatch.setattr("abdlab.optim.fusable", lambda model: True)  # as on CUDA
+    sizes = {"rounds": 4, "synthesis_steps": 2, "kd_steps": 6, "synthesis_batch": 8}
+    assert_alike(*both(wrn, lambda: DeepInversion(SHAPE, **sizes, batch_size=8), defenses))
+    # the teacher's answers, and the student's steps, anew for each defence
+    assert len(taped) >= 2
+    assert max(taped) == 4 * 6 - graphs.WARM

@@ -199,7 +199,9 @@ class ShuffledTeacher:
             ):  # round-off would hide what is compared
                 wanted = torch.cat([self.teacher(images)[None], self.copies(images)])
                 got = self._together(images, with_teacher=True)
-            return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+            # a GPU convolves in TF32, and other shapes are other algorithms there
+            near = 1e-2 if images.is_cuda else 1e-4
+            return torch.allclose(got, wanted, rtol=1e-3, atol=near * wanted.abs().max().item())
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, IndexError):

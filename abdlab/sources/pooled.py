@@ -141,9 +141,13 @@ class Pooled(Source):
             self._round(defenses)
         self.made += 1
         images = augment(self._sample(), self.shift, self.flip, self.rng)
-        with torch.no_grad():
-            logits = self.teacher(images)
+        images = self.phases.hold("augmented", images)
+        logits = self.phases.run(("teacher", images.shape), lambda: self._answer(images))
         return Batch(images, logits, losses=dict(self.losses))
+
+    @torch.no_grad()
+    def _answer(self, images: Tensor) -> Tensor:
+        return self.teacher(images)
 
     def synthesize(self, n: int, seed: int = 0) -> Tensor:
         """``n`` images (n, C, H, W) of the pool in random order, none twice before all

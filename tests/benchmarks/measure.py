@@ -21,6 +21,7 @@ from naive import NaiveZSKT, self_retrospection
 from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, build
 from abdlab.defenses import Defense
 from abdlab.distill import distill, seed_of
+from abdlab.graphs import Captured
 from abdlab.models import normalization, place
 
 TINY = os.environ.get("ABDLAB_BENCH") == "tiny"
@@ -116,7 +117,7 @@ if TINY:
     )
 
 
-class Clock(Defense):
+class Clock(Defense, Captured):
     """No defence: it notes when the student steps of a pseudo-batch begin, where that
     is wanted.
     """
