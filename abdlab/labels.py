@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 #: what a label looks like, for error messages
 GRAMMAR = "purifier+purifier/source+defense+defense, such as zskt+sv+sr or bounded/cmi+tc"
 
+#: the source of a label that names a teacher itself, plain or purified: bounded/teacher
+TEACHER = "teacher"
+
 #: how figures and tables name models that are no plain method
-_SPOKEN = {"teacher": "teacher", "clean": "clean KD"}
+_SPOKEN = {TEACHER: "teacher", "clean": "clean KD"}
 
 #: one part: a registered name, or an import path my_pkg.mine:Noise
 _PART = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?")

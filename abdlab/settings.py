@@ -27,11 +27,14 @@ from abdlab.evaluate import Exam
 from abdlab.labels import Label
 from abdlab.models import build
 from abdlab.presets import ATTACKS, PRESETS, SCALES
+from abdlab.purifiers import PURIFIERS, Purifier
 from abdlab.registry import imported
 from abdlab.sources import SOURCES, Source
 from abdlab.train import train
 
 _MODEL = ["model", "width"]
+#: what an import path in a label may name
+_PART = "source, defense or purifier"
 _LOOP = {"exam", "exam_every", "seed", "device"}
 _AUGMENT = {"shift", "flip"}
 #: fields of an :class:`~abdlab.attacks.poison.Attack` that are plain values
@@ -63,7 +66,7 @@ SECTIONS: dict[str, list[str]] = {
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     **{name: source.keys() for name, source in SOURCES.items()},
-    **{name: _free(found) for name, found in DEFENSES.items()},
+    **{name: _free(found) for name, found in {**DEFENSES, **PURIFIERS}.items()},
 }
 
 
@@ -77,7 +80,7 @@ def keys_of(section: str) -> list[str]:
         return SECTIONS[section]
     if ":" not in section:
         raise ValueError(did_you_mean("section", section, SECTIONS))
-    found = imported("source or defense", section)
+    found = imported(_PART, section)
     return found.keys() if issubclass(found, Source) else _free(found)
 
 
@@ -265,6 +268,12 @@ class Settings:
             check_keys(f"setting of {name}", self.section(name), _free(DEFENSES.find(name)))
         return [DEFENSES.find(name)(**self.section(name)) for name in names]
 
+    def purifiers(self, *names: str) -> list[Purifier]:
+        """Fresh purifiers by name, in this order; raises as :meth:`defenses` does."""
+        for name in names:
+            check_keys(f"setting of {name}", self.section(name), _free(PURIFIERS.find(name)))
+        return [PURIFIERS.find(name)(**self.section(name)) for name in names]
+
     def section(self, name: str) -> dict[str, Any]:
         """What the preset and the overrides set in a section."""
         return self.values.get(name, {})
@@ -370,9 +379,9 @@ def defaults(section: str) -> dict[str, Any]:
     own); an unknown section has none.
     """
     if ":" in section:
-        homes = [imported("source or defense", section)]
+        homes = [imported(_PART, section)]
     else:
-        registered = SOURCES.get(section), DEFENSES.get(section)
+        registered = (names.get(section) for names in (SOURCES, DEFENSES, PURIFIERS))
         homes = _HOMES.get(section) or [home for home in registered if home]
     found = {key: keyword_default(home, key) for home in homes for key in keywords(home)}
     known = {key: found[key] for key in keys_of(section) if key in found} if homes else {}

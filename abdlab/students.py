@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,10 +18,11 @@ from abdlab.checkpoint import load_model, save_model
 from abdlab.data import Dataset
 from abdlab.defenses import Defense
 from abdlab.defenses.plans import plan_of, plans, steps_of
-from abdlab.distill import distill
+from abdlab.distill import distill, seed_of
 from abdlab.evaluate import Exam
-from abdlab.labels import Label
-from abdlab.runs import Run
+from abdlab.labels import TEACHER, Label
+from abdlab.purifiers import load_purified, purify, save_purified
+from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
@@ -126,9 +128,10 @@ def distillation(
         keep_all: keep the checkpoint of every exam, to branch from.
     """
     label = Label.parse(label)
+    teacher = purified_teacher(root, chosen, data, teacher, label.purifiers)
     student, active = chosen.student(data), chosen.defenses(*label.defenses)
     source = chosen.source(label.source, data)
-    sections = (*chosen.sections(label.source), *label.defenses)
+    sections = (*chosen.sections(label.source), *label.defenses, *label.purifiers)
     run = Run(
         Path(root) / f"seed{chosen.seed}" / (folder or label.folder),
         chosen.config("data", "attack", "teacher", "student", *sections),
@@ -158,6 +161,34 @@ def distillation(
     return Distillation(run, str(label), chosen, student, source, active, exam, stream, resume_from)
 
 
+def purified_teacher(
+    root: str | Path, chosen: Settings, data: Dataset, teacher: nn.Module, names: Sequence[str]
+) -> nn.Module:
+    """A teacher that went through these purifiers: cleaned once, then loaded from its own
+    folder, ROOT/seedN/NAMES,teacher; the teacher itself where there are none.
+
+    ACC and ASR in its metrics are for the reader: no purifier sees the test images.
+    """
+    if not names:
+        return teacher
+    label = Label(TEACHER, purifiers=tuple(names))
+    run = Run(
+        folder_of(root, chosen.seed, label), chosen.config("data", "attack", "teacher", *names)
+    )
+    path, device = run.file("teacher.safetensors"), data.train_images.device
+    if not path.exists():
+        began = time.perf_counter()
+        seed = seed_of(chosen.seed, "purifier", str(label))
+        steps = chosen.purifiers(*names)
+        model = purify(teacher, steps, data.shape, device=device, seed=seed)
+        seconds, exam = round(time.perf_counter() - began, 1), chosen.exam(data)
+        metrics = {"label": str(label), "seed": chosen.seed, **exam(model), "seconds": seconds}
+        metrics |= {"purified": list(model.purified), "threads": torch.get_num_threads()}
+        save_purified(path, model, metrics)
+        run.save_metrics(metrics)
+    return load_purified(path, chosen.teacher(data), device=device)
+
+
 def distilled(
     root: str | Path,
     chosen: Settings,
@@ -179,7 +210,8 @@ def distilled(
     random generator of its own.
 
     Args:
-        label: a method (:class:`abdlab.labels.Label`), such as "clean", "zskt+sv+tu".
+        label: a method (:class:`abdlab.labels.Label`), such as "clean", "zskt+sv+tu" or
+            "bounded/cmi"; or a purified teacher, "bounded/teacher".
         exams: how many times ACC and ASR are measured, and samples kept, over the run.
         resume_from: another checkpoint to branch from.
         tell: called with label and Step instead of drawing a progress bar.
@@ -188,6 +220,10 @@ def distilled(
         the student in eval mode, and its metrics: acc, asr, seconds, and each defense's
         report.
     """
+    method = Label.parse(label)
+    if method.source == TEACHER:
+        model = purified_teacher(root, chosen, data, teacher, method.purifiers)
+        return model, Run(folder_of(root, chosen.seed, method)).metrics
     going = distillation(root, chosen, data, teacher, label, exams=exams, resume_from=resume_from)
     if going.done:
         return (
@@ -239,6 +275,9 @@ def distill_all(
     """
     teacher = poisoned_teacher(root, chosen, data)
     methods = {label: Label.parse(label) for label in labels}
+    for label in methods.values():  # once, before several processes look for it
+        purified_teacher(root, chosen, data, teacher, label.purifiers)
+    methods = {label: m for label, m in methods.items() if m.source != TEACHER}
     late = {m.source: chosen.forks(m, len(chosen.source(m.source, data))) for m in methods.values()}
     trunks: dict[Label, list[str]] = {}
     for label in sorted(methods, key=len):
