@@ -95,8 +95,8 @@ class CMI(Pooled):
         generator_lr: Adam. z: noise dimensions. width: of the generator.
         adversarial, contrastive: weights; 0 leaves their passes out.
         bank: features of at most this many images, the latest, are contrasted with
-            (WRN-16-2: 299 MB when full, also in every checkpoint). Once started, the
-            features themselves.
+            (bounded memory: 299 MB for WRN-16-2, also in checkpoints). Once started,
+            the features themselves.
         negatives: drawn from it in each step.
 
     Deviations, and the constants of the contrastive term, stand at the top of the file.

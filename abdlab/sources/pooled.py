@@ -36,7 +36,7 @@ class Pooled(Source):
 
     A round makes one batch in ``synthesis_steps`` steps and keeps it as it was when its
     loss was lowest. Then follow ``kd_steps`` student steps on batches of the pool, each
-    a pseudo-batch. **The first one of a round runs the whole synthesis before it.** The
+    a pseudo-batch. **The first one of a round runs the synthesis before it.** The
     losses of the kept batch stand in every Step of the round. The pool holds at most
     ``pool`` images as 8-bit bytes; when it is full, the oldest make room.
 
