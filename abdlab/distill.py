@@ -18,10 +18,11 @@ Neither of the latter two is part of a checkpoint: a run may go on with or witho
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +33,15 @@ from abdlab import graphs as cuda_graphs
 from abdlab.checkpoint import load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
-from abdlab.defenses.plans import follow
+from abdlab.defenses.plans import follow, plans, tunable, until
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.features import compiled
 from abdlab.features import precision as computing
 from abdlab.graphs import Captured, Phases, captures, key_of
+from abdlab.identity import differences, fingerprint, settings_of
 from abdlab.models import place
 from abdlab.optim import check_finite, load_optimizer, take_step
+from abdlab.probe import ModuleRandomness, check_pair, draws
 from abdlab.side_by_side import claimed
 from abdlab.sources.source import Batch, Source
 from abdlab.stream import Step
@@ -111,9 +114,16 @@ def distill(
         cuda_graphs.check(device)
     source.phases, uncaptured = Phases(graphs), []
     run = {"source": source.name, "length": len(source), "seed": seed}
+    looked = _example(source, device)
     with claimed(teacher=teacher, student=student):
         place(teacher, device, precision).eval().requires_grad_(False)
         place(student, device, precision).train()
+        randomness = _probed(teacher, student, looked, device, seed, graphs)
+        made = {
+            "teacher": fingerprint(teacher),
+            "precision": precision,
+            **{part.name: settings_of(part) for part in (source, *defenses)},
+        }
         source.start(teacher, student, device, seed_of(seed, "source", source.name))
         for defense in defenses:
             defense.start(
@@ -132,6 +142,8 @@ def distill(
                 " choose another checkpoint file"
             )
         index = old["index"]
+        if found == checkpoint and (theirs := old.get("made")):  # older files do not say
+            _check_maker(found, theirs, old.get("plans", {}), made, defenses, index)
         replaced = old["optimizer_since"]
         if replaced[0] not in [None, *(d.name for d in defenses)]:
             raise CheckpointError(
@@ -147,6 +159,8 @@ def distill(
                     defense.before(max(index - 1, 0))
                 if defense.name == replaced[0]:
                     optimizer, schedule = defense.optimizer(*replaced[1:])
+            if randomness and "modules" in state:
+                randomness.states = [value.cpu() for value in state["modules"]]
             load_optimizer(optimizer, state["optimizer"])
             if schedule is not None:
                 schedule.load_state_dict(state["schedule"])
@@ -173,10 +187,11 @@ def distill(
             "defenses": {d.name: d.state() for d in defenses},
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict() if schedule is not None else None,
+            **({"modules": randomness.states} if randomness else {}),
         }
-        save_state(
-            path, state, {**(card or {}), "run": run, "index": index, "optimizer_since": replaced}
-        )
+        followed = {d.name: plans(d) for d in defenses}
+        mine = {"run": run, "made": made, "plans": followed, "index": index}
+        save_state(path, state, {**(card or {}), **mine, "optimizer_since": replaced})
 
     saved_at = index if found and found == checkpoint else None
     began, total = time.perf_counter(), len(source)
@@ -187,14 +202,10 @@ def distill(
             faster.enter_context(compiled(source.generator, wanted=compile))
         if index == total:
             measured = exam(student) if exam else {}
-            yield Step(
-                index,
-                total,
-                {},
-                measured.get("acc"),
-                measured.get("asr"),
-                seconds=time.perf_counter() - began,
-            )
+            told = (f"{found} is finished: the student is handed back, and nothing is trained",)
+            scores = measured.get("acc"), measured.get("asr")
+            seconds = time.perf_counter() - began
+            yield Step(index, total, {}, *scores, events=told, seconds=seconds)
         while index < total:
             events = []
             for defense in defenses:
@@ -212,6 +223,7 @@ def distill(
             with (
                 claimed(teacher=teacher, student=student),
                 computing(precision, device, teacher, student),
+                randomness.drawing() if randomness else nullcontext(),
             ):
                 losses = _pseudo_batch(
                     source, defenses, student, optimizer, schedule, index, checkpoint
@@ -249,6 +261,66 @@ def distill(
         faster.close()
         source.phases = Phases()  # graphs hold memory of their own
         student.eval()
+
+
+def _example(source: Source, device: torch.device) -> Tensor | None:
+    """Two grey images (2, C, H, W) as the source makes them; None for a source that does
+    not say their shape.
+    """
+    for part in (source, *getattr(source, "members", ())):
+        images = getattr(part, "images", None)
+        shape = images.shape[1:] if isinstance(images, Tensor) else getattr(part, "shape", None)
+        if shape is not None:
+            return torch.full((2, *shape), 0.5, device=device)
+    return None
+
+
+def _probed(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Tensor | None,
+    device: torch.device,
+    seed: int,
+    graphs: bool,
+) -> ModuleRandomness | None:
+    """Check that both networks answer alike; the random numbers of the student's modules,
+    where they draw any.
+    """
+    if images is None:
+        return None
+    check_pair(teacher, student, images)
+    if not draws(student, images):
+        return None
+    if graphs:
+        raise ValueError(
+            "the student draws random numbers (dropout), which a CUDA graph would repeat: leave"
+            " graphs out"
+        )
+    return ModuleRandomness(device, seed_of(seed, "modules"))
+
+
+def _check_maker(
+    found: Path, theirs: dict, planned: dict, made: dict, defenses: Sequence[Defense], index: int
+) -> None:
+    """Raise CheckpointError where another teacher or other settings made a checkpoint.
+
+    What could be tuned while it ran counts up to where it stopped.
+    """
+    theirs, mine = ({**values} for values in (theirs, json.loads(json.dumps(made))))
+    for defense in defenses:
+        for name in tunable(defense):
+            for values in (theirs, mine):
+                values[defense.name] = {**values.get(defense.name, {}), name: None}
+            if name in (old := planned.get(defense.name, {})):
+                theirs[defense.name][name] = [[*s] for s in until(old[name], index)]
+                now = plans(defense).get(name, [])
+                mine[defense.name][name] = [[*s] for s in until([[*s] for s in now], index)]
+    if differ := differences(theirs, mine):
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise CheckpointError(
+            f"{found} was made by another run: {'; '.join(differ[:3])}{more}. Choose another"
+            " checkpoint file, or branch from this one with resume_from"
+        )
 
 
 def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpoint) -> dict:

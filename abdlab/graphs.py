@@ -194,11 +194,12 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
 
 
 class Captured:
-    """What a defense says so that CUDA graphs can hold its terms: a mixin beside
-    :class:`abdlab.defenses.Defense`.
+    """What a source or a defense says so that CUDA graphs can hold it: a mixin, and no
+    part of the idea. Who leaves it alone runs without graphs.
 
-    While ``captures`` is True its ``synthesis_term`` and ``student_term`` draw nothing
-    (see :meth:`draw`), ask the device nothing, and decide by :meth:`branch` alone.
+    While ``captures`` is True a source's ``student_loss``, and a defense's
+    ``synthesis_term`` and ``student_term``, draw nothing (see :meth:`draw`), ask the
+    device nothing, and decide by :meth:`branch` alone.
     """
 
     captures: bool = False

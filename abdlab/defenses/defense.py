@@ -47,10 +47,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from abdlab.identity import Described
 from abdlab.sources.source import Batch
 
 
-class Defense:
+class Defense(Described):
     """Base class. A defense sees the teacher, the student and the source's images; never
     clean or triggered data.
 

@@ -5,7 +5,7 @@ student learns from one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from abdlab.errors import did_you_mean, keywords
-from abdlab.graphs import Phases
+from abdlab.graphs import Captured, Phases
+from abdlab.identity import Described
 from abdlab.losses import kl
 
 if TYPE_CHECKING:
@@ -67,24 +68,7 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return tuple(shape)
 
 
-class Captured:
-    """What :mod:`abdlab.graphs` asks of a source, and no part of the idea: a source
-    that leaves it alone runs without CUDA graphs.
-    """
-
-    #: its ``student_loss`` may be captured as a CUDA graph: it draws nothing, asks the
-    #: device nothing, and decides by :meth:`branch` alone
-    captures: bool = False
-    #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are
-    #: CUDA graphs
-    phases: Phases = Phases()
-
-    def branch(self) -> Hashable:
-        """All that ``student_loss`` decides by in Python, the batch's shapes aside."""
-        return None
-
-
-class Source(Captured):
+class Source(Described, Captured):
     """Makes a student's inputs, and says how the student learns from them.
 
     One pseudo-batch, as :func:`abdlab.distill.distill` runs it::
@@ -132,6 +116,9 @@ class Source(Captured):
     #: pseudo-batches that a run takes of it, where that is not its own length: it is a
     #: member of a mix
     drawn: int | None = None
+    #: the run's pieces; :func:`abdlab.distill.distill` hands others in where they are
+    #: CUDA graphs
+    phases: Phases = Phases()
 
     def __init_subclass__(cls, **given):
         super().__init_subclass__(**given)
