@@ -129,26 +129,29 @@ def _way_out(extra: list[str]) -> str:
 
 
 def _renamed(path: Path, weights: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights by the model's names: what does not fit as it is loses, or gets, the
-    prefixes of wrappers by which most of it fits.
+    """The weights by the model's names. Where names do not fit as they are, they lose,
+    or get, the prefixes of wrappers by which most of them fit.
     """
     known = {name.replace("_orig_mod.", ""): name for name in wanted}
-    strange = {n: n.replace("_orig_mod.", "") for n in weights if n not in wanted}
-    if not strange:
+    bare = {name: name.replace("_orig_mod.", "") for name in weights}
+    if all(name in wanted for name in weights):
         return weights
-    pairs = [(off, on) for off in _beginnings(strange.values()) for on in _beginnings(known)]
+
+    def moved(name: str, off: str, on: str) -> str:
+        return on + name[len(off) :] if name.startswith(off) else name
+
+    pairs = [(off, on) for off in _beginnings(bare.values()) for on in _beginnings(known)]
     off, on = max(
         sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])),  # of equals the shortest
-        key=lambda pair: sum(
-            pair[1] + n[len(pair[0]) :] in known for n in strange.values() if n.startswith(pair[0])
-        ),
+        key=lambda pair: len(known.keys() & {moved(name, *pair) for name in bare.values()}),
     )
-    renamed, origin = {}, {}
+    renamed: dict[str, Any] = {}
+    origin: dict[str, str] = {}
     for name, value in weights.items():
-        bare = strange.get(name, name)
-        new = on + bare[len(off) :] if name in strange and bare.startswith(off) else bare
-        # a name that leads nowhere is better known as it is in the file
-        new = known.get(new, new if off and bare.startswith(off) else name)
+        new = moved(bare[name], off, on)
+        # what leads nowhere is best known as it is in the file; but old weight norms
+        # are known to torch alone, without a prefix
+        new = known.get(new, new if off and bare[name].startswith(off) else name)
         if new in renamed:
             raise CheckpointError(
                 f"{path} has two weights for {shown(new)}: {shown(origin[new])} and {shown(name)}"

@@ -20,7 +20,7 @@ import torch
 
 #: bytes that the interpreted objects of one file may take: a file of a few bytes for
 #: each object could fill a memory otherwise
-BUDGET = 256 * 2**20
+BUDGET = 128 * 2**20
 _PER_STEP = 120  # bytes that one step of a pickle can leave behind, besides its text
 _LONGEST = 96 * 2**20  # bytes of one text or array outside of the tensors
 _KEPT = 2**16  # bytes of the longest text that is kept
@@ -105,12 +105,9 @@ def _tensor_of(storage, offset, size, stride, grad, hooks, dtype, metadata=None)
     dtype = dtype if isinstance(dtype, torch.dtype) else _DTYPES[dtype]
     shape, stride = tuple(size), tuple(stride)
     numbers = (offset, *shape, *stride)
-    if (
-        metadata
-        or storage.dtype not in (None, dtype)
-        or len(shape) != len(stride)
-        or len(shape) > 32
-    ):
+    if metadata or len(shape) != len(stride) or len(shape) > 32:
+        raise Damaged("a tensor of an unknown kind")
+    if storage.dtype not in (None, dtype):
         raise Damaged("a tensor of an unknown kind")
     if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
         raise Damaged("a tensor with a shape that is no shape")
@@ -147,7 +144,7 @@ _UNUSED = [
     *_names(_NUMPY, "scalar _reconstruct _frombuffer"),
     *_names(("pathlib",), "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"),
     *_names(("datetime",), "datetime date time timedelta timezone"),
-    *("torch device", "numpy dtype", "_codecs encode"),
+    *("torch device", "numpy dtype", "_codecs encode", "PIL.Image Image"),
 ]
 
 #: name -> what it makes of plain values
@@ -327,7 +324,7 @@ def interpret(stream: Reader, storages: dict[str, Storage] | None = None) -> Any
         elif name not in ("PROTO", "FRAME"):
             raise Refused(arg if name == "INST" else f"the pickle step {name}")
         if spent > BUDGET:
-            raise Damaged("there is more than 250 MB of objects beside its tensors")
+            raise Damaged("there is more than 128 MB of objects beside its tensors")
     raise Damaged("the pickle has no end")
 
 

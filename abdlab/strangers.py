@@ -53,9 +53,10 @@ class TorchFile:
             zipped = self._map[:4] == b"PK\x03\x04"
             self.tree = self._zipped() if zipped else self._legacy()
         except Refused as refused:
+            name = shown(str(refused), ".")
             raise CheckpointError(
                 f"{path} is a pickle with code or whole objects in it, and loading it could run"
-                f" that code ({shown(str(refused), '.')}): ask for a state dict, best as .safetensors"
+                f" that code ({name}): ask for a state dict, best as .safetensors"
             ) from None
         except CheckpointError:
             raise
