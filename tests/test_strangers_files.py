@@ -845,13 +845,14 @@ from abdlab.errors import CheckpointError
 from test_strangers_files import Net
 
 torch.set_num_threads(1)
-own = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 for name in json.load(open(sys.argv[1] + "/names.json")):
     path = os.path.join(sys.argv[1], name)
     read, write = os.pipe()
     began = time.monotonic()
     if not (child := os.fork()):
         signal.alarm(100)
+        # a fork's memory is not its parent's: pages of libraries come as they are used
+        own = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
         try:
             load_model(path, None if name.startswith("card") else Net)
             said = "loaded"
@@ -859,15 +860,15 @@ for name in json.load(open(sys.argv[1] + "/names.json")):
             said = "refused " + str(error)
         except BaseException as error:
             said = f"failed {type(error).__name__}: {error}"
-        os.write(write, said[:4000].encode())
+        os.write(write, f"{own} {said[:4000]}".encode())
         os._exit(0)
     os.close(write)
     _, status, usage = os.wait4(child, 0)
     with open(read) as pipe:
-        said = pipe.read()
+        own, _, said = pipe.read().partition(" ")
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    row = (name, status, said, usage.ru_maxrss * 1024 - own, size, time.monotonic() - began)
-    print(json.dumps(row), flush=True)
+    peak, seconds = usage.ru_maxrss * 1024 - int(own or 0), time.monotonic() - began
+    print(json.dumps((name, status, said, peak, size, seconds)), flush=True)
 """
 
 
