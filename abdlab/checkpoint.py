@@ -1,5 +1,5 @@
 """Weights on disk: safetensors with a JSON card in the file's own header. Nothing is
-ever unpickled.
+ever unpickled: what others wrote with torch.save is read as data (abdlab.strangers).
 
 One file holds tensors and card, so they cannot drift apart and one rename makes a write
 atomic.
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import struct
+import re
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from abdlab.errors import CheckpointError
+from abdlab.fitting import fit, without_prefixes
 from abdlab.models import build
+from abdlab.pickles import Lazy
+from abdlab.strangers import TorchFile, first_line, kind_of, shown, some, state_dicts
 
 CARD_KEY = "abdlab"
+#: how files of torch.save are called
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pkl")
+_HEADER = 16 * 2**20  # bytes of a safetensors header; those of large language models take 1
 _TENSOR = "$tensor"
 
 
@@ -33,7 +37,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
     """Write ``data`` to ``path`` so that at every instant the file is the old one or
     the new one, whole.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -52,13 +56,20 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
 def save_model(path: str | Path, model: nn.Module, card: dict | None = None) -> Path:
     """Write a model's weights and its card (the model's own ``card`` under ``"model"``,
     when it has one).
+
+    What wrappers put before all names (DataParallel, torch.compile, a ``self.model``) is
+    left out; :func:`load_model` finds the names with and without it.
     """
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        model = getattr(model, "_orig_mod", None) or model.module
     card = {
         "kind": "model",
         **({"model": model.card} if hasattr(model, "card") else {}),
         **(card or {}),
     }
-    return _write(path, model.state_dict(), card)
+    return _write(path, without_prefixes(model.state_dict()), card)
 
 
 def save_state(path: str | Path, tree: Any, card: dict | None = None) -> Path:
@@ -72,7 +83,8 @@ def save_state(path: str | Path, tree: Any, card: dict | None = None) -> Path:
 
 def load_state(path: str | Path, device: str | torch.device = "cpu") -> tuple[Any, dict]:
     """What :func:`save_state` wrote: (tree, card)."""
-    tensors, card = _read_safetensors(Path(path), device)
+    path = _file(path)
+    tensors, card = _read_safetensors(path, device)
     if card.get("kind") != "state":
         raise CheckpointError(
             f"{path} is not a run's checkpoint: it holds {card.get('kind', 'plain weights')}"
@@ -84,15 +96,15 @@ def read_card(path: str | Path) -> dict:
     """The JSON card of a .safetensors file; empty when the file was not written by
     abdlab.
     """
-    path = Path(path)
+    path = _file(path)
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {}).get(CARD_KEY, "{}"))
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file (truncated, or another format): {error}"
+            f"{path} is not a whole safetensors file (truncated, or another format):"
+            f" {first_line(error)}"
         ) from None
     if not isinstance(card, dict):
         raise CheckpointError(
@@ -101,128 +113,165 @@ def read_card(path: str | Path) -> dict:
     return card
 
 
+def _check_header(path: Path) -> None:
+    """Refuse a header that would take far more memory than it describes weights."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if _HEADER < length < path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: its header takes {length / 1e6:.0f} MB, and"
+            f" that of a model at most {_HEADER / 1e6:.0f}"
+        )
+
+
+def _file(path: str | Path) -> Path:
+    """The path of a file that is there and may be read, its ``~`` expanded."""
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} {kind_of(path)}")
+        if not path.exists():
+            raise CheckpointError(f"there is no file {path}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is a device or a pipe, and no file")
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+
+
 def load_model(
     path: str | Path,
     model: nn.Module | Callable[[], nn.Module] | None = None,
     device: str | torch.device = "cpu",
+    *,
+    key: str | None = None,
+    ignore: str | Collection[str] = (),
 ) -> nn.Module:
     """Load weights, also a stranger's, without ever running code from the file.
 
     Args:
-        path: a .safetensors file, or a .pt/.pth state dict, which is read with
-            ``weights_only=True`` and nothing else.
+        path: a .safetensors file, or what torch.save wrote of a state dict, alone or
+            in a dict beside other data (as Lightning and BackdoorBench do).
         model: the module (or a function making it) whose weights these are; by default
             what the card names.
+        key: where the state dict lies ("ema", "nets.teacher"), for files with several.
+        ignore: names that the model does not need: of an entry, of its last part, or of
+            the module that it begins with.
 
     Returns:
         the model in eval mode on ``device``; its ``card`` attribute is the model part
-        of the file's card, if any.
+        of the file's card, if any. Prefixes of wrappers (``module.``, ``_orig_mod.``,
+        ``model.``) come off, or are put before, where names do not fit without.
 
     Raises:
-        CheckpointError: one sentence for a missing or truncated file, a pickle that
-            holds code, an unknown format, missing or extra keys, wrong shapes, weights
-            that are not finite.
+        CheckpointError: one sentence for any file that does not fit or cannot be read,
+            code in a pickle by name, weights that are not finite. A module that was
+            given keeps its weights then.
+
+    >>> load_model("no.pt", nn.Linear(1, 1))
+    Traceback (most recent call last):
+    abdlab.errors.CheckpointError: there is no file no.pt
     """
-    path = Path(path)
-    weights, card = read_weights(path, device)
-    if model is None:
-        if "model" not in card:
-            raise CheckpointError(
-                f"{path} does not say which architecture it holds: pass model=, an nn.Module of"
-                " yours"
-            )
-        try:
-            model = build(**card["model"])
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} names an architecture that cannot be built: {error}"
-            ) from None
-    elif not isinstance(model, nn.Module):
-        model = model()
-    _check_fit(path, model, weights)
-    model.load_state_dict(weights)
+    path = _file(path)
+    weights, card = _read(path, key)
+    given = isinstance(model, nn.Module)
+    model = model if given else _made(path, model, card, weights)
+    fit(path, model, weights, (ignore,) if isinstance(ignore, str) else ignore, undo=given)
     if "model" in card:
         model.card = card["model"]
     return model.to(device).eval()
 
 
 def read_weights(
-    path: str | Path, device: str | torch.device = "cpu"
+    path: str | Path, device: str | torch.device = "cpu", *, key: str | None = None
 ) -> tuple[dict[str, Tensor], dict]:
-    """A flat name -> tensor dict and the card (empty for foreign files). Raises
-    :class:`CheckpointError`.
+    """A flat name -> tensor dict, names as in the file, and the card (empty for foreign
+    files). Raises :class:`CheckpointError`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, device)
-    if path.suffix not in (".pt", ".pth"):
+    weights, card = _read(_file(path), key)
+    return {k: v.clone().to(device) for k, v in weights.items() if isinstance(v, Tensor)}, card
+
+
+def _read(path: Path, key: str | None) -> tuple[dict[str, Any], dict]:
+    """The entries of a file's state dict, tensors as views of the file, and the card."""
+    if (part := re.search(r"-(\d+)-of-(\d+)\.\w+$", path.name)) and int(part[2]) > 1:
         raise CheckpointError(
-            f"{path} is of an unknown kind: weights come as .safetensors, .pt or .pth"
+            f"{path} is part {int(part[1])} of {int(part[2])} of one model: join the parts into one"
+            " file first"
+        )
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        if key is not None:
+            raise CheckpointError(f"{path} holds one state dict: key= is for files with several")
+        return _read_safetensors(path, "cpu")
+    if suffix not in TORCH_SUFFIXES:
+        raise CheckpointError(
+            f"{path} {kind_of(path) or 'is of an unknown kind'}: weights come as .safetensors, .pt"
+            " or .pth, or in torch's format as .ckpt, .bin, .tar or .pkl"
+        )
+    file = TorchFile(path)
+    found = state_dicts(file.tree)
+    names = some(found) if len(found) > 3 else ", ".join(map(shown, found))
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no state dict: expected names with tensors, found {_what(file.tree)}"
+        )
+    if key is not None and key not in found:
+        raise CheckpointError(f"{path} holds no state dict under {key!r}: there are {names}")
+    if key is None and len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds several state dicts: pass key= with one of {names or 'them'}"
+        )
+    weights = next(iter(found.values())) if key is None else found[key]
+    return {k: file.tensor(v) if isinstance(v, Lazy) else v for k, v in weights.items()}, {}
+
+
+def _what(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return f"a dict with {some(tree)}" if tree else "an empty dict"
+    return (
+        "one tensor" if isinstance(tree, Lazy) else f"a {type(tree).__name__.lstrip('_').lower()}"
+    )
+
+
+def _made(
+    path: Path, make: Callable[[], nn.Module] | None, card: dict, weights: Mapping[str, Any]
+) -> nn.Module:
+    """The module that weights are for: what ``make`` returns, or what the card names."""
+    if make is not None:
+        name = getattr(make, "__name__", type(make).__name__)
+        try:
+            model = make()
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: {name}() cannot be made without arguments ({first_line(error)}): pass"
+                " model= an nn.Module, or a function that makes one"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(
+                f"{path}: model= must be an nn.Module or a function that makes one, and {name}()"
+                f" makes a {type(model).__name__}"
+            )
+        return model
+    if "model" not in card:
+        raise CheckpointError(
+            f"{path} does not say which architecture it holds: pass model=, an nn.Module of yours"
         )
     try:
-        weights = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        if not path.read_bytes()[:4].startswith((b"\x80", b"PK\x03\x04")):
-            raise CheckpointError(f"{path} is truncated or no torch file") from None
+        depth = max(map(int, re.findall(r"\d{1,9}", card["model"]["name"])), default=0)
+        held = sum(v.numel() for v in weights.values())
+        with torch.device("meta"):  # a card may ask for any size
+            size = 0
+            if depth <= max(64, len(weights)):
+                size = sum(p.numel() for p in build(**card["model"]).parameters())
+        if depth > max(64, len(weights)) or size > 2 * held + 2**20:
+            raise ValueError("it is larger than the weights beside it")
+        return build(**card["model"])
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path} is a pickle with code or whole objects in it, and loading it could run that"
-            " code: ask for a state dict, best as .safetensors"
+            f"{path} names an architecture that cannot be built: {first_line(error)}"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        zipfile.BadZipFile,
-        struct.error,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no torch file ({type(error).__name__})"
-        ) from None
-    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
-        weights = weights["state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise CheckpointError(f"{path} holds no state dict: expected names with tensors")
-    return {str(k).removeprefix("module."): v for k, v in weights.items()}, {}
-
-
-def _check_fit(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    wanted = model.state_dict()
-    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    name = type(model).__name__
-    missing, extra = (
-        [k for k in wanted if k not in weights and k not in optional],
-        [k for k in weights if k not in wanted],
-    )
-    if missing and extra:
-        raise CheckpointError(
-            f"{path} holds another architecture than {name}: it lacks {_some(missing)} and has"
-            f" {_some(extra)} instead"
-        )
-    if missing:
-        raise CheckpointError(f"{path} lacks {_some(missing)}, which {name} needs")
-    if extra:
-        raise CheckpointError(f"{path} has {_some(extra)}, which {name} does not know")
-    for key, value in wanted.items():
-        if key in weights and weights[key].shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {key} has shape {tuple(weights[key].shape)}, but {name} needs"
-                f" {tuple(value.shape)} (another width, depth or number of classes?)"
-            )
-        if key in weights and not torch.isfinite(weights[key]).all():
-            raise CheckpointError(f"{path}: {key} holds values that are not finite")
-    for key in optional - weights.keys():
-        weights[key] = wanted[key]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], card: dict) -> Path:
@@ -233,8 +282,13 @@ def _write(path: str | Path, tensors: dict[str, Tensor], card: dict) -> Path:
 
 def _read_safetensors(path: Path, device: str | torch.device) -> tuple[dict[str, Tensor], dict]:
     card = read_card(path)
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, card  # noqa: SIM118 (a safe_open cannot be iterated)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, card  # noqa: SIM118 (a safe_open cannot be iterated)
+    except (SafetensorError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} holds a tensor that torch cannot take: {first_line(error)}"
+        ) from None
 
 
 def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -7,12 +7,10 @@ that inside.
 from __future__ import annotations
 
 import csv
-import hashlib
-import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -22,9 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abdlab.augment import augment, deliver, random_views, resized_crops
 from abdlab.errors import did_you_mean
+from abdlab.folders import decode, read_folder, some
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "augment",
+    "deliver",
+    "load",
+    "pick_device",
+    "random_views",
+    "resized_crops",
+    "to_unit",
+]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -37,15 +47,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-def deliver(drawn: Tensor, device: str | torch.device) -> Tensor:
-    """What a CPU generator drew, on the device: the one way there. A CUDA device gets
-    it from pinned memory, and nobody waits.
-    """
-    if torch.device(device).type == "cuda" and not drawn.is_cuda:
-        return drawn.pin_memory().to(device, non_blocking=True)
-    return drawn.to(device)
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Both splits of a data set, on one device.
@@ -54,7 +55,8 @@ class Dataset:
         name: what :func:`load` was asked for.
         train_images, test_images: float32 (N, C, H, W) in [0, 1].
         train_labels, test_labels: int64 (N,).
-        classes: the class names, in label order.
+        classes: the class names, in label order; a run's config can record them, so
+            that a change of the folder's classes is noticed.
         mean, std: per channel, of the training images in [0, 1]; for the model's own
             normalisation.
         shift: the largest random shift in pixels that keeps a label true (padding with
@@ -105,7 +107,9 @@ def load(
 
     Args:
         name: ``digits`` is embedded in scikit-learn and needs no file. ``folder:PATH``
-            reads PATH/train/CLASS/* and PATH/test/CLASS/*.
+            reads PATH/train/CLASS/* and PATH/test/CLASS/*, subfolders included, as
+            three channels (see :mod:`abdlab.folders` for deep grey, EXIF and alpha). A
+            warning says how many files were left out, and why.
         root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB.
         size: resize to size x size pixels; by default 16 for digits, 32 for the others.
         download: let torchvision download what is missing or damaged. It unpacks over
@@ -113,10 +117,13 @@ def load(
             fails leaves what was unpacked alone.
 
     Raises:
-        ValueError: for an unknown name, an image that cannot be decoded, or classes
-            that do not fit.
+        ValueError: for an unknown name, an image that cannot be decoded, a class without
+            images, or classes that do not fit.
         FileNotFoundError: when files are missing or damaged and ``download`` is false,
             or the download fails; it says which.
+
+    >>> load("digits", device="cpu").shape
+    (1, 16, 16)
     """
     device = pick_device(device)
     kind, _, path = name.partition(":")
@@ -213,12 +220,12 @@ def _cifar10_faults(root: Path) -> list[str]:
         for name in sums
         if name not in missing and not check_integrity(folder / name, sums[name])
     ]
-    faults = [f"{_some(damaged)} in {folder.name}: the md5 sum is wrong"] if damaged else []
+    faults = [f"{some(damaged)} in {folder.name}: the md5 sum is wrong"] if damaged else []
     if missing:
         faults.insert(
             0,
             (
-                f"{folder.name} lacks {_some(missing)}"
+                f"{folder.name} lacks {some(missing)}"
                 if folder.is_dir()
                 else f"there is no {folder.name} in it"
             ),
@@ -263,14 +270,14 @@ def _gtsrb(root: Path, size: int | None, download: bool):
             if strange:
                 raise ValueError(
                     f"{base / 'GTSRB/Training'} has folders that are no class of GTSRB:"
-                    f" {_some(strange)} (the classes are {_SIGNS[0]} to {_SIGNS[-1]}; move the"
+                    f" {some(strange)} (the classes are {_SIGNS[0]} to {_SIGNS[-1]}; move the"
                     " others elsewhere)"
                 )
         labels = torch.tensor(
             [int(Path(p).parent.name) if name == "train" else label for p, label in split._samples]
         )
         mend = "delete that file and pass download=True"
-        splits.append(_shuffled(_decode(files, size or 32, base, name, mend), labels))
+        splits.append(_shuffled(decode(files, size or 32, base, name, mend), labels))
     return *splits, [str(i) for i in range(len(_SIGNS))]
 
 
@@ -304,7 +311,7 @@ def _gtsrb_faults(base: Path, split: str) -> list[str]:
 def _training_faults(folder: Path) -> list[str]:
     absent = [name for name in _SIGNS if not (folder / name).is_dir()]
     faults = (
-        [f"{len(absent)} of the 43 class folders are not in {folder.name}: {_some(absent)}"]
+        [f"{len(absent)} of the 43 class folders are not in {folder.name}: {some(absent)}"]
         if absent
         else []
     )
@@ -315,7 +322,7 @@ def _training_faults(folder: Path) -> list[str]:
         elif table.is_file():  # the archive's own list of the folder
             lost = sorted({row.get("Filename") or "" for row in _rows(table)[1]} - there - {""})
             faults += (
-                [f"{table.name} lists images that are not there: {_some(lost)}"] if lost else []
+                [f"{table.name} lists images that are not there: {some(lost)}"] if lost else []
             )
     return faults
 
@@ -337,12 +344,12 @@ def _test_faults(folder: Path, table: Path) -> list[str]:
     faults = []
     if listed - there:
         faults.append(
-            f"{table.name} lists images that are not there: {_some(sorted(listed - there))}"
+            f"{table.name} lists images that are not there: {some(sorted(listed - there))}"
         )
     if there - listed:
         faults.append(
             f"{table.name} lists {len(listed & there)} of {len(there)} test images and lacks"
-            f" {_some(sorted(there - listed))}"
+            f" {some(sorted(there - listed))}"
         )
     return faults
 
@@ -406,73 +413,13 @@ def _whole(
         ) from error
 
 
-def _some(names: Collection[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _folder(root: Path, size: int | None, download: bool):
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise FileNotFoundError(
-                f"{root / split} is not a folder: folder:PATH needs PATH/train/CLASS/* and"
-                " PATH/test/CLASS/*"
-            )
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    strange = sorted({p.name for p in (root / "test").iterdir() if p.is_dir()} - set(classes))
-    if strange:
-        raise ValueError(f"{root / 'test'} has classes that train/ has not: {', '.join(strange)}")
-    splits = []
-    for split in ("train", "test"):
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            found = sorted(
-                p for p in (root / split / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-            )
-            files += map(str, found)
-            labels += [label] * len(found)
-        splits.append(_shuffled(_decode(files, size or 32, root, split), torch.tensor(labels)))
-    return *splits, classes
-
-
-def _decode(
-    files: list[str],
-    size: int,
-    cache_root: Path,
-    split: str,
-    mend: str = "replace it, or take it away",
-) -> Tensor:
-    """Decode image files once; later calls read the cached uint8 tensor beside them.
-    ``mend``: what to do about a bad one.
-    """
-    from PIL import Image, UnidentifiedImageError
-    from tqdm.auto import tqdm
-
-    stamp = hashlib.sha256(
-        repr([(f, os.path.getsize(f), os.path.getmtime(f)) for f in files]).encode()
-    ).hexdigest()[:16]
-    cache = cache_root / f".abdlab-{split}-{size}-{stamp}.npy"
-    if cache.exists():
-        return torch.from_numpy(np.load(cache, allow_pickle=False))
-    out = np.empty((len(files), 3, size, size), np.uint8)
-    for i, file in enumerate(tqdm(files, desc=f"decoding {split}", disable=len(files) < 2000)):
-        try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
-                if image.size != (size, size):
-                    image = image.resize((size, size), Image.Resampling.BILINEAR)
-                out[i] = np.asarray(image).transpose(2, 0, 1)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{file} is not a readable image ({error}): {mend}") from error
-    try:
-        partial = cache.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("wb") as handle:
-            np.save(handle, out)
-        partial.replace(cache)
-    except OSError:
-        pass  # a read-only folder: decoded again the next time
-    return torch.from_numpy(out)
+    classes, splits = read_folder(root)
+    decoded = [
+        _shuffled(decode(files, size or 32, root, split), torch.tensor(labels))
+        for split, (files, labels) in splits.items()
+    ]
+    return *decoded, classes
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -496,114 +443,3 @@ DATASETS: dict[str, tuple[Callable, int, bool]] = {
     "gtsrb": (_gtsrb, 2, False),
     "folder": (_folder, 4, True),
 }
-
-
-def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift every image by its own random offset (zeros move in) and mirror half of
-    them.
-
-    Args:
-        images: (N, C, H, W).
-        shift: up to this many pixels in each direction; 0 leaves positions alone.
-        flip: mirror left-right with probability 1/2.
-        generator: a CPU generator; its draws are moved to the images' device.
-
-    Returns:
-        (N, C, H, W), a new tensor when anything was asked for.
-    """
-    n, _, height, width = images.shape
-    if shift:
-        padded = F.pad(images, [shift] * 4)
-        offset = deliver(
-            torch.randint(0, 2 * shift + 1, (2, n), generator=generator), images.device
-        )
-        rows = offset[0, :, None] + torch.arange(height, device=images.device)
-        cols = offset[1, :, None] + torch.arange(width, device=images.device)
-        index = torch.arange(n, device=images.device)[:, None, None]
-        # contiguous(): strides that look like channels_last would put the whole network
-        # in that format (see models.place)
-        images = (
-            padded[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
-        )
-    if flip:
-        mirrored = deliver(torch.rand(n, generator=generator) < 0.5, images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return images
-
-
-def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -> Tensor:
-    """Cut a box of its own out of every image and stretch it to the images' size;
-    differentiable to the images.
-
-    One affine grid and one bilinear sampling for the whole batch, without smoothing.
-    Where a box leaves the image there are zeros. On CUDA torch sums its gradient in no
-    fixed order, so that last digits differ from run to run.
-
-    Args:
-        images: (N, C, H, W).
-        boxes: (N, 4), top, left, height and width in pixels, not necessarily whole
-            ones; (0, 0, H, W) is the image itself.
-        mirrored: (N,) bool, which results are mirrored left-right.
-
-    Returns:
-        (N, C, H, W), a new tensor.
-    """
-    height, width = images.shape[-2:]
-    top, left, tall, wide = boxes.to(images).unbind(1)
-    # the grid's coordinates run from -1 at the image's left (upper) edge to 1 at its
-    # right (lower) one
-    across, down, zero = wide / width, tall / height, torch.zeros_like(top)
-    shift_x, shift_y = (2 * left + wide) / width - 1, (2 * top + tall) / height - 1
-    if mirrored is not None:
-        across = torch.where(mirrored.to(images.device), -across, across)
-    theta = torch.stack(
-        [torch.stack([across, zero, shift_x], 1), torch.stack([zero, down, shift_y], 1)], 1
-    )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-
-
-def random_views(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    shift: int = 0,
-    scale: Sequence[float] = (1.0, 1.0),
-    ratio: Sequence[float] = (1.0, 1.0),
-    flip: bool = False,
-) -> Tensor:
-    """Show every image through its own random box, stretched to the images' size, and
-    mirror half of them; differentiable.
-
-    Args:
-        images: (N, C, H, W).
-        generator: a CPU generator; its draws are moved to the images' device.
-        shift: the box is then moved by up to this many whole pixels in each direction
-            (zeros move in).
-        scale: range of the box's share of the area, in (0, 1]; uniform. Its place
-            inside the image is uniform, too.
-        ratio: range of its relative width by its relative height; uniform in the
-            logarithm. A side that would leave the image is cut to it (torchvision draws
-            again).
-        flip: mirror left-right with probability 1/2; False where a mirrored image is
-            another one, as for digits.
-
-    Returns:
-        (N, C, H, W), a new tensor. All three off, it is the images up to round-off.
-    """
-    n, _, height, width = images.shape
-    area, shape, y, x, mirror = torch.rand(5, n, generator=generator)
-    area, shape = area * (scale[1] - scale[0]) + scale[0], ratio[0] * (ratio[1] / ratio[0]) ** shape
-    tall, wide = (
-        (area / shape).sqrt().clamp_max(1) * height,
-        (area * shape).sqrt().clamp_max(1) * width,
-    )
-    moved = torch.randint(-shift, shift + 1, (2, n), generator=generator)
-    boxes = torch.stack(
-        [y * (height - tall) + moved[0], x * (width - wide) + moved[1], tall, wide], 1
-    )
-    return resized_crops(
-        images,
-        deliver(boxes, images.device),
-        deliver(mirror < 0.5, images.device) if flip else None,
-    )

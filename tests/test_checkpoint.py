@@ -133,6 +133,27 @@ class TestSafetensors:
         )
         refused(tmp_path / "m.safetensors", match="names an architecture that cannot be built")
 
+    def test_a_card_may_not_ask_for_more_than_the_weights_beside_it(self, tmp_path, tiny):
+        for model in (
+            {"name": "wrn-10-1", "width": 10**6},
+            {"name": "wrn-10-1", "classes": 10**9},
+            {"name": "wrn-1000000-1"},
+        ):
+            card = json.dumps({"model": model})
+            save_file(tiny.state_dict(), tmp_path / "m.safetensors", metadata={"abdlab": card})
+            refused(tmp_path / "m.safetensors", match="larger than the weights beside it")
+
+    def test_a_header_that_is_longer_than_any_models(self, tmp_path):
+        header = b'{"a":"' + b" " * (17 * 2**20) + b'"}'
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        refused(path, Tiny, "its header takes 18 MB, and that of a model at most 17")
+
+    def test_key_is_for_files_with_several(self, tmp_path, tiny):
+        path = save_model(tmp_path / "m.safetensors", tiny)
+        with pytest.raises(CheckpointError, match="holds one state dict: key= is for files"):
+            load_model(path, Tiny, key="model")
+
 
 class TestPickles:
     @pytest.mark.parametrize("suffix", ["pt", "pth"])

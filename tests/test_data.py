@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from abdlab.data import DATASETS, augment, load, pick_device, to_unit
+from abdlab.folders import IMAGE_SUFFIXES
 
 SPLITS = ("train", "test")
 
@@ -250,6 +251,370 @@ class TestFolder:
     def test_no_path(self):
         with pytest.raises(ValueError, match="folder: needs a path"):
             load("folder:")
+
+
+def said(name, **options):
+    """The data set, and the one sentence that loading warns with."""
+    with pytest.warns(UserWarning, match="left out|found no") as caught:
+        data = cpu(name, **options)
+    assert len(caught) == 1
+    return data, str(caught[0].message)
+
+
+class TestWhatIsAClass:
+    @pytest.fixture
+    def tree(self, tree):
+        for file in tree.rglob("*.txt"):
+            file.unlink()
+        return tree
+
+    def test_nothing_left_out_says_nothing(self, tree, recwarn):
+        cpu(f"folder:{tree}")
+        assert not [w for w in recwarn if "left out" in str(w.message)]
+
+    @pytest.mark.parametrize(
+        "name", [".ipynb_checkpoints", "__MACOSX", "$RECYCLE.BIN", "lost+found", "@eaDir", ".git"]
+    )
+    @pytest.mark.parametrize("full", [True, False])
+    def test_hidden_and_system_folders_are_none(self, tree, name, full):
+        before = cpu(f"folder:{tree}", size=6)
+        for split in SPLITS:
+            (tree / split / name).mkdir()
+            if full:
+                paint(tree / split / name / "a" / "b.png", (0, 0, 255))
+        if full:
+            data, message = said(f"folder:{tree}", size=6)
+            assert message == f"{tree}: left out 2 files (2 in hidden or system folders)"
+        else:
+            data = cpu(f"folder:{tree}", size=6)
+        assert data.classes == ("cat", "dog")
+        assert torch.equal(data.train_images, before.train_images)
+        assert torch.equal(data.test_labels, before.test_labels)
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_an_empty_class_is_named(self, tree, split):
+        (tree / "train" / "ant").mkdir()
+        (tree / split / "ant").mkdir(exist_ok=True)
+        if split == "test":
+            paint(tree / "train" / "ant" / "a.png", (1, 2, 3))
+        with pytest.raises(ValueError, match=rf"{split} has classes without images: ant \(fill"):
+            cpu(f"folder:{tree}")
+
+    def test_a_class_that_holds_only_what_is_not_read(self, tree):
+        for split in SPLITS:
+            (tree / split / "ant").mkdir()
+            (tree / split / "ant" / "a.svg").write_text("<svg/>")
+            (tree / split / "ant" / ".a.png").write_bytes(b"hidden")
+        with pytest.raises(ValueError, match="train has classes without images: ant"):
+            cpu(f"folder:{tree}")
+
+    def test_a_class_without_a_test_folder_is_said(self, tree):
+        paint(tree / "train" / "ant" / "a.png", (0, 0, 255))
+        data, message = said(f"folder:{tree}", size=6)
+        assert message == f"{tree}: found no test images of ant"
+        assert data.classes == ("ant", "cat", "dog")
+        assert sorted(data.test_labels.tolist()) == [1, 1, 2]
+        hue = data.test_images.mean(dim=(2, 3)).argmax(1)  # cats are red, dogs are green
+        assert (hue + 1).tolist() == data.test_labels.tolist()
+
+    def test_how_many_files_were_left_out_and_why(self, tree):
+        for name in ("a.txt", "b.txt", "c.psd", "README", ".DS_Store", "Thumbs.db"):
+            (tree / "train" / "cat" / name).write_text("no image")
+        (tree / "train" / "cat" / "gone.png").symlink_to(tree / "nowhere.png")
+        paint(tree / "train" / "stray.png", (0, 0, 255))
+        paint(tree / "train" / "cat" / "sub" / ".trash" / "a.png", (0, 0, 255))
+        data, message = said(f"folder:{tree}", size=6)
+        assert len(data.train_images) == 3
+        assert message.startswith(f"{tree}: left out 9 files (2 ")
+        for reason in (
+            "2 of the kind .txt",
+            "2 hidden",
+            "1 of the kind .psd",
+            "1 of the kind without a suffix",
+            "1 links to nothing",
+            "1 in hidden or system folders",
+        ):
+            assert reason in message
+        assert message.endswith(", and others)")  # the stray image in no class folder
+        assert "\n" not in message
+
+    def test_images_in_folders_below_a_class(self, tree):
+        paint(tree / "train" / "dog" / "2024" / "may" / "deep.png", (0, 0, 255))
+        data = cpu(f"folder:{tree}", size=6)
+        assert sorted(data.train_labels.tolist()) == [0, 0, 1, 1]
+        dogs = data.train_images[data.train_labels == 1].mean(dim=(2, 3)).argmax(1)
+        assert sorted(dogs.tolist()) == [1, 2]
+
+    def test_links_that_lead_back_end(self, tree):
+        (tree / "train" / "dog" / "again").symlink_to(tree / "train" / "dog")
+        (tree / "train" / "dog" / "up").symlink_to(tree / "train")
+        data = cpu(f"folder:{tree}", size=6)
+        assert data.train_labels.tolist().count(1) >= 1
+        assert len(data.train_images) <= 6
+
+
+class TestImageFiles:
+    """Every kind of file with its right values, from a class of one image."""
+
+    @pytest.fixture
+    def read(self, tmp_path):
+        """``read(name, size)``: what folder: makes of the file that ``write`` wrote."""
+
+        def go(name, write, size=16):
+            root = tmp_path / name
+            for split in SPLITS:
+                (root / split / "one").mkdir(parents=True)
+                write(root / split / "one" / name)
+            return cpu(f"folder:{root}", size=size).train_images[0] * 255
+
+        return go
+
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+    @staticmethod
+    def tiff(path, values, *, big=False, bits, kind=1, photometric=1):
+        """A grey TIFF with one strip, written by hand: any width, byte order and sign."""
+        import struct
+
+        order = ">" if big else "<"
+        data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+        height, width = values.shape
+        entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1)]
+        entries += [(262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, height)]
+        entries += [(279, 4, len(data)), (339, 3, kind)]
+        table = struct.pack(order + "H", len(entries))
+        for tag, typ, value in entries:
+            inline = struct.pack(order + ("I" if typ == 4 else "HH"), *(value, 0)[: 5 - typ])
+            table += struct.pack(order + "HHI", tag, typ, 1) + inline
+        head = (b"MM\0*" if big else b"II*\0") + struct.pack(order + "I", 8 + len(data))
+        path.write_bytes(head + data + table + struct.pack(order + "I", 0))
+
+    @pytest.mark.parametrize("size", [256, 64])
+    @pytest.mark.parametrize("name", ["a.png", "a.pgm", "a.tif", "a.TIFF", "big.tif", "high.pgm"])
+    def test_a_16_bit_ramp(self, read, name, size):
+        def write(path):
+            if path.name == "big.tif":
+                self.tiff(path, self.ramp, big=True, bits=16)
+            elif path.name == "high.pgm":
+                head = b"P5 256 256 65535\n"
+                path.write_bytes(head + self.ramp.astype(">u2").tobytes())
+            else:
+                Image.fromarray(self.ramp).save(path)
+
+        seen = read(name, write, size)
+        assert seen.mean().item() == pytest.approx(127.5, abs=0.1)
+        assert torch.equal(seen[0], seen[1])
+        if size == 256:
+            right = torch.from_numpy((self.ramp / 257.0).round().astype(np.float32))
+            assert (seen[0] - right).abs().max() <= 1  # .5 may round either way
+            assert len(seen.round().unique()) == 256
+
+    @pytest.mark.parametrize("big", [True, False])
+    @pytest.mark.parametrize(
+        ("values", "bits", "kind"),
+        [
+            (ramp.astype(np.uint32) * 65537, 32, 1),
+            (ramp.astype(np.int32) * 32768, 32, 2),
+            ((ramp / 65535).astype(np.float32), 32, 3),
+            (ramp, 16, 1),
+        ],
+        ids=["uint32", "int32", "float32", "uint16"],
+    )
+    def test_grey_tiffs_by_hand(self, read, big, values, bits, kind):
+        if big and values.dtype == np.uint32:  # Pillow has no decoder for these
+            with pytest.raises(ValueError, match=r"a\.tif is not a readable image"):
+                read("a.tif", lambda p: self.tiff(p, values, big=big, bits=bits, kind=kind), 256)
+            return
+        seen = read("a.tif", lambda p: self.tiff(p, values, big=big, bits=bits, kind=kind), 256)
+        assert seen.mean().item() == pytest.approx(127.5, abs=0.1)
+        assert len(seen.round().unique()) == 256
+
+    def test_a_tiff_that_counts_from_white_to_black(self, read):
+        values = np.full((4, 4), 65535 // 4, np.uint16)
+        seen = read("a.tif", lambda p: self.tiff(p, values, bits=16, photometric=0), 4)
+        assert seen.mean().item() == pytest.approx(191, abs=1)
+
+    @pytest.mark.parametrize("wrong", [2.0, -0.5, float("nan")])
+    def test_floats_outside_the_unit_interval_are_refused(self, read, wrong):
+        values = np.full((4, 4), wrong, np.float32)
+        with pytest.raises(ValueError, match=r"a\.tif is not a readable image \(its grey values"):
+            read("a.tif", lambda p: self.tiff(p, values, bits=32, kind=3))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("a.jpg", "a.jpeg", "a.JPE", "a.jfif", "a.png", "a.PNG", "a.ppm", "a.pgm", "a.pnm"),
+            *("a.pbm", "a.bmp", "a.dib", "a.tif", "a.TIFF", "a.webp", "a.gif", "a.tga"),
+        ],
+    )
+    def test_every_format(self, read, name):
+        def write(path):
+            kind = {"pgm": "L", "pbm": "1"}.get(path.suffix[1:], "RGB")
+            Image.new("RGB", (8, 8), (255, 255, 255)).convert(kind).save(path)
+
+        assert read(name, write, 8).min() >= 253
+
+    def test_torchvisions_formats_are_all_read(self):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        assert set(IMG_EXTENSIONS) <= set(IMAGE_SUFFIXES)
+
+    def test_of_an_animation_the_first_picture(self, read):
+        def write(path):
+            first, second = (Image.new("RGB", (8, 8), c) for c in ((255, 0, 0), (0, 0, 255)))
+            first.save(path, save_all=True, append_images=[second])
+
+        assert read("a.gif", write, 8).mean(dim=(1, 2)).tolist() == [255, 0, 0]
+
+    @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.tga"])
+    def test_what_is_transparent_is_black(self, read, name):
+        def write(path):
+            pixels = np.zeros((8, 8, 4), np.uint8)
+            pixels[..., 0] = 200  # red everywhere, also where nobody sees it
+            pixels[:, 4:, 3] = 255
+            options = {"lossless": True, "exact": True} if path.suffix == ".webp" else {}
+            Image.fromarray(pixels).save(path, **options)
+
+        seen = read(name, write, 8)
+        assert seen[:, :, :4].abs().max() == 0
+        assert seen[0, :, 4:].mean().item() == pytest.approx(200, abs=1)
+
+    def test_half_transparent_and_palette(self, read):
+        half = read("a.png", lambda p: Image.new("RGBA", (4, 4), (200, 100, 0, 128)).save(p), 4)
+        assert half.mean(dim=(1, 2)).tolist() == pytest.approx([100, 50, 0], abs=1)
+
+        def palette(path):
+            image = Image.new("P", (4, 4), 1)
+            image.putpalette([0, 0, 0, 10, 20, 30])
+            image.save(path, transparency=1)
+
+        assert read("b.png", palette, 4).abs().max() == 0
+
+    @pytest.mark.parametrize("turn", range(1, 9))
+    @pytest.mark.parametrize("name", ["a.jpg", "a.png", "deep.png"])
+    def test_exif_rotation_is_applied(self, read, name, turn):
+        upright = np.zeros((16, 16), np.uint8)
+        upright[:8, :8], upright[:8, 8:] = 250, 120  # bright at the top left, then clockwise
+        back = {  # how a camera stores it
+            1: lambda x: x,
+            2: np.fliplr,
+            3: lambda x: np.rot90(x, 2),
+            4: np.flipud,
+            5: np.transpose,
+            6: lambda x: np.rot90(x, 1),
+            7: lambda x: np.rot90(x, 2).T,
+            8: lambda x: np.rot90(x, -1),
+        }[turn]
+
+        def write(path):
+            stored = back(upright)
+            if path.name == "deep.png":
+                stored = stored.astype(np.uint16) * 257
+            exif = Image.Exif()
+            exif[274] = turn
+            Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+
+        seen = read(name, write)
+        corners = [seen[0, y, x].item() for y, x in ((3, 3), (3, 12), (12, 12), (12, 3))]
+        assert corners == pytest.approx([250, 120, 0, 0], abs=4)
+
+    def test_a_huge_png_ends_in_one_sentence(self, tree):
+        import struct
+        import zlib
+
+        def chunk(name, data):
+            return (
+                struct.pack(">I", len(data)) + name + data
+                + struct.pack(">I", zlib.crc32(name + data))
+            )  # fmt: skip
+
+        head = struct.pack(">IIBBBBB", 14000, 14000, 8, 0, 0, 0, 0)
+        bomb = tree / "train" / "dog" / "bomb.png"
+        bomb.write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) +
+            chunk(b"IEND", b"")
+        )  # fmt: skip
+        assert "bomb.png has more than 179 megapixels" in complaint(f"folder:{tree}", tree)
+
+    def test_an_image_that_pillow_only_warns_of_is_read(self, tree, monkeypatch, recwarn):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # the cat has 64 pixels
+        monkeypatch.setattr("abdlab.folders.Image.MAX_IMAGE_PIXELS", 60)
+        for name in ("train/cat/b.JPEG", "test/cat/b.JPEG"):
+            (tree / name).unlink()
+        assert len(cpu(f"folder:{tree}").train_images) == 2
+        assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
+
+    def test_another_decoder_gets_no_file_to_see(self, tree):
+        (tree / "train" / "dog" / "b.png").write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+        )
+        assert "b.png is not a readable image" in complaint(f"folder:{tree}", tree)
+
+
+class TestCacheOfDecodedImages:
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: data[: len(data) // 2],
+            lambda data: b"",
+            lambda data: data[:20],
+            lambda data: b"garbage" * 50,
+            lambda data: data.replace(b"|u1", b"|i1"),
+        ],
+        ids=["half", "empty", "head", "garbage", "another type"],
+    )
+    def test_one_that_cannot_be_read_is_made_anew(self, tree, damage):
+        first = cpu(f"folder:{tree}", size=6)
+        caches = sorted(tree.glob(".abdlab-*"))
+        whole = [cache.read_bytes() for cache in caches]
+        for cache in caches:
+            cache.write_bytes(damage(cache.read_bytes()))
+        assert torch.equal(cpu(f"folder:{tree}", size=6).train_images, first.train_images)
+        assert [cache.read_bytes() for cache in sorted(tree.glob(".abdlab-*"))] == whole
+
+    def test_one_of_another_shape_is_made_anew(self, tree):
+        first = cpu(f"folder:{tree}", size=6)
+        for cache in tree.glob(".abdlab-*"):
+            np.save(cache, np.zeros((1, 3, 6, 6), np.uint8))
+        assert torch.equal(cpu(f"folder:{tree}", size=6).train_images, first.train_images)
+
+    def test_one_that_holds_a_pickle_is_never_unpickled(self, tree, tmp_path):
+        cpu(f"folder:{tree}", size=6)
+
+        class Bomb:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "exploded"), "w"))
+
+        for cache in tree.glob(".abdlab-*"):
+            np.save(cache, np.array([Bomb()], dtype=object), allow_pickle=True)
+        cpu(f"folder:{tree}", size=6)
+        assert not (tmp_path / "exploded").exists()
+
+    def test_old_ones_are_removed(self, tree):
+        cpu(f"folder:{tree}", size=6)
+        cpu(f"folder:{tree}", size=8)
+        before = set(tree.glob(".abdlab-*"))
+        forgotten = tree / ".abdlab-train-6-0123456789abcdef.77.tmp"
+        young = tree / ".abdlab-train-6-0123456789abcdef.78.tmp"
+        for file in (forgotten, young):
+            file.write_bytes(b"half")
+        os.utime(forgotten, (0, 0))
+        paint(tree / "train" / "dog" / "new.png", (0, 0, 255))
+        cpu(f"folder:{tree}", size=6)
+        after = set(tree.glob(".abdlab-*"))
+        assert len([p for p in after if p.suffix == ".npy"]) == 4
+        assert len(before & after) == 3  # the test split, and those of the other size
+        assert young in after
+        assert forgotten not in after
+
+    def test_one_folder_has_one_cache_however_it_is_written(self, tree, monkeypatch):
+        cpu(f"folder:{tree}", size=6)
+        before = {p: p.stat().st_mtime_ns for p in tree.glob(".abdlab-*")}
+        monkeypatch.chdir(tree.parent)
+        monkeypatch.setenv("HOME", str(tree.parent))
+        for name in (tree.name, f"./{tree.name}/../{tree.name}", f"~/{tree.name}"):
+            cpu(f"folder:{name}", size=6)
+        assert {p: p.stat().st_mtime_ns for p in tree.glob(".abdlab-*")} == before
 
 
 class TestCifar10:

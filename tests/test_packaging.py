@@ -5,6 +5,7 @@ are those of the README.
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -34,6 +35,29 @@ def test_every_dependency_states_a_lower_bound():
     extras = project["optional-dependencies"].values()
     everything = [*project["dependencies"], *itertools.chain(*extras)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", d) for d in everything)
+
+
+@pytest.mark.slow
+def test_the_lowest_versions_can_be_installed_together(tmp_path):
+    """Every lower bound is a version that exists and goes with all the others: pinned to
+    them, a resolver (uv's, which is quick, else pip's) finds the rest.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    pins = tmp_path / "lowest.txt"
+    pins.write_text("\n".join(d.replace(">=", "==") for d in stated))
+    if uv := shutil.which("uv"):
+        command = [uv, "pip", "compile", "-q", "--python", sys.executable, str(pins)]
+    else:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "-r", str(pins)]
+        command += ["--ignore-installed", "--only-binary", ":all:", "--retries", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    unreachable = (
+        "ailed to (fetch|establish)|client error|timed out|No module named pip|versions: none"
+    )
+    if done.returncode and (found := re.search(f".*({unreachable}).*", done.stderr)):
+        pytest.skip(f"no index of packages can be reached: {found[0].strip()[:200]}")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", batch.notebooks().values(), ids=lambda p: p.stem)
