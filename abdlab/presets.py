@@ -270,6 +270,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             # teaches it again
             "hold": True,
         },
+        "tu": {
+            **_STAMPS,
+            "start": 0.5,
+            "inner_steps": 40,
+            "renewals": 19,
+            "balance": 4.0,
+            "without": ["attention"],
+            "hold": True,
+        },
     },
     # The paper's main table. attack.trigger is one of its ten; badnet_grid stands for
     # them.

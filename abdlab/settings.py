@@ -82,6 +82,7 @@ SECTIONS: dict[str, list[str]] = {
     "clean": _free(SOURCES["clean"], *_AUGMENT),
     "sv": _free(DEFENSES["sv"]),
     "sr": _free(DEFENSES["sr"]),
+    "tu": _free(DEFENSES["tu"]),
 }
 
 

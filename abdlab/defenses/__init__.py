@@ -1,19 +1,26 @@
 """Defences against an inherited backdoor. A new one is one file and one line here."""
 
 from abdlab.defenses.defense import Defense
+from abdlab.defenses.late import Late
 from abdlab.defenses.self_retrospection import SelfRetrospection
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, suspicion
 from abdlab.defenses.shuffling_vaccine import ShufflingVaccine, VaccineNotFound
+from abdlab.defenses.trigger_unlearning import TriggerUnlearning
+from abdlab.registry import Registry
 
 #: name -> class, as presets and parameter cells name them
-DEFENSES = {"sv": ShufflingVaccine, "sr": SelfRetrospection}
+DEFENSES = Registry(
+    "defense", {"sv": ShufflingVaccine, "sr": SelfRetrospection, "tu": TriggerUnlearning}
+)
 
 __all__ = [
     "DEFENSES",
     "Defense",
+    "Late",
     "SelfRetrospection",
     "ShuffledTeacher",
     "ShufflingVaccine",
+    "TriggerUnlearning",
     "VaccineNotFound",
     "suspicion",
 ]

@@ -12,7 +12,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import deliver
-from abdlab.defenses.defense import Defense
+from abdlab.defenses.late import Late
 from abdlab.defenses.inverted_triggers import Stamps
 from abdlab.defenses.plans import Plan
 from abdlab.features import frozen, mode
@@ -112,7 +112,7 @@ def _in_place(buffer: Tensor | None, value: Tensor) -> Tensor:
     return buffer.copy_(value)
 
 
-class SelfRetrospection(Defense):
+class SelfRetrospection(Late):
     """Late in the run, the student also learns to keep its answer under the worst
     universal perturbation of the batch.
 
