@@ -212,7 +212,7 @@ def test_a_study_counts_each_model_once():
     assert summary.loc["sv+sr", "ASR std (%)"] == pytest.approx(11.5)  # of 20, 20, 40, 40
 
 
-def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
+def test_a_matrix_has_a_row_per_trigger_and_defense_and_a_column_per_source():
     frame = study_results()
     frame.loc[frame["label"] == "zskt", "acc"] = 0.875
     teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {
@@ -280,7 +280,7 @@ def test_study_figures_say_what_they_show():
     plt.close("all")
 
 
-def test_a_defence_has_one_colour_whatever_the_source():
+def test_a_defense_has_one_colour_whatever_the_source():
     assert plots.color_of("cmi+sv") == plots.color_of("zskt+sv") != plots.color_of("zskt")
     assert labels.name_of("clean") == "clean KD"
     assert labels.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [

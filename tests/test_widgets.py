@@ -17,7 +17,7 @@ from abdlab.settings import Settings, settings
 from abdlab.students import distilled
 from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import (
-    DefenceTuner,
+    DefenseTuner,
     RunBrowser,
     SampleExplorer,
     TriggerDesigner,
@@ -41,8 +41,8 @@ TINY = {
     "sv.alpha": 0.55,
     "sv.layers": 3,
     "sv.warmup": 0.0,
-    "sr.start": 0.5,
-    "sr.inner_steps": 2,
+    "tu.start": 0.5,
+    "tu.inner_steps": 2,
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::abdlab.WeakTeacher")
@@ -77,8 +77,8 @@ def root(teacher, tmp_path):
 
 @pytest.fixture
 def tuner(root, chosen, data):
-    made = DefenceTuner(root, chosen, data, needs_page=False)
-    made.with_floor.value = False
+    made = DefenseTuner(root, chosen, data, needs_page=False)
+    made.controls.with_floor.value = False
     yield made
     made.stop()
     if made.worker is not None and made.worker.alive():
@@ -92,7 +92,7 @@ def finished(teacher, chosen, data, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("finished") / "runs"
     shutil.copytree(teacher, root)
-    DefenceTuner(root, chosen, data, needs_page=False).run()
+    DefenseTuner(root, chosen, data, needs_page=False).run()
     return root
 
 
@@ -182,12 +182,12 @@ class TestTriggerDesigner:
         assert [s for s in seen if s] == [designer.overrides] * 2
 
 
-class TestDefenceTuner:
+class TestDefenseTuner:
     def test_says_what_to_do_first(self, tuner):
         assert "press Start" in tuner.empty.value
         assert tuner.state == "idle"
-        assert tuner.stop_button.disabled
-        assert tuner.copy_button.disabled
+        assert tuner.controls.buttons["Stop"].disabled
+        assert tuner.controls.buttons["Copy as parameters"].disabled
 
     @pytest.mark.slow
     def test_equals_the_headless_run_number_for_number(self, tuner, root, chosen, data, tmp_path):
@@ -195,12 +195,12 @@ class TestDefenceTuner:
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
         _, metrics = distilled(
-            root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+sr"
+            root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+tu"
         )
         same = ("acc", "asr", "defenses", "threads")
         ours = Run(root / "seed0" / tuner.folder)
         assert {k: ours.metrics[k] for k in same} == {k: metrics[k] for k in same}
-        theirs = Run(root / "seed0" / "zskt+sv+sr")
+        theirs = Run(root / "seed0" / "zskt+sv+tu")
         a, b = (read_weights(r.file("student.safetensors"))[0] for r in (ours, theirs))
         assert all(torch.equal(a[k], b[k]) for k in b)
         both = [
@@ -214,16 +214,16 @@ class TestDefenceTuner:
         hold(tuner, 3)
         tuner.start()
         until(lambda: tuner.step == 3)
-        assert tuner.knob("k").disabled
-        assert not tuner.alpha.disabled
+        assert tuner.knob("sv.k").disabled
+        assert not tuner.knob("sv.alpha").disabled
         tuner.state = "paused"
-        tuner.alpha.value = 0.3
+        tuner.knob("sv.alpha").value = 0.3
         tuner.unobserve_all("step")
         hold(tuner, 5)
         tuner.start()
         until(lambda: tuner.step == 5)
         tuner.state = "paused"
-        history = Run(root / "seed0" / "zskt+sv+sr@1")
+        history = Run(root / "seed0" / "zskt+sv+tu@1")
         tuner.branch()  # stops the paused run
         assert tuner.state == "stopped"
         assert history.metrics["stopped_at"] == 5
@@ -233,12 +233,12 @@ class TestDefenceTuner:
         assert history.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3]]
 
         tuner.unobserve_all("step")
-        tuner.alpha.value = 0.8
+        tuner.knob("sv.alpha").value = 0.8
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
-        assert tuner.folder == "zskt+sv+sr@2"
-        branch = Run(root / "seed0" / "zskt+sv+sr@2")
+        assert tuner.folder == "zskt+sv+tu@2"
+        branch = Run(root / "seed0" / "zskt+sv+tu@2")
         assert branch.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3], [5, 0.8]]
         assert branch.history()["step"].min() <= 3  # it has its trunk's history
 
@@ -247,19 +247,19 @@ class TestDefenceTuner:
         tuner.origin.value = next(
             o
             for _, o in tuner.origin.options
-            if o.folder == "zskt+sv+sr@1" and o.checkpoint is None
+            if o.folder == "zskt+sv+tu@1" and o.checkpoint is None
         )
-        assert tuner.alpha.value == 0.3
+        assert tuner.knob("sv.alpha").value == 0.3
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
         assert history.metrics.get("stopped_at") is None
 
-        for folder in ("zskt+sv+sr@1", "zskt+sv+sr@2"):
+        for folder in ("zskt+sv+tu@1", "zskt+sv+tu@2"):
             given = yaml.safe_load(tuner.parameters(folder))
             given["run"] = str(tmp_path / folder)
             batch.execute("02", tmp_path / "02.ipynb", given, threads=1)
-            again = Run(tmp_path / folder / "seed0" / "zskt+sv+sr").metrics
+            again = Run(tmp_path / folder / "seed0" / "zskt+sv+tu").metrics
             ours = Run(root / "seed0" / folder).metrics
             assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
 
@@ -275,25 +275,25 @@ class TestDefenceTuner:
             assert turned.wait(60)
             return prepare(*args, **more)
 
-        monkeypatch.setattr("abdlab.widgets.defence_tuner.prepare", slow)
-        layers, began = tuner.layers.value, tuner.start_at.value
+        monkeypatch.setattr("abdlab.widgets.job.prepare", slow)
+        layers, began = tuner.knob("sv.layers").value, tuner.knob("tu.start").value
         tuner.start()
-        tuner.alpha.value = 0.3
+        tuner.knob("sv.alpha").value = 0.3
         assert "sv.alpha is 0.3 from the student" in tuner.status.value
-        tuner.layers.value, tuner.start_at.value = layers + 1, 0.9
-        assert (tuner.layers.value, tuner.start_at.value) == (layers, began)
-        assert f"sr.start is {began:g} in this run" in tuner.status.value
+        tuner.knob("sv.layers").value, tuner.knob("tu.start").value = layers + 1, 0.9
+        assert (tuner.knob("sv.layers").value, tuner.knob("tu.start").value) == (layers, began)
+        assert f"tu.start is {began:g} in this run" in tuner.status.value
         turned.set()
         until(lambda: tuner.state == "done")
         run = Run(root / "seed0" / tuner.folder)
         assert run.config["sv"]["alpha"] == 0.3
-        assert (run.config["sv"]["layers"], run.config["sr"]["start"]) == (layers, began)
+        assert (run.config["sv"]["layers"], run.config["tu"]["start"]) == (layers, began)
         assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 0 on" in str(
             run.history()["events"].tolist()
         )
 
-        tuner.layers.value = layers + 1  # of the next run
-        assert tuner.layers.value == layers + 1
+        tuner.knob("sv.layers").value = layers + 1  # of the next run
+        assert tuner.knob("sv.layers").value == layers + 1
 
     def test_stop_finishes_the_step_measures_and_saves(self, tuner, root):
         hold(tuner, 2)
@@ -309,13 +309,13 @@ class TestDefenceTuner:
         )
         assert run.history()["acc"].notna().sum() == 1
         until(lambda: not tuner.worker.alive())
-        assert tuner.start_button.description == "Go on"
+        assert tuner.controls.buttons["Start"].description == "Go on"
 
     def test_an_error_is_one_sentence_with_the_details_folded(self, tuner, monkeypatch):
         def broken(*_args, **_more):
             raise ValueError("the generator is <broken>")
 
-        monkeypatch.setattr("abdlab.widgets.defence_tuner.distillation", broken)
+        monkeypatch.setattr("abdlab.widgets.job.distillation", broken)
         tuner.start()
         until(lambda: tuner.state == "failed")
         assert tuner.trouble.sentence == "the generator is <broken>"
@@ -327,7 +327,7 @@ class TestDefenceTuner:
         hold(tuner, 1)
         tuner.start()
         until(lambda: tuner.step == 1)
-        other = DefenceTuner(tmp_path / "elsewhere", chosen, data, needs_page=False)
+        other = DefenseTuner(tmp_path / "elsewhere", chosen, data, needs_page=False)
         other.start()
         assert "one run at a time" in other.trouble.sentence
         assert other.state == "failed"
@@ -336,17 +336,17 @@ class TestDefenceTuner:
         hold(tuner, 1)
         tuner.start()
         until(lambda: tuner.step == 1)
-        again = DefenceTuner(root, chosen, data, needs_page=False)
+        again = DefenseTuner(root, chosen, data, needs_page=False)
         assert not tuner.worker.alive()
         assert [t for t in threading.enumerate() if t.name == "abdlab-run"] == []
         options = [text for text, _ in again.origin.options]
-        assert "go on with zskt+sv+sr@1 at step 1" in options
+        assert "go on with zskt+sv+tu@1 at step 1" in options
 
     def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):
         monkeypatch.setattr(workers, "PATIENCE", 0.0)
         page = looks.page()
         monkeypatch.setattr(page, "heard", time.monotonic() - 1)
-        tuner.keep_on.value = False
+        tuner.controls.keep_on.value = False
         tuner.start()
         until(lambda: tuner.state == "stopped")
         assert "the page was closed" in tuner.worker.why
@@ -357,7 +357,7 @@ class TestDefenceTuner:
         until(lambda: tuner.step == 6)
         tuner.state = "paused"
         tuner.branch()
-        tuner.lr.value = 2e-3
+        tuner.knob("tu.lr").value = 2e-3
         tuner.start()
         assert "branch off earlier" in tuner.trouble.sentence
 
@@ -379,15 +379,15 @@ class TestDefenceTuner:
     def test_knows_how_long_it_takes(self, tuner):
         assert tuner.left() is None
         tuner.total = 20
-        tuner._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
+        tuner.live._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
         assert tuner.left() == pytest.approx(15)
 
     def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
         assert tuner.chosen.values == chosen.values
-        tuner.layers.value = 2
-        tuner.lr.value = 1e-3
+        tuner.knob("sv.layers").value = 2
+        tuner.knob("tu.lr").value = 1e-3
         assert tuner.chosen.values["sv"]["layers"] == 2
-        assert tuner.chosen.values["sr"]["lr"] == 1e-3
+        assert tuner.chosen.values["tu"]["lr"] == 1e-3
 
 
 class TestSampleExplorer:
@@ -399,7 +399,7 @@ class TestSampleExplorer:
         assert "No samples yet" in SampleExplorer(tmp_path, "cpu").empty.value
 
     def test_opens_a_run_with_all_its_numbers(self, explorer):
-        assert explorer.run.value == "seed0/zskt+sv+sr@1"
+        assert explorer.run.value == "seed0/zskt+sv+tu@1"
         assert list(explorer.table) == [
             "step",
             "index",
@@ -480,11 +480,11 @@ class TestSampleExplorer:
         import shutil
 
         shutil.copytree(finished, tmp_path / "r")
-        (tmp_path / "r/seed0/zskt+sv+sr@1/checkpoint.safetensors").write_bytes(b"no")
+        (tmp_path / "r/seed0/zskt+sv+tu@1/checkpoint.safetensors").write_bytes(b"no")
         broken = SampleExplorer(tmp_path / "r", "cpu")
         assert (
             "not a whole safetensors file" in broken.trouble.sentence
-            or broken.run.value != "seed0/zskt+sv+sr@1"
+            or broken.run.value != "seed0/zskt+sv+tu@1"
         )
 
 
@@ -504,16 +504,16 @@ class TestRunBrowser:
 
     def test_lists_and_filters(self, browser):
         names = [row["id"] for row in browser.rows.rows]
-        assert names == ["seed0/clean", "seed0/teacher", "seed0/zskt+sv+sr@1"]
+        assert names == ["seed0/clean", "seed0/teacher", "seed0/zskt+sv+tu@1"]
         browser.method.value = "teacher"
         assert [row["id"] for row in browser.rows.rows] == ["seed0/teacher"]
         browser.method.value, browser.text.value = "all", "sv"
-        assert [row["id"] for row in browser.rows.rows] == ["seed0/zskt+sv+sr@1"]
+        assert [row["id"] for row in browser.rows.rows] == ["seed0/zskt+sv+tu@1"]
         browser.text.value, browser.least_acc.value = "", 100
         assert "None of the 3 runs passes" in browser.note.value
 
     def test_two_runs_side_by_side(self, browser):
-        browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+sr@1"]
+        browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+tu@1"]
         assert len(browser.sides.children) == 2
         text = str(
             [
@@ -526,10 +526,10 @@ class TestRunBrowser:
         assert "Settings that differ" in text
 
     def test_deletes_only_after_asking(self, browser):
-        folder = browser.root / "seed0/zskt+sv+sr@1"
-        browser.rows.chosen = ["seed0/zskt+sv+sr@1"]
+        folder = browser.root / "seed0/zskt+sv+tu@1"
+        browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
         browser.ask()
-        assert "Delete seed0/zskt+sv+sr@1 with all files?" in browser._question.value
+        assert "Delete seed0/zskt+sv+tu@1 with all files?" in browser._question.value
         browser.keep()
         browser.delete()
         assert folder.exists()
@@ -566,10 +566,10 @@ class TestWorkbench:
 
     def test_headless_it_runs_to_its_end_and_shows_what_came_of_it(self, root, chosen, monkeypatch):
         monkeypatch.setenv("ABDLAB_HEADLESS", "1")
-        bench = Workbench(root, chosen, "zskt+sr")
+        bench = Workbench(root, chosen, "zskt+tu")
         assert 0 <= bench.finish()["acc"] <= 1
-        assert bench.explorer.run.value == "seed0/zskt+sr@1"
-        assert "seed0/zskt+sr@1" in [row["id"] for row in bench.browser.rows.rows]
+        assert bench.explorer.run.value == "seed0/zskt+tu@1"
+        assert "seed0/zskt+tu@1" in [row["id"] for row in bench.browser.rows.rows]
 
 
 class TestLooks:
