@@ -144,6 +144,46 @@ class TestTriggerDesigner:
         else:
             assert designer.picture.png
 
+    def test_another_trigger_and_back_keeps_its_size(self, designer):
+        """5x5 from the preset, or what the user has set since."""
+        for size in (5, 6):
+            designer.controls["size"].value = size
+            designer.trigger.value = "sig"
+            designer.trigger.value = "badnet_sq"
+            assert designer.controls["size"].value == size
+            assert designer.overrides["attack.params"]["size"] == size
+
+    def test_takes_what_the_preset_recommends(self, designer):
+        designer.trigger.value = "sig"
+        assert designer.overrides["attack.params"] == {"strength": 0.6, "frequency": 3}
+
+    def test_a_trigger_of_ones_own_has_controls_of_its_types(self, designer, monkeypatch):
+        def ring(
+            images,
+            radius: int = 3,
+            style: str = "dotted",
+            filled: bool = False,
+            gain: float = 2.5,
+            width: int | None = None,
+            anything=None,
+        ):
+            return images
+
+        monkeypatch.setitem(abdlab.TRIGGERS, "ring", ring)
+        designer.trigger.options = [*designer.trigger.options, "ring"]
+        designer.trigger.value = "ring"
+        assert not designer.trouble.sentence
+        values = {key: control.value for key, control in designer.controls.items()}
+        assert values == {
+            "radius": 3,
+            "style": "dotted",
+            "filled": False,
+            "gain": 2.5,
+            "width": 0,
+        }
+        assert isinstance(values["radius"], int)
+        assert designer.overrides["attack.params"]["radius"] == 3
+
     def test_two_triggers_compose_and_the_settings_take_them(self, designer, chosen, data):
         designer.also.value = "blend"
         designer.rate.value, designer.target.value = 0.2, 3
@@ -537,6 +577,57 @@ class TestRunBrowser:
         browser.delete()
         assert not folder.exists()
         assert browser.rows.chosen == []
+
+    def test_delete_leaves_what_the_filters_hide(self, browser):
+        hidden, shown = "seed0/zskt+sv+tu@1", "seed0/clean"
+        browser.rows.chosen = [hidden, shown]
+        browser.text.value = "clean"
+        browser.ask()
+        assert browser._question.value.count("seed0/") == 1
+        browser.delete()
+        assert (browser.root / hidden).exists()
+        assert not (browser.root / shown).exists()
+
+        browser.ask()  # nothing that is chosen is in sight
+        assert f"the filters hide {hidden}" in browser.trouble.sentence
+        assert browser._asked == []
+
+    def test_a_filter_withdraws_the_question(self, browser):
+        browser.rows.chosen = ["seed0/clean"]
+        browser.ask()
+        browser.text.value = "teacher"
+        browser.delete()
+        assert (browser.root / "seed0/clean").exists()
+
+    @pytest.mark.parametrize(
+        "metrics",
+        [
+            {"acc": {"teacher": 0.9}, "asr": {"zskt": 0.9}, "seconds": "long", "label": None},
+            {"acc": [0.9], "asr": float("nan"), "label": {"a": 1}, "stopped_at": 3},
+            ["no", "mapping"],
+            {"label": "not a/method/at all", "seed": {}},
+        ],
+    )
+    def test_only_numbers_count(self, browser, metrics):
+        """A notebook may keep a dict under asr, as 04 does."""
+        folder = browser.root / "04_trigger_activations"
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        browser.refresh()
+        assert not browser.trouble.sentence
+        row = next(row for row in browser.rows.rows if row["id"] == folder.name)
+        assert row["cells"][1:5] == ["notebook", row["cells"][2], "", ""]
+        browser.most_asr.value = 50
+        browser.rows.chosen = [folder.name, "seed0/clean"]
+        assert not browser.trouble.sentence
+        assert len(browser.sides.children) == 2
+        assert len(RunBrowser(browser.root).found) == 4
+
+    def test_a_callback_that_raises_says_so(self, browser):
+        (browser.root / "seed0/clean/history.jsonl").write_text("{not json\n")
+        browser.rows.chosen = ["seed0/clean"]
+        assert "JSONDecodeError" in browser.trouble.sentence or browser.trouble.sentence
+        assert "<details>" in browser.trouble.value
 
     def test_a_link_is_not_followed(self, browser, tmp_path):
         (tmp_path / "precious").mkdir()

@@ -4,6 +4,7 @@ what a branch shares with its trunk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -89,6 +90,19 @@ def origins(folder: Path) -> list[Origin]:
     except (CheckpointError, KeyError):
         pass
     return [*found, *(Origin(folder.name, index, points[index]) for index in sorted(points))]
+
+
+def root_of(top: Path, chosen: Settings) -> Path:
+    """Where an experiment's teacher and students are: ``top``, or a folder in it where
+    that has another teacher.
+    """
+    config = json.loads(json.dumps(chosen.config("data", "attack", "teacher")))
+    teacher = top / f"seed{chosen.seed}" / "teacher" / "config.json"
+    there = json.loads(teacher.read_text()) if teacher.exists() else {}
+    if not there or all(there.get(k) == config[k] for k in ("data", "attack", "teacher")):
+        return top
+    stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6]
+    return top / f"{chosen.trigger}-{stamp}"
 
 
 def next_folder(beside: Path, label: str) -> str:

@@ -4,8 +4,6 @@ branch, compare, and take the run along.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,13 @@ from abdlab.widgets.branches import (
     method_of,
     origins,
     parameters_of,
+    root_of,
     runs_in,
 )
 from abdlab.widgets.controls import UNDER_WAY, Controls
 from abdlab.widgets.job import GETTING_READY, Job
 from abdlab.widgets.knobs import Knob, trimmed
-from abdlab.widgets.live import Compared, Live, duration
+from abdlab.widgets.live import Compared, Live, in_words
 from abdlab.widgets.worker import Worker, current, watch_kernel
 
 #: a teacher whose ASR is a smaller share has a backdoor too weak to study
@@ -202,13 +201,7 @@ class DefenseTuner(w.VBox):
         """Where this experiment's teacher and students are: the given root, or a folder
         in it where that has another teacher.
         """
-        config = json.loads(json.dumps(self._chosen.config("data", "attack", "teacher")))
-        teacher = self._top / f"seed{self._chosen.seed}" / "teacher" / "config.json"
-        there = json.loads(teacher.read_text()) if teacher.exists() else {}
-        if not there or all(there.get(k) == config[k] for k in ("data", "attack", "teacher")):
-            return self._top
-        stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6]
-        return self._top / f"{self._chosen.trigger}-{stamp}"
+        return root_of(self._top, self._chosen)
 
     def _place(self, folder: str) -> Path:
         return self.root / f"seed{self._chosen.seed}" / folder
@@ -445,27 +438,9 @@ class DefenseTuner(w.VBox):
         return self.live.left(self.total)
 
     def _show_state(self) -> None:
-        at = f"step {self.step} of {self.total}" if self.total else "the first step"
-        left = self.left()
-        texts = {
-            "idle": "",
-            "preparing": "Getting ready: data, teacher, floor.",
-            "running": (
-                f"Training {self.folder}: {at}"
-                + (f", about {duration(left)} left." if left is not None else ".")
-            ),
-            "paused": f"Paused {self.folder} at {at}: weights can be changed, Go on continues.",
-            "stopping": "Stopping: the step is finished, the student measured and saved.",
-            "done": f"Done: {self.folder}, {self.total} steps.",
-            "stopped": (
-                f"Stopped and saved {self.folder} at {at}: Go on continues it, Branch here tries"
-                " another weight."
-                if self.step
-                else "Stopped."
-            ),
-            "failed": "This run ended with an error.",
-        }
-        self.live.say(texts[self.state])
+        self.live.say(
+            in_words(self.state, self.folder, self.step, self.total, self.live.left(self.total))
+        )
         self._lock()
         if self.state != "idle":
             looks.say(self.empty, "")

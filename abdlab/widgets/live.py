@@ -184,6 +184,29 @@ class Compared(w.HBox):
             self.picture.draw(drawn)
 
 
+def in_words(state: str, folder: str, step: int, total: int, left: float | None = None) -> str:
+    """What a tuner's state means, as a sentence; ``left`` in seconds.
+
+    >>> in_words("running", "zskt@1", 3, 8, 40.0)
+    'Training zskt@1: step 3 of 8, about 40 s left.'
+    """
+    at = f"step {step} of {total}" if total else "the first step"
+    about = f", about {duration(left)} left" if left is not None else ""
+    stopped = (
+        f"Stopped and saved {folder} at {at}: Go on continues it, Branch here tries another weight."
+    )
+    return {
+        "idle": "",
+        "preparing": "Getting ready: data, teacher, floor.",
+        "running": f"Training {folder}: {at}{about}.",
+        "paused": f"Paused {folder} at {at}: weights can be changed, Go on continues.",
+        "stopping": "Stopping: the step is finished, the student measured and saved.",
+        "done": f"Done: {folder}, {total} steps.",
+        "stopped": stopped if step else "Stopped.",
+        "failed": "This run ended with an error.",
+    }[state]
+
+
 def duration(seconds: float) -> str:
     """A time in words.
 
