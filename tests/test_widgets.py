@@ -156,6 +156,10 @@ class TestTriggerDesigner:
     def test_takes_what_the_preset_recommends(self, designer):
         designer.trigger.value = "sig"
         assert designer.overrides["attack.params"] == {"strength": 0.6, "frequency": 3}
+        assert designer.overrides["attack.rate"] == 0.09
+        designer.rate.value = 0.2  # the user's own stays
+        designer.trigger.value = "badnet_sq"
+        assert designer.overrides["attack.rate"] == 0.2
 
     def test_a_trigger_of_ones_own_has_controls_of_its_types(self, designer, monkeypatch):
         def ring(

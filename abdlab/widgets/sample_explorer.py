@@ -5,8 +5,7 @@ map; pick a tail and take it along.
 from __future__ import annotations
 
 import io
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +14,36 @@ import numpy as np
 import pandas as pd
 import torch
 import traitlets as t
-from torch import Tensor, nn
+from torch import Tensor
 
 from abdlab import plots
-from abdlab.activations import convolutions, spatial_map, tsne
-from abdlab.checkpoint import CheckpointError, load_model, load_state, save_state, write_atomically
+from abdlab.activations import convolutions, spatial_map
+from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import suspicion
-from abdlab.evaluate import predict
-from abdlab.inspection import vaccine_of
+from abdlab.inspection import Known, inspect_run, map_points, nearest
 from abdlab.labels import name_of
-from abdlab.losses import kl
-from abdlab.runs import Run
-from abdlab.settings import Settings
 from abdlab.widgets import looks
 
 #: images on one page of the grid, and how many of them stand in a row
 PAGE, COLUMNS = 48, 12
 #: a cell of the grid, and the gap around it, in pixels
 _SIDE, _GAP = 44, 4
-#: images that the map shows at most, and real images among which the nearest one is
-#: sought
-_MAPPED, _REAL = 500, 5000
 ORDERS = {
     "suspicion score, lowest first": ("suspicion", 1),
     "teacher-student disagreement, largest first": ("disagreement", -1),
     "teacher's confidence, surest first": ("confidence", -1),
     "time": ("step", 1),
 }
-EMPTY = "No samples yet: run 02_distillation, or press Start in the defence tuner, then Refresh."
-
-
-@dataclass
-class _Known:
-    """All that is known of one run's images."""
-
-    run: Run
-    label: str
-    chosen: Settings
-    data: Dataset | None
-    teacher: nn.Module
-    vaccine: Any
-    student: nn.Module | None
-    images: Tensor
-    # one row per image: step, index, class, suspicion, disagreement, confidence
-    table: pd.DataFrame
-    logits: dict[str, Tensor]
-    reverse: bool  # whether suspicion is that of KL(T || T~)
+EMPTY = "No samples yet: run 02_distillation, or press Start in the defense tuner, then Refresh."
 
 
 class SampleExplorer(w.VBox):
     """Explore the synthetic images that the runs below ``root`` kept.
+
+    >>> import tempfile
+    >>> explorer = SampleExplorer(tempfile.mkdtemp())
+    >>> len(explorer.table)  # no run yet
+    0
 
     Args:
         root: the folder of results.
@@ -83,7 +61,7 @@ class SampleExplorer(w.VBox):
 
     def __init__(self, root: str | Path = "runs/walk", device: str = "auto"):
         self.root, self.device = Path(root), device
-        self.known: _Known | None = None
+        self.known: Known | None = None
         self._datasets: dict[str, Dataset | None] = {}
         self._quiet, self._points, self._mapped = False, None, np.array([], int)
         self._boxes: dict[str, tuple[float, float, float, float]] = {}
@@ -114,17 +92,24 @@ class SampleExplorer(w.VBox):
             layout=w.Layout(width="480px"),
             continuous_update=False,
         )
+        self.trouble = looks.Trouble()
+
+        def heard(do: Callable[[], Any]) -> Callable[..., None]:
+            return looks.telling(self.trouble, do)
+
         self.tail_button = looks.button(
-            "Suspicious tail", self.tail, "select what scores below mean - 3 std"
+            "Suspicious tail", heard(self.tail), "select what scores below mean - 3 std"
         )
-        self.none_button = looks.button("Select none", self.clear)
+        self.none_button = looks.button("Select none", heard(self.clear))
         self.map_button = looks.button(
-            "Draw the map", self.draw_map, "t-SNE of the teacher's last stage; takes some seconds"
+            "Draw the map",
+            heard(self.draw_map),
+            "t-SNE of the teacher's last stage; takes some seconds",
         )
-        self.refresh_button = looks.button("Refresh", self.refresh, "look for runs again")
+        self.refresh_button = looks.button("Refresh", heard(self.refresh), "look for runs again")
         self.export_button = looks.button(
             "Export the selection",
-            self.export,
+            heard(self.export),
             "images, numbers and a picture, into the run's folder",
             "primary",
         )
@@ -140,7 +125,7 @@ class SampleExplorer(w.VBox):
         self.detail = looks.Picture(
             alt="the image, its classes, the nearest real image and the activation"
         )
-        self.trouble, self.note, self.empty = looks.Trouble(), looks.said("", "quiet"), looks.said()
+        self.note, self.empty = looks.said("", "quiet"), looks.said()
         self.said = looks.said("", "quiet")
         self.no_map = looks.said(
             "Draw the map shows which images the teacher finds alike; what is selected here is"
@@ -183,17 +168,17 @@ class SampleExplorer(w.VBox):
             [self.trouble, looks.card("Samples", head, choose, self.empty), self._body]
         )
         looks.dress(self)
-        self.run.observe(lambda _: self._open(), "value")
+        self.run.observe(heard(self._open), "value")
         for control in (self.time, self.all_steps, self.label, self.order, self.only):
-            control.observe(lambda _: self._first_page(), "value")
-        self.page.observe(lambda _: self._grid(), "value")
-        self.range.observe(lambda _: self._from_range(), "value")
-        self.observe(lambda _: self._reselected(), "selected")
-        self.observe(lambda _: self._enlarge(), "enlarged")
+            control.observe(heard(self._first_page), "value")
+        self.page.observe(heard(self._grid), "value")
+        self.range.observe(heard(self._from_range), "value")
+        self.observe(heard(self._reselected), "selected")
+        self.observe(heard(self._enlarge), "enlarged")
         self.grid.on_pick(self._on_grid)
         self.histogram.on_pick(self._on_histogram)
         self.map.on_pick(self._on_map)
-        looks.page().observe(lambda _: self._redraw(), "dark")
+        looks.page().observe(heard(self._redraw), "dark")
         self.refresh()
 
     @property
@@ -231,7 +216,7 @@ class SampleExplorer(w.VBox):
             return
         self.trouble.error = None
         try:
-            self.known = self._know(self.root / self.run.value)
+            self.known = inspect_run(self.root / self.run.value, self.device, self._datasets)
         except (CheckpointError, ValueError, OSError, RuntimeError, KeyError) as error:
             self.known, self.trouble.error = None, error
             return
@@ -258,63 +243,6 @@ class SampleExplorer(w.VBox):
         self._histogram()
         if self.shown:
             self.enlarged = self.shown[0]
-
-    def _know(self, folder: Path) -> _Known:
-        run = Run(folder)
-        chosen = Settings.of(run.config, self.device)
-        label = folder.name.partition("@")[0]
-        data = self._dataset(chosen)
-        where = data.train_images.device if data is not None else "cpu"
-        teacher = load_model(folder.parent / "teacher" / "teacher.safetensors", device=where)
-        vaccine, reverse = vaccine_of(run, chosen, teacher), chosen.defenses("sv")[0].reverse
-        student, samples = self._student(run, chosen, data), run.samples()
-        images = torch.cat([samples[step] for step in sorted(samples)]).to(where)
-        steps = [step for step in sorted(samples) for _ in samples[step]]
-        logits = {"teacher": predict(teacher, images).cpu()}
-        with torch.no_grad():
-            logits["vaccine"] = torch.cat([vaccine(part) for part in images.split(500)]).cpu()
-        if student is not None:
-            logits["student"] = predict(student, images).cpu()
-        sure, said = logits["teacher"].softmax(1).max(1)
-        other = (
-            kl(logits["teacher"], logits["student"])
-            if student is not None
-            else torch.full((len(images),), float("nan"))
-        )
-        table = pd.DataFrame(
-            {
-                "step": steps,
-                "index": [i for step in sorted(samples) for i in range(len(samples[step]))],
-                "class": said.tolist(),
-                "suspicion": suspicion(vaccine, teacher, images, reverse=reverse).cpu().tolist(),
-                "disagreement": other.tolist(),
-                "confidence": sure.tolist(),
-            }
-        )
-        return _Known(
-            run, label, chosen, data, teacher, vaccine, student, images, table, logits, reverse
-        )
-
-    def _dataset(self, chosen: Settings) -> Dataset | None:
-        """The data set where it is at hand; nothing is downloaded for looking."""
-        key = json.dumps(chosen.values["data"], sort_keys=True)
-        if key not in self._datasets:
-            try:
-                self._datasets[key] = chosen.dataset()
-            except (ValueError, OSError, RuntimeError):
-                self._datasets[key] = None
-        return self._datasets[key]
-
-    @staticmethod
-    def _student(run: Run, chosen: Settings, data: Dataset | None) -> nn.Module | None:
-        where = data.train_images.device if data is not None else "cpu"
-        if run.file("student.safetensors").exists():
-            return load_model(run.file("student.safetensors"), device=where)
-        if data is None or not run.file("checkpoint.safetensors").exists():
-            return None
-        student = chosen.student(data).to(where)
-        student.load_state_dict(load_state(run.file("checkpoint.safetensors"), where)[0]["student"])
-        return student.eval()
 
     # --- the grid and the image that is looked at
 
@@ -354,10 +282,12 @@ class SampleExplorer(w.VBox):
     def _draw_grid(self) -> None:
         chosen = set(self.selected)
         marks = {
-            place: plots.COLORS["sr"] for place, number in enumerate(self.shown) if number in chosen
+            place: plots.ROLES["selected"]
+            for place, number in enumerate(self.shown)
+            if number in chosen
         }
         if self.enlarged in self.shown:
-            marks[self.shown.index(self.enlarged)] = plots.COLORS["sv"]
+            marks[self.shown.index(self.enlarged)] = plots.ROLES["looked at"]
         self.grid.png = (
             looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks)
             if self.shown
@@ -429,13 +359,8 @@ class SampleExplorer(w.VBox):
                 0.5, 0.5, "no real data\nat hand", ha="center", va="center", fontsize=9, color="0.5"
             )
             return
-        real = self.known.data.train_images[:_REAL]
-        found = int((real - image.clamp(0, 1)).flatten(1).norm(dim=1).argmin())
-        plots.show(
-            ax,
-            real[found],
-            f"nearest real: {self.known.data.classes[int(self.known.data.train_labels[found])]}",
-        )
+        real, label = nearest(image, self.known.data)
+        plots.show(ax, real, f"nearest real: {self.known.data.classes[label]}")
 
     def _bars(self, ax, number: int, classes: list[str]) -> None:
         names = {
@@ -444,12 +369,10 @@ class SampleExplorer(w.VBox):
             "student": name_of(self.known.label),
         }
         colors = {
-            "teacher": "#8c8c8c",
-            "vaccine": plots.COLORS["sv"],
+            "teacher": plots.ROLES["teacher"],
+            "vaccine": plots.ROLES["shuffled teacher"],
             "student": plots.color_of(self.known.label),
         }
-        if colors["student"] == colors["vaccine"]:
-            colors["vaccine"] = "#56b4e9"
         share = {kind: values[number].softmax(0) for kind, values in self.known.logits.items()}
         # of many classes, the ten that any of the three gives most
         best = sorted(
@@ -555,7 +478,7 @@ class SampleExplorer(w.VBox):
                     chosen,
                     bins,
                     weights=weights,
-                    color=plots.COLORS["sr"],
+                    color=plots.ROLES["selected"],
                     label=f"selected (n = {len(chosen)})",
                 )
                 ax.legend(
@@ -587,17 +510,7 @@ class SampleExplorer(w.VBox):
             return
         self.map_button.disabled, self.map_button.description = True, "Drawing..."
         try:
-            self._mapped = np.unique(
-                np.linspace(0, count - 1, min(count, _MAPPED)).round().astype(int)
-            )
-            stages = getattr(self.known.teacher, "stages", ())
-            layer = stages[-1] if stages else convolutions(self.known.teacher)[-1]
-            self._points = tsne(
-                self.known.teacher,
-                layer,
-                self.known.images[self._mapped],
-                seed=self.known.chosen.seed,
-            )
+            self._mapped, self._points = map_points(self.known)
             self._draw_map()
         finally:
             self.map_button.disabled, self.map_button.description = False, "Draw the map"

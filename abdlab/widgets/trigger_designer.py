@@ -214,7 +214,8 @@ class TriggerDesigner(w.VBox):
         )
         self._legend.value = (
             '<div class="abdlab-quiet">Rows: clean; triggered; difference, brightened x'
-            f" {gain:.3g}. With the trigger on, a model shall predict {html.escape(self._class())}.</div>"
+            f" {gain:.3g}. With the trigger on, a model shall predict {html.escape(self._class())}."
+            "</div>"
         )
         pairs = [
             ("l0: pixels changed", f"{sizes['l0']:.1%}"),
@@ -330,10 +331,17 @@ class TriggerDesigner(w.VBox):
         def do() -> None:
             controls = self._place(place)[1]
             self._left[place, change["old"]] = {key: c.value for key, c in controls.items()}
+            if place == "first" and self.rate.value == self._recommended(change["old"])["rate"]:
+                self.rate.value = self._recommended(change["new"])["rate"]
             self._build(place, change["new"])
             self.draw()
 
         looks.telling(self.trouble, do)()
+
+    def _recommended(self, name: str) -> dict[str, Any]:
+        """What the preset says about an attack with this trigger: rate, and params."""
+        known = settings(self._preset, {"attack.trigger": name}).values["attack"]
+        return {"rate": Attack.rate, **known}
 
     def _place(self, place: str) -> tuple[w.VBox, dict[str, w.Widget]]:
         return {"first": (self._knobs, self.controls), "more": (self._knobs_more, self._more)}[
@@ -345,8 +353,8 @@ class TriggerDesigner(w.VBox):
         box, controls = self._place(place)
         controls.clear()
         if name != _NONE:
-            known = settings(self._preset, {"attack.trigger": name}).values["attack"]
-            values = self._left.get((place, name), known.get("params", {}))
+            recommended = self._recommended(name).get("params", {})
+            values = self._left.get((place, name), recommended)
             side = min(self.data.shape[1:]) if self.data is not None else 32
             for key in keywords(TRIGGERS[name])[1:]:
                 made = control_of(name, key, values.get(key), side)
