@@ -12,17 +12,14 @@ from typing import Any
 import ipywidgets as w
 import numpy as np
 import pandas as pd
-import torch
 import traitlets as t
-from torch import Tensor
 
 from abdlab import plots
-from abdlab.activations import convolutions, spatial_map
 from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.inspection import Known, inspect_run, map_points, nearest
-from abdlab.labels import name_of
+from abdlab.inspection import Known, inspect_run, map_points
 from abdlab.widgets import looks
+from abdlab.widgets.sample_figures import box_of, draw_detail, draw_map, draw_scores
 
 #: images on one page of the grid, and how many of them stand in a row
 PAGE, COLUMNS = 48, 12
@@ -74,7 +71,7 @@ class SampleExplorer(w.VBox):
             False, description="all steps at once", indent=False, layout=w.Layout(width="150px")
         )
         self.label = w.Dropdown(
-            options=[("all", -1)], description="teacher says", style=style, layout=wide
+            options=[("all", -1)], description="teacher predicts", style=style, layout=wide
         )
         self.order = w.Dropdown(options=list(ORDERS), description="order", style=style, layout=wide)
         self.only = w.Checkbox(
@@ -311,34 +308,10 @@ class SampleExplorer(w.VBox):
         if self._quiet or known is None or number is None:
             return
         self._draw_grid()
-        facts, image = known.table.loc[number], known.images[number]
-        layer = (
-            known.teacher.stages[-2]
-            if len(getattr(known.teacher, "stages", ())) > 1
-            else convolutions(known.teacher)[-1]
-        )
-        heat = spatial_map(known.teacher, image[None], layer)[0]
-        classes = [text for text, value in self.label.options if value >= 0]
+        facts = known.table.loc[number]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.6)
-            axes = drawn.subplot_mosaic(
-                [["image", "heat", "real"], ["bars", "bars", "bars"]], height_ratios=[1, 1.05]
-            )
-            plots.show(
-                axes["image"], image, f"step {facts['step']:.0f}, image {facts['index']:.0f}"
-            )
-            plots.show(axes["heat"], image, f"activation, {layer}")
-            height, width = image.shape[-2:]
-            axes["heat"].imshow(
-                heat.numpy(),
-                cmap="inferno",
-                alpha=0.6,
-                vmin=0,
-                vmax=1,
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            )
-            self._nearest(axes["real"], image)
-            self._bars(axes["bars"], number, classes)
+            draw_detail(drawn, known, number, self._classes)
             self.detail.draw(drawn)
         parts = [
             f"suspicion {facts['suspicion']:.2f}",
@@ -351,46 +324,6 @@ class SampleExplorer(w.VBox):
         )
         self.detail.alt = f"image {number}: " + ", ".join(parts)
         looks.say(self.said, self.detail.alt[0].upper() + self.detail.alt[1:] + ".", "quiet")
-
-    def _nearest(self, ax, image: Tensor) -> None:
-        if self.known.data is None:
-            ax.axis("off")
-            ax.text(
-                0.5, 0.5, "no real data\nat hand", ha="center", va="center", fontsize=9, color="0.5"
-            )
-            return
-        real, label = nearest(image, self.known.data)
-        plots.show(ax, real, f"nearest real: {self.known.data.classes[label]}")
-
-    def _bars(self, ax, number: int, classes: list[str]) -> None:
-        names = {
-            "teacher": "teacher",
-            "vaccine": "shuffled teacher",
-            "student": name_of(self.known.label),
-        }
-        colors = {
-            "teacher": plots.ROLES["teacher"],
-            "vaccine": plots.ROLES["shuffled teacher"],
-            "student": plots.color_of(self.known.label),
-        }
-        share = {kind: values[number].softmax(0) for kind, values in self.known.logits.items()}
-        # of many classes, the ten that any of the three gives most
-        best = sorted(
-            torch.stack([*share.values()]).amax(0).topk(min(10, len(classes))).indices.tolist()
-        )
-        for i, (kind, values) in enumerate(share.items()):
-            places = np.arange(len(best)) + (i - (len(share) - 1) / 2) * 0.27
-            ax.bar(
-                places,
-                [100 * values[c].item() for c in best],
-                0.25,
-                color=colors[kind],
-                label=names[kind],
-            )
-        ax.set(xticks=range(len(best)), ylim=(0, 103), ylabel="probability (%)")
-        ax.set_xticklabels([classes[c] for c in best], fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     # --- selecting
 
@@ -463,33 +396,12 @@ class SampleExplorer(w.VBox):
     def _histogram(self) -> None:
         if self.known is None:
             return
-        scores = self.known.table["suspicion"]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 3.8)
-            ax = drawn.subplots()
-            plots.suspicion_histogram(
-                torch.tensor(scores.to_numpy()), ax=ax, reverse=self.known.reverse
-            )
-            if self.selected:
-                bins = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 60)
-                width, chosen = bins[1] - bins[0], scores.loc[self.selected]
-                weights = np.full(len(chosen), 1 / (len(scores) * width))
-                ax.hist(
-                    chosen,
-                    bins,
-                    weights=weights,
-                    color=plots.ROLES["selected"],
-                    label=f"selected (n = {len(chosen)})",
-                )
-                ax.legend(
-                    fontsize=8,
-                    frameon=False,
-                    loc="lower center",
-                    bbox_to_anchor=(0.5, 1.0),
-                    ncols=2,
-                )
+            ax = draw_scores(drawn, self.known, self.selected)
             self.histogram.draw(drawn)
-            self._boxes["histogram"], self._limits = _box(drawn, ax), ax.get_xlim()
+            self._boxes["histogram"], self._limits = box_of(ax), ax.get_xlim()
+        scores = self.known.table
         share = len(self.selected) / len(scores)
         looks.say(
             self.note,
@@ -504,57 +416,29 @@ class SampleExplorer(w.VBox):
         """
         if self.known is None:
             return
-        count = len(self.known.table)
-        if count < 8:
-            self.trouble.error = "a map needs at least 8 images"
-            return
         self.map_button.disabled, self.map_button.description = True, "Drawing..."
         try:
             self._mapped, self._points = map_points(self.known)
             self._draw_map()
+        except ValueError as error:
+            self.trouble.error = error
         finally:
             self.map_button.disabled, self.map_button.description = False, "Draw the map"
 
     def _draw_map(self) -> None:
         if self._points is None:
             return
-        table, classes = (
-            self.known.table.loc[self._mapped],
-            [text for text, value in self.label.options if value >= 0],
-        )
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.2)
-            ax = drawn.subplots()
-            groups = ["selected" if n in set(self.selected) else "synthetic" for n in self._mapped]
-            colors = plots.class_colors(len(classes))
-            for group, size, edge in (
-                ("synthetic", 16, "none"),
-                ("selected", 46, looks.INK[looks.page().dark]),
-            ):
-                inside = np.array([g == group for g in groups])
-                ax.scatter(
-                    *self._points[inside].T,
-                    s=size,
-                    c=[colors[c] for c in table["class"][inside]],
-                    edgecolors=edge,
-                    linewidths=1.4,
-                )
-            for i, name in enumerate(classes):
-                if (table["class"] == i).any() and len(classes) <= 12:
-                    ax.scatter([], [], s=16, color=colors[i], label=name)
-            ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
-            ax.legend(
-                fontsize=8,
-                frameon=False,
-                bbox_to_anchor=(1.0, 1.0),
-                loc="upper left",
-                title="teacher says",
-                title_fontsize=8,
-            )
-            ax.spines[["top", "right"]].set_visible(False)
+            ink, what = looks.INK[looks.page().dark], (self._mapped, self._points)
+            ax = draw_map(drawn, self.known, *what, self.selected, self._classes, ink)
             self.map.draw(drawn)
-            self.no_map.layout.display = "none"
-            self._boxes["map"], self._extent = _box(drawn, ax), (ax.get_xlim(), ax.get_ylim())
+            self._boxes["map"], self._extent = box_of(ax), (ax.get_xlim(), ax.get_ylim())
+        self.no_map.layout.display = "none"
+
+    @property
+    def _classes(self) -> list[str]:
+        return [text for text, value in self.label.options if value >= 0]
 
     def _redraw(self) -> None:
         self._histogram()
@@ -591,9 +475,3 @@ class SampleExplorer(w.VBox):
 def column_is_missing(table: pd.DataFrame, column: str) -> bool:
     """Whether a column says nothing about these images."""
     return bool(len(table)) and bool(table[column].isna().all())
-
-
-def _box(figure, ax) -> tuple[float, float, float, float]:
-    """Where the axes are on the drawn picture: left, top, right, bottom as shares."""
-    box = ax.get_position()
-    return box.x0, 1 - box.y1, box.x1, 1 - box.y0
