@@ -14,6 +14,7 @@ from abdlab.defenses import (
     SelfRetrospection,
     ShuffledTeacher,
     ShufflingVaccine,
+    TriggerUnlearning,
     VaccineNotFound,
     suspicion,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "ShufflingVaccine",
     "Step",
     "Trigger",
+    "TriggerUnlearning",
     "VaccineNotFound",
     "WeakTeacher",
     "accuracy",

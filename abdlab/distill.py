@@ -19,10 +19,11 @@ from abdlab import graphs as cuda_graphs
 from abdlab.checkpoint import load_state, save_state
 from abdlab.data import pick_device
 from abdlab.defenses.defense import Defense
+from abdlab.defenses.plans import follow
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.features import compiled
 from abdlab.features import precision as computing
-from abdlab.graphs import Phases
+from abdlab.graphs import Captured, Phases, captures, key_of
 from abdlab.models import place
 from abdlab.optim import check_finite, load_optimizer, take_step
 from abdlab.side_by_side import claimed
@@ -201,24 +202,16 @@ def distill(
             events = []
             for defense in defenses:
                 with claimed(teacher=teacher):
-                    events += [*defense.follow(index), *defense.before(index)]
+                    events += [*follow(defense, index), *defense.before(index)]
                 steps_left = source.steps_left(index)
                 if new := defense.optimizer(index, steps_left):
                     (optimizer, schedule), replaced = new, [defense.name, index, steps_left]
-            if (
-                graphs
-                and (plain := [part.name for part in (source, *defenses) if not part.captures])
-                != uncaptured
-            ):
+            plain = [part.name for part in (source, *defenses) if not captures(part)]
+            if graphs and plain != uncaptured:
                 uncaptured = plain
-                events += (
-                    [
-                        f"CUDA graphs: off from pseudo-batch {index}, {' and '.join(plain)} cannot"
-                        " be captured"
-                    ]
-                    if plain
-                    else []
-                )
+                if plain:
+                    told = f"{' and '.join(plain)} cannot be captured"
+                    events.append(f"CUDA graphs: off from pseudo-batch {index}, {told}")
             with (
                 claimed(teacher=teacher, student=student),
                 computing(precision, device, teacher, student),
@@ -289,16 +282,13 @@ def _pseudo_batch(source, defenses, student, optimizer, schedule, index, checkpo
         norm = take_step([optimizer], student, source.clip)
         return tuple(terms), torch.stack([term.detach() for term in terms.values()]), norm
 
-    captured = source.captures and all(defense.captures for defense in defenses)
+    drawing = [defense for defense in defenses if isinstance(defense, Captured)]
     shapes = tuple(x.shape for x in (batch.images, *batch.features.values(), *weights))
     totals, norms = {}, dict(source.norms)
     for _ in range(source.student_steps):
-        for defense in defenses:
+        for defense in drawing:
             defense.draw(batch)
-        branches = tuple(defense.branch() for defense in defenses)
-        key = (
-            ("student", optimizer, source.branch(), shapes, dropped, branches) if captured else None
-        )
+        key = key_of("student", (source, *defenses), optimizer, shapes, dropped)
         names, values, norm = source.phases.run(key, step, [optimizer])
         totals[names] = totals.get(names, 0) + values
         norms["+".join(names)] = norms.get("+".join(names), 0) + norm

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class CheckpointError(ValueError):
@@ -43,3 +44,10 @@ def keywords(function: Callable) -> list[str]:
         for name, p in inspect.signature(function).parameters.items()
         if p.kind in kinds and name != "self"
     ]
+
+
+def one_of(what: str, value: Any, *known: Any) -> None:
+    """Raise ValueError, naming what is known, for a value that is none of these."""
+    if value not in known:
+        *most, last = map(repr, known)
+        raise ValueError(f"{what} is {', '.join(most)} or {last}, not {value!r}")

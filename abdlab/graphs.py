@@ -39,6 +39,20 @@ def check(device: torch.device) -> None:
         )
 
 
+def captures(part: object) -> bool:
+    """Whether a source or a defense can be captured now; one that says nothing cannot."""
+    return bool(getattr(part, "captures", False))
+
+
+def key_of(name: str, parts: Sequence, *more: Hashable) -> Hashable | None:
+    """The key of a piece in which these sources and defenses decide; None when one of them
+    cannot be captured.
+    """
+    if not all(captures(part) for part in parts):
+        return None
+    return (name, *more, *(part.branch() for part in parts))
+
+
 class Phases:
     """The pieces of one run. Without ``graphs`` every call is the plain call, and
     nothing is held.
@@ -167,3 +181,25 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
             f"this run's step cannot be captured as a CUDA graph, so leave graphs out: {error}"
         ) from error
     return result, graph.replay
+
+
+class Captured:
+    """What a defense says so that CUDA graphs can hold its terms: a mixin beside
+    :class:`abdlab.defenses.Defense`.
+
+    While ``captures`` is True its ``synthesis_term`` and ``student_term`` draw nothing
+    (see :meth:`draw`), ask the device nothing, and decide by :meth:`branch` alone.
+    """
+
+    captures: bool = False
+
+    def draw(self, batch) -> None:
+        """Called before each student step: draw the random numbers of its
+        ``student_term``, into tensors that stay where they are.
+        """
+
+    def branch(self) -> Hashable:
+        """All that its terms decide by in Python, as they are about to be computed, the
+        batch's shapes aside.
+        """
+        return None

@@ -16,7 +16,7 @@ from torch import nn
 from abdlab.checkpoint import load_model, save_model
 from abdlab.data import Dataset
 from abdlab.defenses import Defense
-from abdlab.defenses.plans import plan_of, steps_of
+from abdlab.defenses.plans import plan_of, plans, steps_of
 from abdlab.distill import distill
 from abdlab.evaluate import Exam
 from abdlab.runs import Run
@@ -82,7 +82,7 @@ class Distillation:
         config = self.run.config
         for defense in self.defenses:
             given = config[defense.name]
-            for name, steps in defense.plans.items():
+            for name, steps in plans(defense).items():
                 if steps != steps_of(given.get(name, keyword_default(type(defense), name))):
                     given[name] = plan_of(steps)
         self.run.save_config(config)

@@ -1,4 +1,4 @@
-"""Defences against an inherited backdoor. A new one is one file and one line here."""
+"""Defenses against an inherited backdoor. A new one is one file and one row here."""
 
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.late import Late
@@ -10,7 +10,8 @@ from abdlab.registry import Registry
 
 #: name -> class, as presets and parameter cells name them
 DEFENSES = Registry(
-    "defense", {"sv": ShufflingVaccine, "sr": SelfRetrospection, "tu": TriggerUnlearning}
+    "defense",
+    {"sv": ShufflingVaccine, "sr": SelfRetrospection, "tu": TriggerUnlearning},
 )
 
 __all__ = [

@@ -1,37 +1,61 @@
-"""What every defence is: hooks that the one distillation loop calls. Each does nothing
-unless a defence overrides it.
+"""What every defense is: hooks that the one distillation loop calls.
+
+One pseudo-batch, as :func:`abdlab.distill.distill` runs it, with each hook at its place::
+
+    start(teacher, student, ...)                  once, when the run begins
+    for each pseudo-batch:
+        events += before(index)                   a defense begins, ends, finds something
+        optimizer, schedule = optimizer(...)      None keeps the student's
+        images = source.generator(noise)
+        logits = teacher(images)                  or teacher_logits(images), where it has them
+        loss = source's own + synthesis_term(images, logits)     unless it holds the generator
+        observe(batch)                            images and the teacher's logits, made
+        for each student step:
+            kd = source's KD loss per sample x sample_weights(batch)
+            loss = mean(kd) + source's terms, less those dropped() + student_term(batch, logits)
+    state() goes into every checkpoint, restore(state) comes out; report() into the metrics
+
+Every hook does nothing unless a defense overrides it. Values that change while a run goes on
+are :mod:`abdlab.defenses.plans`; what lets a CUDA graph hold a defense is
+:class:`abdlab.graphs.Captured`. A whole defense:
+
+>>> import torch
+>>> from abdlab import ZSKT, build, distill
+>>> from abdlab.losses import kl
+>>> class Noise(Defense):
+...     # the student also answers noisy images as the teacher answers the images
+...     def __init__(self, *, weight: float = 1.0, size: float = 0.1):
+...         self.weight, self.size = weight, size
+...
+...     def student_term(self, batch, logits):
+...         noise = self.size * torch.randn(batch.images.shape, generator=self.rng)
+...         answers = self.student(batch.images + noise.to(self.device))
+...         return self.weight * kl(batch.logits, answers).mean()
+>>> nets = build("wrn-10-1", width=4), build("wrn-10-1", width=4)
+>>> source = ZSKT((3, 8, 8), pseudo_batches=2, batch_size=4, width=4)
+>>> steps = list(distill(*nets, source, defenses=[Noise()], device="cpu"))
+>>> sorted(steps[-1].losses)
+['attention', 'generator', 'kd', 'noise']
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from abdlab.defenses.plans import Plan, steps_of
-from abdlab.errors import check_keys
 from abdlab.sources.source import Batch
 
 
 class Defense:
-    """Base class. A defence sees the teacher, the student and the source's images;
-    never clean or triggered data.
-    """
+    """Base class. A defense sees the teacher, the student and the source's images; never
+    clean or triggered data.
 
-    #: attributes that may change between pseudo-batches; each takes a :data:`Plan`
-    tunable: tuple[str, ...] = ()
-    #: from here on its :meth:`synthesis_term` and :meth:`student_term` may be captured
-    #: as CUDA graphs: they draw nothing (see :meth:`draw`), ask the device nothing, and
-    #: decide by :meth:`branch` alone
-    captures: bool = False
-    #: whether the generator of a source stays as it is for the next pseudo-batch;
-    #: sources without one do not ask
-    holds: bool = False
+    ``name`` is the class's in lower case; a row of the registry gives another one.
+    """
 
     @property
     def name(self) -> str:
@@ -44,80 +68,6 @@ class Defense:
         self.teacher, self.student, self.device, self.length = teacher, student, device, length
         self.rng = torch.Generator().manual_seed(seed)
 
-    def plan(self, name: str, value: Plan) -> float:
-        """Keep a tunable attribute's plan, to be followed; returns the value that it
-        begins with.
-
-        Raises:
-            ValueError: for a plan that does not begin at 0 and go up.
-        """
-        steps = steps_of(value)
-        starts = [step[0] if len(step) == 2 else None for step in steps]
-        if (
-            not starts
-            or None in starts
-            or starts[0] != 0
-            or any(b <= a for a, b in itertools.pairwise(starts))
-        ):
-            raise ValueError(
-                f"{name} is a number, or a plan [[0, number], [pseudo-batch, number], ...] that"
-                f" goes up, not {value!r}"
-            )
-        self._plans = {**self.plans, name: steps}
-        return steps[0][1]
-
-    @property
-    def plans(self) -> dict[str, list[tuple[int, float]]]:
-        """What the tunable attributes were and will be: name -> (from that pseudo-batch
-        on, value), in that order.
-        """
-        return getattr(self, "_plans", {})
-
-    @property
-    def _waiting(self) -> deque:
-        """Changes that were asked for; a deque, so that one thread can ask while
-        another one trains.
-        """
-        return self.__dict__.setdefault("_tuned", deque())
-
-    def tune(self, **values: float) -> None:
-        """Change tunable attributes from the next pseudo-batch on; its Step reports
-        that as an event. Any thread may call it.
-
-        Raises:
-            ValueError: for an attribute that is not tunable, with a "did you mean".
-        """
-        check_keys(f"tunable setting of {self.name}", values, self.tunable)
-        self._waiting.extend(values.items())
-
-    def follow(self, index: int) -> list[str]:
-        """Give the tunable attributes their values for pseudo-batch ``index``; returns
-        what changes there, as sentences.
-        """
-        asked, events = {}, []
-        while self._waiting:
-            name, value = self._waiting.popleft()
-            asked[name] = value
-        for name, value in asked.items():
-            if value != getattr(self, name):  # what was asked last holds for the rest of the run
-                past = [
-                    step
-                    for step in self.plans.get(name, [(0, getattr(self, name))])
-                    if step[0] < index
-                ]
-                self._plans = {**self.plans, name: [*past, (index, value)]}
-        for name, steps in self.plans.items():
-            if len(steps) == 1 and name not in asked:
-                continue  # an attribute without a plan stays a plain one
-            was = [value for since, value in steps if since < index] or [getattr(self, name)]
-            value = [value for since, value in steps if since <= index][-1]
-            if value != was[-1]:
-                events.append(
-                    f"{self.name}: {name} {was[-1]:g} -> {value:g} from pseudo-batch {index} on"
-                )
-            setattr(self, name, value)
-        return events
-
     def before(self, index: int) -> list[str]:
         """Called before pseudo-batch ``index``; returns events to report, as sentences."""
         return []
@@ -129,15 +79,21 @@ class Defense:
         return None
 
     def teacher_logits(self, images: Tensor) -> Tensor | None:
-        """The teacher's logits (B, classes) on a source's images, where the defence
-        gets them at little cost with something that its :meth:`synthesis_term` needs;
-        None leaves the pass to the source. Sources that look into the teacher do not
-        ask."""
+        """The teacher's logits (B, classes) on a source's images, where the defense gets
+        them at little cost with something that its :meth:`synthesis_term` needs; None
+        leaves the pass to the source. Sources that look into the teacher do not ask.
+        """
         return None
 
     def synthesis_term(self, images: Tensor, teacher_logits: Tensor) -> Tensor | None:
         """A scalar that the source's own networks minimise besides their loss."""
         return None
+
+    def holds(self) -> bool:
+        """Whether the generator of a source stays as it is for the next pseudo-batch;
+        sources without one do not ask.
+        """
+        return False
 
     def observe(self, batch: Batch) -> None:
         """See the pseudo-batch, once, before the student steps on it. It may give
@@ -148,26 +104,15 @@ class Defense:
         """(B,) factors of the KD loss per sample."""
         return None
 
-    def draw(self, batch: Batch) -> None:
-        """Called before each student step: draw the random numbers of its
-        :meth:`student_term`, into tensors that stay where they are.
-        """
-
-    def branch(self) -> Hashable:
-        """All that its terms decide by in Python, as they are about to be computed, the
-        batch's shapes aside.
-        """
-        return None
-
     def student_term(self, batch: Batch, logits: Tensor) -> Tensor | None:
-        """A scalar that the student minimises besides its KD loss; ``logits`` are its
-        own on ``batch.images``.
+        """A scalar that the student minimises besides its KD loss; ``logits`` are its own
+        on ``batch.images``.
         """
         return None
 
     def dropped(self) -> Collection[str]:
-        """Names of the source's own student terms (never its KD loss) that the student
-        is to learn without, in this pseudo-batch.
+        """Names of the source's own student terms (never its KD loss) that the student is
+        to learn without, in this pseudo-batch.
         """
         return ()
 
@@ -176,6 +121,7 @@ class Defense:
         return {"rng": self.rng.get_state()}
 
     def restore(self, state: dict) -> None:
+        """Go on from what :meth:`state` gave."""
         self.rng.set_state(state["rng"].cpu())
 
     def report(self) -> dict:

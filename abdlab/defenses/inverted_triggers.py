@@ -1,5 +1,5 @@
-"""Triggers inverted as in Neural Cleanse (Wang et al., S&P 2019): what
-self-retrospection unlearns with ``shape="stamp"``. Ours.
+"""Triggers inverted as in Neural Cleanse (Wang et al., S&P 2019): what trigger
+unlearning teaches the student to ignore.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def stamped(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     return (1 - mask) * images + mask * pattern
 
 
-def stamp_objective(logits: Tensor, target: int, mask: Tensor, penalty: float) -> Tensor:
+def trigger_objective(logits: Tensor, target: int, mask: Tensor, penalty: float) -> Tensor:
     """Mean cross-entropy of the stamped images' ``logits`` with ``target`` + penalty x
     the sum of the mask; a scalar.
     """
@@ -45,8 +45,8 @@ def inverted_trigger(
     penalty: float,
     region: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, float]:
-    """The smallest stamp that turns all images into ``target``, by Adam on
-    :func:`stamp_objective` (Neural Cleanse).
+    """The smallest trigger that turns all images into ``target``, by Adam on
+    :func:`trigger_objective` (Neural Cleanse).
 
     Args:
         model: whose answer it shall change; its weights take no gradient.
@@ -63,19 +63,19 @@ def inverted_trigger(
     adam = Adam([mask, pattern], lr=lr)
     for _ in range(steps):
         m = mask.sigmoid() * region
-        loss = stamp_objective(model(stamped(images, m, pattern.sigmoid())), target, m, penalty)
+        loss = trigger_objective(model(stamped(images, m, pattern.sigmoid())), target, m, penalty)
         mask.grad, pattern.grad = torch.autograd.grad(loss, [mask, pattern])
         adam.step()
     return mask.detach().sigmoid() * region, pattern.detach().sigmoid(), loss.item()
 
 
-class Stamps:
+class InvertedTriggers:
     """The triggers that the target class was inverted into, the latest ``size`` of
     them; and the place that they take.
 
     Args:
-        target: the class; None takes the one that the teacher is stamped into most
-            cheaply.
+        target: the class; None takes the one that the teacher is
+            turned into most cheaply.
         size: how many are kept.
         lr, penalty, init_std: of :func:`inverted_trigger` and its Gaussian start.
         natural: a new stamp is kept only while its objective is at most this factor of
@@ -209,7 +209,7 @@ class Stamps:
         return {
             "target": self.target,
             "costs": costs,
-            "stamp_pixels": areas,
+            "trigger_pixels": areas,
             "relabelled": self.relabelled,
         }
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from abdlab.defenses.defense import Defense
-from abdlab.defenses.plans import Plan
+from abdlab.defenses.plans import Plan, planned
+from abdlab.defenses.sample_weights import SampleWeights
 from abdlab.defenses.shuffled_teacher import (
     CONVOLUTIONS,
     ShuffledTeacher,
@@ -19,12 +20,10 @@ from abdlab.defenses.shuffled_teacher import (
     suspicion,
     tail_share,
 )
+from abdlab.errors import one_of
 from abdlab.features import module_at
+from abdlab.graphs import Captured
 from abdlab.losses import kl
-
-#: alpha of the two forms that weigh the student's loss: the suspicious samples are
-#: divided by it, or ascended with it (as in the official sweeps)
-KD_ALPHA = {"weights": 10.0, "ascent": 0.1}
 
 
 class VaccineNotFound(UserWarning):
@@ -33,26 +32,7 @@ class VaccineNotFound(UserWarning):
     """
 
 
-def kd_weights(suspicious: Tensor, alpha: float, ascent: bool = False) -> Tensor:
-    """Factors (N,) of the student's loss per sample, whose mean over the batch is then
-    taken.
-
-    Args:
-        suspicious: (N,) booleans, the phi of the paper.
-        alpha: a suspicious sample's factor is 1/alpha, the others' 1 (paper: 1 - phi +
-            phi / alpha), so that a number above 1 weakens suspicious samples.
-        ascent: instead, the official code's mean over the others - alpha x mean over
-            the suspicious. Where one of the two is empty its mean is 0 (there it is
-            NaN): a batch of only suspicious samples is ascended on, alpha x its mean.
-    """
-    phi = suspicious.to(torch.get_default_dtype())
-    if not ascent:
-        return 1 - phi + phi / alpha
-    others = 1 - phi
-    return len(phi) * (others / others.sum().clamp_min(1) - alpha * phi / phi.sum().clamp_min(1))
-
-
-class ShufflingVaccine(Defense):
+class ShufflingVaccine(Defense, Captured):
     """A shuffled teacher forgets the classes but still answers to a trigger: keep the
     source away from where they agree.
 
@@ -130,15 +110,9 @@ class ShufflingVaccine(Defense):
         pool: int = 2048,
         verify: bool = True,
     ):
-        if per not in ("agreeing", "batch"):
-            raise ValueError(f"per is 'agreeing' or 'batch', not {per!r}")
-        if form not in ("auto", "synthesis", "weights"):
-            raise ValueError(f"form is 'auto', 'synthesis' or 'weights', not {form!r}")
-        if kd_alpha is not None and kd_alpha <= 0:
-            raise ValueError(
-                "kd_alpha divides, or weighs, the loss of suspicious samples and is above 0, not"
-                f" {kd_alpha}"
-            )
+        one_of("per", per, "agreeing", "batch")
+        one_of("form", form, "auto", "synthesis", "weights")
+        SampleWeights(kd_alpha, ascent)
         if not 0 <= warmup < 1 or not 0 <= stop <= 1:
             raise ValueError(
                 f"warmup and stop are shares of the run in [0, 1], not {warmup} and {stop}"
@@ -147,26 +121,14 @@ class ShufflingVaccine(Defense):
             raise ValueError(
                 f"tries must be at least 1 and pool at least 2, not {tries} and {pool}"
             )
-        self.k, self.layers, self.per, self.warmup, self.stop = k, layers, per, warmup, stop
-        self.alpha = self.plan("alpha", alpha)
-        self.class_mean, self.form, self.ascent, self.reverse = class_mean, form, ascent, reverse
-        self.kd_alpha = (
-            KD_ALPHA["ascent" if ascent else "weights"] if kd_alpha is None else kd_alpha
-        )
         if cap is not None and cap <= 0:
             raise ValueError(f"cap is a KL in nats above 0, or None, not {cap}")
-        self.cap, self.tries, self.sigma, self.threshold, self.pool, self.verify = (
-            cap,
-            tries,
-            sigma,
-            threshold,
-            pool,
-            verify,
-        )
-
-    @property
-    def name(self) -> str:
-        return "sv"
+        self.alpha = planned(self, "alpha", alpha)
+        self.k, self.layers, self.per, self.class_mean = k, layers, per, class_mean
+        self.form, self.ascent, self.kd_alpha = form, ascent, kd_alpha
+        self.reverse, self.cap, self.warmup, self.stop = reverse, cap, warmup, stop
+        self.tries, self.sigma, self.threshold = tries, sigma, threshold
+        self.pool, self.verify = pool, verify
 
     def start(self, teacher, student, device, seed, length):
         super().start(teacher, student, device, seed, length)
@@ -178,14 +140,10 @@ class ShufflingVaccine(Defense):
         self.last = round(self.stop * length)
         self.seen: list[Tensor] = []
         self.active = False
-        self.ready: tuple[Tensor | None, Tensor | None] = (
-            None,
-            None,
-        )  # images, and the vaccine's logits on them
+        # images, and the vaccine's logits on them
+        self.ready: tuple[Tensor | None, Tensor | None] = (None, None)
         self.used: list[str] = []  # forms, in the order in which they were first used
-        self.weighed = torch.zeros(
-            2, dtype=torch.long, device=device
-        )  # how many suspicious samples, of how many weighed
+        self.weigh = SampleWeights(self.kd_alpha, self.ascent)
 
     def layer_names(self, teacher: nn.Module) -> list[str]:
         """The convolutions that it shuffles in this teacher. Raises ValueError when
@@ -233,25 +191,18 @@ class ShufflingVaccine(Defense):
         agree = shuffled.argmax(1) == teacher_logits.argmax(1)
         per_sample = kl(teacher_logits, shuffled) if self.reverse else kl(shuffled, teacher_logits)
         per_sample = per_sample.clamp_max(self.cap) if self.cap else per_sample
-        per_sample = (
-            per_sample / teacher_logits.shape[1] if self.class_mean else per_sample
-        ) * agree
+        per_sample = per_sample / teacher_logits.shape[1] if self.class_mean else per_sample
+        per_sample = per_sample * agree
         count = agree.sum().clamp_min(1) if self.per == "agreeing" else len(images)
         return -self.alpha * per_sample.sum() / count
 
     @torch.no_grad()
     def sample_weights(self, batch):
-        if (
-            not self.active
-            or self.form == "synthesis"
-            or (self.form == "auto" and batch.synthesised)
-        ):
+        synthesised = self.form == "auto" and batch.synthesised
+        if not self.active or self.form == "synthesis" or synthesised:
             return None
-        self._use("ascent" if self.ascent else "weights")
-        suspicious = self.vaccine(batch.images).argmax(1) == batch.logits.argmax(1)
-        self.weighed[0] += suspicious.sum()
-        self.weighed[1] += len(suspicious)
-        return kd_weights(suspicious, self.kd_alpha, self.ascent)
+        self._use(self.weigh.form)
+        return self.weigh(self.vaccine(batch.images).argmax(1) == batch.logits.argmax(1))
 
     def _use(self, form: str) -> None:
         if form not in self.used:
@@ -266,11 +217,8 @@ class ShufflingVaccine(Defense):
         self.seen = []
         for number in range(1, self.tries + 1):
             vaccine = ShuffledTeacher(self.teacher, self.names, self.k, self.rng)
-            self.shares.append(
-                tail_share(
-                    suspicion(vaccine, self.teacher, images, reverse=self.reverse), self.sigma
-                )
-            )
+            scores = suspicion(vaccine, self.teacher, images, reverse=self.reverse)
+            self.shares.append(tail_share(scores, self.sigma))
             if self.shares[-1] > self.threshold:
                 self.vaccine = vaccine
                 return [
@@ -293,26 +241,22 @@ class ShufflingVaccine(Defense):
             "shares": self.shares,
             "seen": self.seen,
             "used": self.used,
-            "weighed": self.weighed,
+            "weighed": self.weigh.count,
             "permutations": None if self.vaccine is None else self.vaccine.permutations,
         }
 
     def restore(self, state):
         super().restore(state)
-        self.decided, self.began, self.shares = (
-            state["decided"],
-            state["began"],
-            list(state["shares"]),
-        )
+        self.decided, self.began = state["decided"], state["began"]
+        self.shares = list(state["shares"])
         self.seen = [part.to(self.device) for part in state["seen"]]
-        self.used, self.weighed = list(state["used"]), state["weighed"].to(self.device)
+        self.used, self.weigh.count = list(state["used"]), state["weighed"].to(self.device)
         if state["permutations"] is not None:
-            self.vaccine = ShuffledTeacher(
-                self.teacher, self.names, self.k, permutations=state["permutations"]
-            )
+            kept = state["permutations"]
+            self.vaccine = ShuffledTeacher(self.teacher, self.names, self.k, permutations=kept)
 
     def report(self):
-        suspicious, weighed = self.weighed.tolist()
+        share = self.weigh.share
         return {
             "found": self.vaccine is not None,
             "verified": self.verify and self.vaccine is not None,
@@ -320,5 +264,5 @@ class ShufflingVaccine(Defense):
             "suspicious_shares": [round(s, 5) for s in self.shares],
             "layers": self.names,
             "forms": self.used,
-            **({"weighed_suspicious": round(suspicious / weighed, 5)} if weighed else {}),
+            **({} if share is None else {"weighed_suspicious": round(share, 5)}),
         }

@@ -129,7 +129,7 @@ class Generated(Source):
         While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there
         is no step, and no norm to check.
         """
-        if any(defense.holds for defense in defenses):
+        if any(defense.holds() for defense in defenses):
             self.norms = {}
             return {name: value.detach() for name, value in losses.items()}
         for defense in defenses:

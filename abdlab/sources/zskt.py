@@ -13,6 +13,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.features import frozen, record
+from abdlab.graphs import key_of
 from abdlab.losses import _apart, attention, kl
 from abdlab.sources.generated import Generated
 from abdlab.sources.source import Batch
@@ -112,11 +113,7 @@ class ZSKT(Generated):
 
     def batch(self, defenses: Sequence = ()) -> Batch:
         noise = self.phases.hold("noise", self.noise())
-        key = (
-            ("generator", *(d.branch() for d in defenses))
-            if all(d.captures for d in defenses)
-            else None
-        )
+        key = key_of("generator", defenses)
         # the norms too are a piece's own: one that was captured earlier may be replayed
         # again
         batch, norms = self.phases.run(

@@ -13,6 +13,7 @@ import traitlets as t
 
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
+from abdlab.defenses.plans import tune
 from abdlab.presets import METHOD
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
@@ -264,7 +265,7 @@ class DefenseTuner(w.VBox):
         """Turn the defense that the knob belongs to; False where the run has none."""
         for defense in self.going.defenses:
             if defense.name == knob.section:
-                defense.tune(**{knob.key: value})
+                tune(defense, **{knob.key: value})
                 return True
         return False
 

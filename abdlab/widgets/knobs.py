@@ -15,7 +15,7 @@ import ipywidgets as w
 
 from abdlab.defenses import DEFENSES
 from abdlab.defenses.late import Late
-from abdlab.defenses.plans import plan_of, steps_of, then, until
+from abdlab.defenses.plans import plan_of, steps_of, then, tunable, until
 from abdlab.errors import keywords
 from abdlab.labels import Label
 from abdlab.settings import Settings, keyword_default
@@ -95,7 +95,7 @@ def knobs_of(chosen: Settings, section: str) -> list[Knob]:
     kind = DEFENSES.find(section)
     found = []
     for key in keywords(kind):
-        live = key in kind.tunable
+        live = key in tunable(kind)
         value = _value(chosen, section, key, live)
         if _is_number(value):
             whole = isinstance(value, int) and not isinstance(_default(section, key), float)
@@ -228,7 +228,7 @@ def trimmed(base: Settings, label: str, index: int) -> Settings:
     """
     values = {section: dict(options) for section, options in base.values.items()}
     for section in Label.parse(label).defenses:
-        for key in DEFENSES.find(section).tunable:
+        for key in tunable(DEFENSES.find(section)):
             if key in values.get(section, {}):
                 values[section][key] = plan_of(until(values[section][key], max(1, index)))
     return replace(base, values=values)
@@ -252,7 +252,7 @@ def check_branch(label: str, old: Settings, new: Settings, index: int, length: i
         changed = [
             key
             for key in keywords(type(now))
-            if key not in now.tunable
+            if key not in tunable(now)
             and _value(old, section, key, False) != _value(new, section, key, False)
         ]
         spoken = Label(section).spoken
