@@ -2,6 +2,11 @@
 right.
 """
 
+import os
+import re
+import subprocess
+import sys
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -278,6 +283,29 @@ def test_study_figures_say_what_they_show():
     with pytest.raises(ValueError, match="no numeric axis"):
         figures.sensitivity_figure(study_results(), "trigger")
     plt.close("all")
+
+
+def test_every_combination_has_a_colour_of_its_own():
+    named = list(plots.COLORS.values())
+    assert len(set(named)) == len(named)
+    assert plots.color_of("bounded+unlearn/cmi+tc") == plots.COLORS["bounded+unlearn/tc"]
+    unknown = ["zskt+tu+tc", "zskt+my_pkg.mine:Noise", "bounded/zskt+sv", "02_distillation"]
+    colors = [plots.color_of(label) for label in unknown]
+    assert len(set(colors)) == len(colors)
+    assert not set(colors) & set(named)
+    assert all(re.fullmatch("#[0-9a-f]{6}", color.lower()) for color in [*colors, *named])
+
+
+def test_a_drawn_colour_is_the_same_in_every_process():
+    code = "from abdlab import plots; print(plots.color_of('zskt+my_pkg.mine:Noise'))"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == plots.color_of("cmi+my_pkg.mine:Noise")
 
 
 def test_a_defense_has_one_colour_whatever_the_source():

@@ -12,6 +12,11 @@ import yaml
 import abdlab
 from abdlab import batch
 from abdlab.checkpoint import load_state, read_card, read_weights
+from abdlab.defenses import DEFENSES
+from abdlab.defenses.late import Late
+from abdlab.defenses.plans import tunable
+from abdlab.labels import Label
+from abdlab.methods import methods
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.students import distilled
@@ -25,6 +30,8 @@ from abdlab.widgets import (
     looks,
 )
 from abdlab.widgets import worker as workers
+from abdlab.widgets.branches import method_of, next_folder
+from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 
 TINY = {
     "data.size": 8,
@@ -429,9 +436,104 @@ class TestDefenseTuner:
     def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
         assert tuner.chosen.values == chosen.values
         tuner.knob("sv.layers").value = 2
-        tuner.knob("tu.lr").value = 1e-3
+        tuner.knob("tu.lr").value = 2e-3
         assert tuner.chosen.values["sv"]["layers"] == 2
-        assert tuner.chosen.values["tu"]["lr"] == 1e-3
+        assert tuner.chosen.values["tu"]["lr"] == 2e-3
+        tuner.method.value = "zskt"
+        assert tuner.knobs.shown == []
+        assert tuner.chosen.values == chosen.values
+
+
+NOISE = """
+from abdlab.defenses.defense import Defense
+
+class Noise(Defense):
+    \'\'\'Noise on the student's images.
+
+    Args:
+        strength: of the noise, in [0, 1] units.
+        steps: how often it is drawn.
+        often: draw it anew in each step.
+        kind: its name.
+    \'\'\'
+
+    tunable = ("strength",)
+
+    def __init__(self, *, steps: int = 2, strength: float = 0.003, often: bool = True, kind="a"):
+        pass
+"""
+
+
+class TestKnobs:
+    def test_every_registered_defense_has_knobs_from_its_signature(self, chosen):
+        for name, kind in DEFENSES.items():
+            knobs = {knob.key: knob for knob in knobs_of(chosen, name)}
+            assert {key for key, knob in knobs.items() if knob.live} == set(tunable(kind))
+            assert all(knob.late == issubclass(kind, Late) for knob in knobs.values())
+            for key, knob in knobs.items():
+                assert knob.control.value == pytest.approx(knob.of(chosen)), key
+                assert knob.control.tooltip, f"{name}.{key} is not explained"
+
+    def test_a_defense_of_ones_own_has_knobs_by_its_import_path(
+        self, root, chosen, data, tmp_path, monkeypatch
+    ):
+        (tmp_path / "someones.py").write_text(NOISE)
+        monkeypatch.syspath_prepend(tmp_path)
+        tuner = DefenseTuner(root, chosen, data, "zskt+someones:Noise", needs_page=False)
+        assert [(knob.key, knob.live) for knob in tuner.knobs.shown] == [
+            ("strength", True),
+            ("steps", False),
+            ("often", False),
+        ]
+        strength = tuner.knob("someones:Noise.strength")
+        assert strength.description == "NOISE: strength"
+        assert strength.tooltip == "of the noise, in [0, 1] units."
+        for value in (0.0025, 150.0):  # a typed number stays what it is
+            strength.value = value
+            assert tuner.chosen.values["someones:Noise"] == {"strength": value}
+
+    def test_a_slider_reaches_what_the_settings_say(self, chosen):
+        wide = settings("quick/digits", {"sv.alpha": 40.0, "tu.lr": 0.3, "tu.inner_steps": 90})
+        knobs = Knobs()
+        knobs.show("zskt+sv+tu", wide)
+        assert knobs["sv.alpha"].control.value == 40.0
+        assert knobs["tu.lr"].control.value == pytest.approx(0.3)
+        assert knobs["tu.inner_steps"].control.value == 90
+        assert knobs.applied(wide).values == wide.values
+
+    def test_what_is_no_number_has_no_knob(self):
+        named = settings("quick/digits", {"sv.layers": ["conv1"], "tu.natural": None})
+        assert "layers" not in {knob.key for knob in knobs_of(named, "sv")}
+        knobs = Knobs()
+        knobs.show("zskt+sv", settings("quick/digits"))
+        knobs.show("zskt+sv", named)  # the knob that there is leaves the names alone
+        assert knobs.applied(named).values == named.values
+
+    def test_what_acts_late_can_be_changed_at_a_branch_before_it_begins(self):
+        old = settings("quick/digits", {"tu.start": 0.5})
+        other = settings("quick/digits", {"tu.start": 0.5, "tu.penalty": 0.5})
+        check_branch("zskt+sv+tu", old, other, index=50, length=100)
+        with pytest.raises(ValueError, match=r"TU is on since step 50.* change its penalty"):
+            check_branch("zskt+sv+tu", old, other, index=51, length=100)
+        with pytest.raises(ValueError, match="TU would have begun at step 20"):
+            check_branch("zskt+tu", old, settings("quick/digits", {"tu.start": 0.2}), 40, 100)
+        check_branch("zskt+sv", old, other, index=51, length=100)
+
+
+class TestMethods:
+    def test_every_source_with_what_makes_sense(self):
+        found = methods()
+        late = [name for name, kind in DEFENSES.items() if issubclass(kind, Late)]
+        assert {"zskt", "zskt+sv", "zskt+sr", "zskt+tu", "zskt+sv+sr", "cmi+sv+tu"} <= set(found)
+        assert not any(set(late) <= set(Label.parse(label).defenses) for label in found)
+        assert not any(Label.parse(label).source == "clean" for label in found)
+
+    def test_folders_and_labels_go_both_ways(self, tmp_path):
+        for label in ("zskt+sv+tu", "bounded+unlearn/cmi+tc", "zskt+my_pkg.mine:Noise+tu"):
+            folder = next_folder(tmp_path, label)
+            assert method_of(folder) == label
+            (tmp_path / folder).mkdir()
+            assert next_folder(tmp_path, label).endswith("@2")
 
 
 class TestSampleExplorer:

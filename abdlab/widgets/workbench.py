@@ -22,6 +22,12 @@ class Workbench(w.VBox):
     """Design a trigger, tune a defense against it, look at what the student learns
     from, and browse what is there.
 
+    >>> import tempfile
+    >>> bench = Workbench(tempfile.mkdtemp())
+    >>> bench.designer.hand()  # the trigger goes from tab to tab
+    >>> bench.tuner.status.value.count("badnet_sq")
+    1
+
     Args:
         root: the folder of results; notebooks that name the same one share its teachers
             and students.
