@@ -5,6 +5,7 @@ a run goes on, and what is settled when it begins.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -105,16 +106,17 @@ def knobs_of(chosen: Settings, section: str) -> list[Knob]:
 
 
 def about(kind: type, key: str) -> str:
-    """What a class's docstring says about one of its parameters; empty when nothing.
+    """What a class's docstring says about one of its parameters, in an entry of its own
+    or in the first one that mentions it; empty when nothing.
 
     >>> from abdlab.defenses import ShufflingVaccine
     >>> about(ShufflingVaccine, "verify")
     'False takes the first shuffle unseen; the report says so.'
     """
-    text = inspect.getdoc(kind) or ""
-    pattern = rf"^ {{4}}(?:[\w, ]+, )?{key}(?:, [\w, ]+)?: (.+(?:\n {{8,}}.+)*)"
-    found = re.search(pattern, text, re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    entries = re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8,}.+)*)", inspect.getdoc(kind) or "", re.M)
+    own = (text for names, text in entries if key in names.split(", "))
+    mentioned = (text for _, text in entries if f"``{key}``" in text)
+    return " ".join(next(itertools.chain(own, mentioned), "").split())
 
 
 class Knobs(w.VBox):
