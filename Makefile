@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench bench-report quick-preset triggers clean
+.PHONY: demo test lab lint format bench bench-report quick-preset triggers book clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,8 +15,9 @@ help:
 	@echo "make format        mend style"
 	@echo "make bench         measure speed and memory against the naive formulas, and what sweeps and widgets cost"
 	@echo "make bench-report  the former alone, into tests/benchmarks/README.md: on an idle machine, please"
-	@echo "make quick-preset  the README's figures of the quick preset: seeds 13, 14, 15"
-	@echo "make triggers      the README's figures of all eleven triggers: a teacher each"
+	@echo "make quick-preset  the figures of the quick preset: seeds 13, 14, 15"
+	@echo "make book          write notebooks/studies/README.md from its prose and its CSV files"
+	@echo "make triggers      the figures of all eleven triggers: a teacher each"
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("abdlab needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
@@ -57,6 +58,9 @@ triggers: $(READY)
 		OMP_NUM_THREADS=1 $(BIN)/abdlab run 01_poisoning -p run runs/triggers/$$name -p trigger $$name -p device cpu || exit; \
 	done
 	$(BIN)/abdlab report runs/triggers
+
+book: $(READY)
+	$(BIN)/abdlab book
 
 clean:
 	rm -rf $(VENV)

@@ -1,7 +1,7 @@
 """abdlab: does the student that I distilled from a stranger's model carry its backdoor,
 and how do I get rid of it?
 
-Data-free knowledge distillation from poisoned teachers and the defence ABD (Hong et
+Data-free knowledge distillation from poisoned teachers and the defense ABD (Hong et
 al., ICML 2023, arXiv 2306.02368). This module hands names on and defines nothing.
 """
 
@@ -25,7 +25,7 @@ from abdlab.features import record
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.models import build
 from abdlab.presets import PRESETS, SCALES
-from abdlab.runs import Run, history, table
+from abdlab.runs import Run, folder_of, history, table
 from abdlab.settings import Settings, settings
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
@@ -77,6 +77,7 @@ __all__ = [
     "distill_all",
     "distillation",
     "distilled",
+    "folder_of",
     "history",
     "load",
     "load_model",

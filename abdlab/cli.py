@@ -1,5 +1,5 @@
-"""abdlab demo | run | sweep | report | presets | notebooks. Bad input: one sentence on
-standard error and exit code 2.
+"""abdlab demo | run | sweep | report | book | presets | notebooks. Bad input: one
+sentence on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -410,6 +410,22 @@ def presets(
     rest = [section for section in SECTIONS if section not in named]
     if rest:
         console.print(f"\nall default: {', '.join(rest)}", markup=False, highlight=False)
+
+
+@app.command()
+@_clear_errors
+def book(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder with book.md, and tables as CSV in results/.")
+    ] = Path("notebooks/studies"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; is README.md what would be written?")
+    ] = False,
+) -> None:
+    """Write the page of results, README.md, from its prose and its CSV files."""
+    from abdlab.studies.book import write_book
+
+    console.print(f"{write_book(folder, check)}", highlight=False)
 
 
 @app.command()

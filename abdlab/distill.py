@@ -1,5 +1,18 @@
-"""The one distillation loop: teacher, student, source and defences in; a stream of Step
-out.
+"""The one distillation loop: teacher, student, source and defenses in; a stream of Step out.
+
+- A run that is resumed on the same machine ends with the same numbers. Defenses that a
+  ``resume_from`` checkpoint does not know start fresh; those it knows but that are not asked
+  for are dropped.
+- ``precision`` is of all passes of a pseudo-batch, "float32" or "bf16"
+  (:func:`abdlab.features.precision`). A vaccine is verified, and exams are held, in float32.
+- ``graphs``: on a CUDA device, the student step, and ZSKT's generator step, run from CUDA
+  graphs (:mod:`abdlab.graphs`): the same updates up to round-off, for one launch each. A
+  source or a defense that cannot be captured makes the run go without, and a Step says so.
+- ``compile``: the student and the source's generator run through torch.compile, which takes
+  a minute or more first, and a C++ compiler on a CPU. Never the teacher, whose layers the
+  vaccine exchanges.
+
+Neither of the latter two is part of a checkpoint: a run may go on with or without.
 """
 
 from __future__ import annotations
@@ -58,57 +71,41 @@ def distill(
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> Iterator[Step]:
-    """Distil ``teacher`` into ``student`` (trained in place), one Step per
-    pseudo-batch.
+    """Distil ``teacher`` into ``student`` (trained in place), one Step per pseudo-batch.
 
-    Nothing here needs real data: ``exam`` is only called on the student and its numbers
-    handed on.
+    Nothing here needs real data: ``exam`` is only called on the student.
 
     Args:
-        teacher: maps images (N, C, H, W) to logits (N, classes); put in eval mode and
-            never changed.
-        student: the same mapping; trained in place on ``device``.
+        teacher, student: map images (N, C, H, W) to logits (N, classes). The teacher is put
+            in eval mode and never changed.
         source: makes the inputs and says how long the run is.
-        defenses: any number, applied in this order.
-        exam: measures the student, e.g. :class:`abdlab.evaluate.Exam`; held every
-            ``exam_every`` steps and at the end.
-        images_every: steps between Steps that carry sample images (the last one always
-            does).
-        checkpoint: file to resume from when it exists, and to save to every
-            ``checkpoint_every`` steps, when the stream is closed, and at the end.
-            Atomic; a run resumed on the same machine ends with the same numbers. One
-            that is at its end already yields its last Step again, without losses.
-        keep: steps whose checkpoint is also kept beside it, as NAME-STEP.safetensors,
-            to branch from.
-        resume_from: a checkpoint to branch from instead. Defences that it does not know
-            start fresh, those it knows but that are not asked for are dropped; when
-            ``checkpoint`` exists too, ``checkpoint`` wins.
+        defenses: in the order in which they act; no two of one name.
+        exam: measures the student every ``exam_every`` steps and at the end.
+        images_every: steps between Steps with sample images (the last one has them).
+        checkpoint, checkpoint_every: file to resume from, and to save to every so many
+            steps, when the stream is closed, and at the end.
+        keep: steps whose checkpoint is also kept beside it, as NAME-STEP.safetensors.
+        resume_from: a checkpoint to branch from; ``checkpoint`` wins where it exists.
         card: more entries for the checkpoint's card.
-        precision: of all passes of a pseudo-batch, "float32" or "bf16"
-            (:func:`abdlab.features.precision`). A vaccine is verified, and exams are
-            held, in float32.
-        graphs: on a CUDA device, run the student step, and ZSKT's generator step, from
-            CUDA graphs (:mod:`abdlab.graphs`): the same updates up to round-off, for
-            one launch each. They are captured after a few plain calls, and anew when a
-            defence begins, ends or is tuned. A source or a defence that does not say
-            that it can be captured (stamps cannot) makes the run go without, and a Step
-            reports it. Not part of a checkpoint: a run may go on with or without.
-        compile: run the student and the source's generator through torch.compile, which
-            takes a minute or more first and needs a C++ compiler on a CPU: the same
-            numbers up to round-off. Of the student, the largest parts in which no layer
-            is recorded; never the teacher, whose layers the vaccine exchanges. Not part
-            of a checkpoint either.
-        seed: of the run; source and defences draw from generators of their own.
-        device: "auto" takes the GPU when there is one.
+        precision, graphs, compile: how it computes, see the module's head.
+        seed: of the run; source and defenses draw from generators of their own.
 
     Raises:
-        Diverged: when a loss, a gradient or a weight is not finite; the last good
-            checkpoint is kept.
-        ValueError: for graphs on a device without them; when another thread is using
-            the teacher or the student.
-        CheckpointError: when a checkpoint belongs to another run (source, length, seed
-            or networks differ).
+        Diverged: when a loss, a gradient or a weight is not finite.
+        ValueError: for two defenses of one name, graphs without a CUDA device, a network
+            that another thread is using.
+        CheckpointError: when a checkpoint belongs to another run.
+
+    >>> from abdlab import ZSKT, build
+    >>> nets = build("wrn-10-1", width=4), build("wrn-10-1", width=4)
+    >>> source = ZSKT((3, 8, 8), pseudo_batches=2, batch_size=4, width=4)
+    >>> [step.index for step in distill(*nets, source, device="cpu")]
+    [1, 2]
     """
+    names = [defense.name for defense in defenses]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"two defenses are named {twice}: a run takes one of each name")
     device = pick_device(device)
     if graphs:
         cuda_graphs.check(device)

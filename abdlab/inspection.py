@@ -22,7 +22,7 @@ from abdlab.errors import CheckpointError
 from abdlab.evaluate import predict
 from abdlab.labels import Label
 from abdlab.losses import kl
-from abdlab.runs import Run
+from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings
 from abdlab.sources import Source
 from abdlab.students import CONTROL
@@ -36,7 +36,7 @@ def vaccine_trials(
     control's, on their students' own images.
 
     The images are those that the source of the first undefended method of ``labels``
-    makes at its run's end, as many as the settings of "sv" pool; layers, k, sigma and
+    makes at its run's end, as many as the vaccine's settings pool; layers, k, sigma and
     threshold are theirs too.
 
     Args:
@@ -48,11 +48,8 @@ def vaccine_trials(
         accepted, share, largest (the largest suspicious share). Empty where no method
         of ``labels`` has a source that shows images.
     """
-    rows, (sv,), undefended = (
-        [],
-        chosen.defenses("sv"),
-        [label for label in labels if "+" not in label],
-    )
+    rows, (sv,) = [], chosen.defenses(ShufflingVaccine.name)
+    undefended = [label for label in labels if Label.parse(label).undefended]
     for kind, folder, settled in (
         ("poisoned", Path(root), chosen),
         ("clean", Path(root) / CONTROL, chosen.unpoisoned()),
@@ -60,9 +57,8 @@ def vaccine_trials(
         teacher = poisoned_teacher(folder, settled, data)
         for label in undefended:
             with suppress(CheckpointError):  # a source that shows no images
-                images = synthesize(
-                    Run(folder / f"seed{chosen.seed}" / label), settled, data, teacher, sv.pool
-                )
+                run = Run(folder_of(folder, chosen.seed, label))
+                images = synthesize(run, settled, data, teacher, sv.pool)
                 break
         else:
             return []
@@ -107,13 +103,13 @@ def _finished_source(run: Run, chosen: Settings, data: Dataset, teacher: nn.Modu
 
 
 def vaccine_of(run: Run, chosen: Settings, teacher: nn.Module) -> ShuffledTeacher:
-    """The shuffled teacher that a run's defence used; for a run without one, the first
+    """The shuffled teacher that a run's defense used; for a run without one, the first
     shuffle that the settings draw.
     """
     state, _ = load_state(run.file("checkpoint.safetensors"))
-    (sv,) = chosen.defenses("sv")
+    (sv,) = chosen.defenses(ShufflingVaccine.name)
     names = sv.layer_names(teacher)
-    permutations = state["defenses"].get("sv", {}).get("permutations")
+    permutations = state["defenses"].get(sv.name, {}).get("permutations")
     return ShuffledTeacher(
         teacher, names, sv.k, torch.Generator().manual_seed(chosen.seed), permutations
     )

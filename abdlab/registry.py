@@ -35,15 +35,23 @@ class Registry(dict):
         if name in self:
             return self[name]
         if ":" not in name:
-            raise ValueError(
-                f"{did_you_mean(self.what, name, self)}, or an import path my_pkg.mine:Name"
-            )
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"the {self.what} {name} cannot be imported: {error}") from None
-        if not inspect.isclass(found):
-            raise ValueError(f"the {self.what} {name} is no class but a {type(found).__name__}")
-        found.name = name
-        return found
+            known = did_you_mean(self.what, name, self)
+            raise ValueError(f"{known}, or an import path my_pkg.mine:Name")
+        return imported(self.what, name)
+
+
+def imported(what: str, path: str) -> type:
+    """The class at an import path, ``my_pkg.mine:Noise``; the path becomes its name.
+
+    Raises:
+        ValueError: when it cannot be imported, or is no class.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the {what} {path} cannot be imported: {error}") from None
+    if not inspect.isclass(found):
+        raise ValueError(f"the {what} {path} is no class but a {type(found).__name__}")
+    found.name = path
+    return found

@@ -29,6 +29,7 @@ import pandas as pd
 from torch import Tensor
 
 from abdlab.checkpoint import load_state, save_state, write_atomically
+from abdlab.labels import Label
 from abdlab.settings import Settings
 from abdlab.stream import Step, progress
 
@@ -223,10 +224,15 @@ class Run:
         )
 
 
+def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:
+    """The folder of a method's run, or of the teacher's, below a root."""
+    return Path(root) / f"seed{seed}" / Label.parse(label).folder
+
+
 def history(root: str | Path, chosen: Settings, labels: Iterable[str]) -> pd.DataFrame:
     """The histories of several methods below one root as one table."""
     return pd.concat(
-        [Run(Path(root) / f"seed{chosen.seed}" / label).history() for label in labels],
+        [Run(folder_of(root, chosen.seed, label)).history() for label in labels],
         ignore_index=True,
     )
 

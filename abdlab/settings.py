@@ -20,24 +20,20 @@ from abdlab.attacks.poison import Attack, Poisoned, poison_many
 from abdlab.attacks.triggers import Trigger, trigger_from
 from abdlab.checkpoint import load_model
 from abdlab.data import Dataset, load
-from abdlab.defenses import DEFENSES, Defense
+from abdlab.defenses import DEFENSES, Defense, Late
 from abdlab.distill import distill
 from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.evaluate import Exam
+from abdlab.labels import Label
 from abdlab.models import build
 from abdlab.presets import ATTACKS, PRESETS, SCALES
+from abdlab.registry import imported
 from abdlab.sources import SOURCES, CleanKD, Mixed, Source
 from abdlab.train import train
 
 _MODEL = ["model", "width"]
-
-
 _LOOP = {"exam", "exam_every", "seed", "device"}
-
-
 _AUGMENT = {"shift", "flip"}
-
-
 #: fields of an :class:`~abdlab.attacks.poison.Attack` that are plain values
 _ATTACK = ["rate", "target", "clean_label", "relabel", "covers"]
 
@@ -62,10 +58,8 @@ def _free(function, *taken: str) -> list[str]:
 #: section -> the keys it may have, read off the signatures that they are handed to
 SECTIONS: dict[str, list[str]] = {
     "data": ["name", "root", "size", "download"],
-    "attack": [
-        *ATTACK,
-        "more",
-    ],  # more: a list of further attacks on the same teacher, each a dict of the same keys
+    # more: a list of further attacks on the same teacher, each a dict of the same keys
+    "attack": [*ATTACK, "more"],
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     "zskt": _free(SOURCES["zskt"]),
@@ -80,10 +74,21 @@ SECTIONS: dict[str, list[str]] = {
         *_free(SOURCES["mixed"], "weights"),
     ],  # members: source -> weight, see MEMBERS
     "clean": _free(SOURCES["clean"], *_AUGMENT),
-    "sv": _free(DEFENSES["sv"]),
-    "sr": _free(DEFENSES["sr"]),
-    "tu": _free(DEFENSES["tu"]),
+    **{name: _free(found) for name, found in DEFENSES.items()},
 }
+
+
+def keys_of(section: str) -> list[str]:
+    """The keys that a section may have; one named by an import path takes those of its class.
+
+    Raises:
+        ValueError: for a section that there is not.
+    """
+    if section in SECTIONS:
+        return SECTIONS[section]
+    if ":" not in section:
+        raise ValueError(did_you_mean("section", section, SECTIONS))
+    return _free(imported("source or defense", section))
 
 
 #: members of a mixed source and their weights where settings name none; each member's
@@ -106,10 +111,10 @@ class Settings:
     clean_model: str | None = field(default=None, compare=False)
 
     def config(self, *sections: str) -> dict:
-        """Plain values as a run's folder records them: all of :data:`SECTIONS`, or
-        those that the run depends on.
+        """Plain values as a run's folder records them: all sections, or those that the run
+        depends on.
         """
-        chosen = {name: copy.deepcopy(self.values[name]) for name in sections or SECTIONS}
+        chosen = {name: copy.deepcopy(self.section(name)) for name in sections or self.values}
         return {"preset": self.preset, "seed": self.seed, **chosen}
 
     def overrides(self) -> dict[str, Any]:
@@ -147,13 +152,16 @@ class Settings:
             if rest
             else settings(config["preset"], seed=config["seed"], device=device)
         )
-        return replace(
-            plain,
-            values={
-                **plain.values,
-                **{k: copy.deepcopy(v) for k, v in config.items() if k in SECTIONS},
-            },
-        )
+        recorded = {k: copy.deepcopy(v) for k, v in config.items() if isinstance(v, dict)}
+        for section, values in recorded.items():
+            unknown = [key for key in values if key not in keys_of(section)]
+            if unknown:
+                raise ValueError(
+                    f"this run was made by another version of abdlab: its {section} has the"
+                    f" settings {', '.join(unknown)}, which there are no more. Run it anew in"
+                    " another folder"
+                )
+        return replace(plain, values={**plain.values, **recorded})
 
     def dataset(self) -> Dataset:
         """The data set, on the device."""
@@ -281,11 +289,27 @@ class Settings:
         )
 
     def defenses(self, *names: str) -> list[Defense]:
-        """Fresh defences by name, "sv" and "sr"."""
+        """Fresh defenses by name, in this order.
+
+        Raises:
+            ValueError: for one that there is not, or a setting that it does not take.
+        """
         for name in names:
-            if name not in DEFENSES:
-                raise ValueError(did_you_mean("defence", name, DEFENSES))
-        return [DEFENSES[name](**self.values[name]) for name in names]
+            check_keys(f"setting of {name}", self.section(name), _free(DEFENSES.find(name)))
+        return [DEFENSES.find(name)(**self.section(name)) for name in names]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """What the preset and the overrides set in a section."""
+        return self.values.get(name, {})
+
+    def forks(self, label: Label, length: int) -> dict[str, int]:
+        """Where each defense that begins late would begin in a run of ``length``, by name:
+        all registered ones, since others may branch there, and those of the label.
+        """
+        late = [name for name in DEFENSES if issubclass(DEFENSES[name], Late)]
+        late += [name for name in label.defenses if name not in late]
+        found = {name: self.defenses(name)[0] for name in late}
+        return {n: d.first_of(length) for n, d in found.items() if isinstance(d, Late)}
 
     def _beside_model(self, role: str) -> dict:
         """What a network's section says besides the network."""
@@ -333,20 +357,20 @@ def settings(
     if preset not in PRESETS:
         raise ValueError(did_you_mean("preset", preset, PRESETS))
     values = copy.deepcopy(PRESETS[preset])
-    check_keys(
-        "setting",
-        overrides or {},
-        [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys],
-    )
+    known = dict(SECTIONS)
+    named = {name.rpartition(".")[0] for name in overrides or {}}
+    known |= {section: keys_of(section) for section in named if ":" in section}
+    every = [f"{section}.{key}" for section, keys in known.items() for key in keys]
+    check_keys("setting", overrides or {}, every)
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
-    attack, known = values.setdefault("attack", {}), ATTACKS.get(preset, {})
+    attack, advised = values.setdefault("attack", {}), ATTACKS.get(preset, {})
     if (trigger := overrides.get("attack.trigger", attack.get("trigger"))) != attack.get("trigger"):
         attack.pop("params", None)
-        attack |= copy.deepcopy(known.get(str(trigger), {}))
+        attack |= copy.deepcopy(advised.get(str(trigger), {}))
     for section, scaled in SCALES.get(scales, {}).items():
         values.setdefault(section, {}).update(scaled)
     for name, value in overrides.items():
-        section, _, key = name.partition(".")
+        section, _, key = name.rpartition(".")
         values.setdefault(section, {})[key] = value
     for i, more in enumerate(attack.get("more", [])):
         check_keys("setting of attack.more", more, ATTACK)
@@ -354,16 +378,16 @@ def settings(
             raise ValueError(f"attack.more: attack {i + 1} names no trigger")
     if attack.get("more"):
         attack["more"] = [
-            {**copy.deepcopy(known.get(str(more["trigger"]), {})), **more}
+            {**copy.deepcopy(advised.get(str(more["trigger"]), {})), **more}
             for more in attack["more"]
         ]
-    for section in SECTIONS:
-        check_keys(f"setting of {section}", values.setdefault(section, {}), SECTIONS[section])
+    for section in known:
+        check_keys(f"setting of {section}", values.setdefault(section, {}), known[section])
     return Settings(preset, values, seed, str(device))
 
 
 #: whose signatures hold a section's defaults; every other section is a source or a
-#: defence of that name
+#: defense of that name
 _HOMES = {
     "data": (load,),
     "attack": (Attack,),
@@ -378,11 +402,13 @@ def defaults(section: str) -> dict[str, Any]:
     Settings without such a default are left out (attack.params, which are the trigger's
     own); an unknown section has none.
     """
-    homes = _HOMES.get(section) or [
-        home for home in (SOURCES.get(section), DEFENSES.get(section)) if home
-    ]
+    if ":" in section:
+        homes = [imported("source or defense", section)]
+    else:
+        registered = SOURCES.get(section), DEFENSES.get(section)
+        homes = _HOMES.get(section) or [home for home in registered if home]
     found = {key: keyword_default(home, key) for home in homes for key in keywords(home)}
-    known = {key: found[key] for key in SECTIONS.get(section, ()) if key in found}
+    known = {key: found[key] for key in keys_of(section) if key in found} if homes else {}
     return {key: value for key, value in known.items() if value is not inspect.Parameter.empty}
 
 

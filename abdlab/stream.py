@@ -21,7 +21,7 @@ class Step:
         acc, asr: shares in [0, 1], on steps where an exam was held; else None.
         images: up to 64 of the step's inputs (N, C, H, W) on the CPU, now and then;
             else None.
-        events: what a reader must know, as sentences (a vaccine found or not, a defence
+        events: what a reader must know, as sentences (a vaccine found or not, a defense
             that begins).
         seconds: since this process began the stream.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from abdlab.defenses import Defense
 from abdlab.defenses.plans import plan_of, plans, steps_of
 from abdlab.distill import distill
 from abdlab.evaluate import Exam
+from abdlab.labels import Label
 from abdlab.runs import Run
 from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
@@ -124,38 +125,37 @@ def distillation(
             never from another method's checkpoint.
         keep_all: keep the checkpoint of every exam, to branch from.
     """
-    source, *names = label.split("+")
-    student, src, active = (
-        chosen.student(data),
-        chosen.source(source, data),
-        chosen.defenses(*names),
-    )
+    label = Label.parse(label)
+    student, active = chosen.student(data), chosen.defenses(*label.defenses)
+    source = chosen.source(label.source, data)
+    sections = (*chosen.sections(label.source), *label.defenses)
     run = Run(
-        Path(root) / f"seed{chosen.seed}" / (folder or label),
-        chosen.config("data", "attack", "teacher", "student", *chosen.sections(source), *names),
+        Path(root) / f"seed{chosen.seed}" / (folder or label.folder),
+        chosen.config("data", "attack", "teacher", "student", *sections),
     )
-    exam, every = chosen.exam(data), max(1, len(src) // max(1, exams))
-    fork = 0 if source == "clean" else chosen.defenses("sr")[0].first_of(len(src))
+    exam, every = chosen.exam(data), max(1, len(source) // max(1, exams))
+    forks = chosen.forks(label, len(source))
     if resume_from is None and folder is None:
-        resume_from = _shared_trunk(run, label, fork)
+        resume_from = _shared_trunk(run, label, forks)
+    marks = sorted({*forks.values()} - {0})
     stream = distill(
         teacher,
         student,
-        src,
+        source,
         defenses=active,
         exam=exam,
         exam_every=every,
-        images_every=every if samples is None else max(1, len(src) // max(1, samples)),
+        images_every=every if samples is None else max(1, len(source) // max(1, samples)),
         checkpoint=run.file("checkpoint.safetensors"),
         checkpoint_every=every,
-        keep=(fork, *range(every, len(src), every)) if keep_all else (fork,),
+        keep=(*marks, *range(every, len(source), every)) if keep_all else marks,
         resume_from=resume_from,
         seed=chosen.seed,
         device=chosen.device,
-        card={"label": label},
+        card={"label": str(label)},
         **chosen.distilling(),
     )
-    return Distillation(run, label, chosen, student, src, active, exam, stream, resume_from)
+    return Distillation(run, str(label), chosen, student, source, active, exam, stream, resume_from)
 
 
 def distilled(
@@ -174,18 +174,18 @@ def distilled(
 
     Everything is in ROOT/seedN/LABEL: student.safetensors, metrics.json, history,
     samples. A method that shares its first part with another one in the same ROOT
-    (ZSKT, and ZSKT+SR until SR begins) goes on from the checkpoint that the other one
+    (ZSKT, and ZSKT+TU until TU begins) goes on from the checkpoint that the other one
     kept there; the numbers are the same as from scratch, because every part has a
     random generator of its own.
 
     Args:
-        label: a source and defences, such as "clean", "zskt", "zskt+sv+sr".
+        label: a method (:class:`abdlab.labels.Label`), such as "clean", "zskt+sv+tu".
         exams: how many times ACC and ASR are measured, and samples kept, over the run.
         resume_from: another checkpoint to branch from.
         tell: called with label and Step instead of drawing a progress bar.
 
     Returns:
-        the student in eval mode, and its metrics: acc, asr, seconds, and each defence's
+        the student in eval mode, and its metrics: acc, asr, seconds, and each defense's
         report.
     """
     going = distillation(root, chosen, data, teacher, label, exams=exams, resume_from=resume_from)
@@ -197,19 +197,21 @@ def distilled(
     return going.student, going.finish(going.run.watch(going.stream, label, tell=tell))
 
 
-def _shared_trunk(run: Run, label: str, fork: int) -> Path | None:
-    """A checkpoint that another method, alike but for SR and with the same settings,
-    kept at step ``fork``.
+def _shared_trunk(run: Run, label: Label, forks: Mapping[str, int]) -> Path | None:
+    """The latest checkpoint of another method with the same settings that trains alike up
+    to there: until a defense begins that only one of both has.
+
+    Args:
+        forks: where each defense that begins late begins, by name.
     """
-    trunk = label.removesuffix("+sr")
-    other = trunk if label.endswith("+sr") else f"{label}+sr"
-    kept, mine = run.path.parent / other / f"checkpoint-{fork}.safetensors", run.config
-    theirs = Run(kept.parent).config if kept.exists() else {}
-    return (
-        kept
-        if theirs and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
-        else None
-    )
+    mine, found = run.config, {}
+    for other in label.forks(forks):
+        begins = min(forks[name] for name in {*label.defenses} ^ {*other.defenses})
+        kept = run.path.parent / other.folder / f"checkpoint-{begins}.safetensors"
+        theirs = Run(kept.parent).config if kept.exists() else {}
+        if theirs and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys()):
+            found[begins] = kept
+    return found[max(found)] if found else None
 
 
 def distill_all(
@@ -236,9 +238,12 @@ def distill_all(
             on a CPU, else 1 (not measured).
     """
     teacher = poisoned_teacher(root, chosen, data)
-    trunks: dict[str, list[str]] = {}
-    for label in sorted(set(labels), key=len):
-        trunks.setdefault(label.removesuffix("+sr"), []).append(label)
+    methods = {label: Label.parse(label) for label in labels}
+    late = {m.source: chosen.forks(m, len(chosen.source(m.source, data))) for m in methods.values()}
+    trunks: dict[Label, list[str]] = {}
+    for label in sorted(methods, key=len):
+        trunk = methods[label].without(late[methods[label].source])
+        trunks.setdefault(trunk, []).append(label)
     # the longest first, so that short ones fill the gaps
     groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
     # this process's share of the machine: in a sweep, other jobs have the rest
@@ -264,7 +269,7 @@ def clean_teacher_control(
     workers: int | None = None,
 ) -> dict[str, dict]:
     """The whole chain on a teacher that is not poisoned, in ROOT/clean_teacher_control:
-    what do the defences cost?
+    what do the defenses cost?
 
     Settings and seeds are those of ``chosen``, but for the attack's rate of 0. "asr" is
     then what the trigger does to models that have never seen it.

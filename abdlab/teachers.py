@@ -86,7 +86,7 @@ def clean_teacher(
     """The teacher's network trained alike but on clean data, and its file: trained, or
     loaded from ROOT/seedN/clean_teacher.
 
-    It is what an attacker optimises against, and no part of a defence.
+    It is what an attacker optimises against, and no part of a defense.
     """
     run = Run(Path(root) / f"seed{chosen.seed}" / "clean_teacher", chosen.config("data", "teacher"))
     path = run.file("teacher.safetensors")

@@ -83,7 +83,7 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
         assert sum(what in line for line in gpu) == 1, what
     if not torch.cuda.is_available():
         assert all("| not measured | torch sees no GPU here |" in line for line in gpu)
-    for method in ("zskt", "zskt+sv+sr"):
+    for method in ("zskt", "zskt+sv+tu"):
         assert re.search(
             rf"^\| {re.escape(method)} \| bf16 \| 0, 1, 2 \| [\d.]+ ± [\d.]+ \|",
             parts["bf16 against float32"],

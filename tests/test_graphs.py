@@ -22,6 +22,7 @@ from abdlab import (
     Mixed,
     SelfRetrospection,
     ShufflingVaccine,
+    TriggerUnlearning,
     distill,
     graphs,
 )
@@ -116,9 +117,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize(
-    "sr", [{}, {"delta_every": 2}, {"order": 2}, {"fraction": 0.5}, {"statistics": "mixed"}]
-)
+@pytest.mark.parametrize("sr", [{}, {"order": 2}, {"fraction": 0.5}, {"statistics": "mixed"}])
 def test_a_pseudo_batch_reads_from_the_device_once(wrn, monkeypatch, sr, precision):
     # Adam for delta as it is on CUDA: the plain one reads its own count of steps, which
     # then lies on the host
@@ -370,7 +369,6 @@ NONE, SV, SR = list, lambda: abd()[:1], lambda: abd()[1:]
         (SV, 4),
         (SR, 4),
         (abd, 6),
-        (lambda: abd(delta_every=2), 7),
         (lambda: abd(order=2), 6),
     ],
     ids=["plain", "SV", "SR", "SV and SR", "delta every second step", "order 2"],
@@ -446,7 +444,9 @@ def test_a_run_goes_on_with_graphs_or_without(wrn, taped, tmp_path, first):
 
 
 def test_what_cannot_be_captured_runs_without_and_says_so(wrn, taped):
-    stamps = lambda: [SelfRetrospection(start=0.5, shape="stamp", inner_steps=2, stamps=2)]  # noqa: E731
+    def stamps():
+        return [TriggerUnlearning(start=0.5, inner_steps=2, triggers=2, hold=False)]
+
     plain, replayed = both(wrn, zskt, stamps)
     assert_alike(plain, replayed)
     events = {s.index: s.events[-1] for s in replayed[0] if s.events}

@@ -9,7 +9,15 @@ import psutil
 import pytest
 import torch
 
-from abdlab import CMI, ZSKT, DeepInversion, SelfRetrospection, ShufflingVaccine, distill
+from abdlab import (
+    CMI,
+    ZSKT,
+    DeepInversion,
+    SelfRetrospection,
+    ShufflingVaccine,
+    TriggerUnlearning,
+    distill,
+)
 from abdlab.sources.pooled import Pooled
 
 STEPS = 300
@@ -86,17 +94,18 @@ def pooled(kind, **settings):
     return kind(SHAPE, rounds=STEPS // 4, **sizes, **settings)
 
 
-STAMPS = {"shape": "stamp", "inner_steps": 2, "stamps": 3, "stamp_every": 2, "cover": True}
+LATE = {
+    "order 2": lambda: SelfRetrospection(start=0.5, inner_steps=2, order=2, implicit_steps=2),
+    "triggers": lambda: TriggerUnlearning(start=0.5, inner_steps=2, triggers=3, renewals=2),
+}
 
 
-@pytest.mark.parametrize(
-    "sr", [{"inner_steps": 2, "order": 2, "implicit_steps": 2}, STAMPS], ids=["order 2", "stamps"]
-)
-def test_zskt_with_both_defences_is_flat_and_the_verification_pool_is_bounded(teacher, student, sr):
+@pytest.mark.parametrize("late", LATE)
+def test_zskt_with_two_defenses_is_flat_and_the_pool_is_bounded(teacher, student, late):
     # 100 pseudo-batches fill the pool, which 3 fill; then the vaccine begins, and at
-    # 150 self-retrospection
+    # 150 the late defense
     vaccine = ShufflingVaccine(layers=3, warmup=1 / 3, pool=POOL, threshold=-1.0)
-    defenses = [vaccine, SelfRetrospection(start=0.5, **sr)]
+    defenses = [vaccine, LATE[late]()]
     kept = []
     marks = held(
         distill(teacher, student, zskt(), defenses=defenses, device="cpu"),

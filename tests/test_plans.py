@@ -5,7 +5,8 @@ on, or planned beforehand.
 import pytest
 import torch
 
-from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, distill
+from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, TriggerUnlearning, distill
+from abdlab.defenses.plans import plans, tune
 
 
 def source():
@@ -36,16 +37,16 @@ def test_what_was_asked_for_equals_what_was_planned(wrn):
 
     def ask(step):
         if step.index == 2:
-            asked[0].tune(alpha=0.1)
+            tune(asked[0], alpha=0.1)
         if step.index == 4:
-            asked[1].tune(weight=3.0)
+            tune(asked[1], weight=3.0)
 
     events, live = run(wrn, asked, ask)
     assert events == [
         "sv: alpha 0.5 -> 0.1 from pseudo-batch 2 on",
         "sr: weight 1 -> 3 from pseudo-batch 4 on",
     ]
-    assert asked[0].plans == {"alpha": [(0, 0.5), (2, 0.1)]}
+    assert plans(asked[0]) == {"alpha": [(0, 0.5), (2, 0.1)]}
     planned = defences([[0, 0.5], [2, 0.1]], [[0, 1.0], [4, 3.0]])
     again = run(wrn, planned)
     assert again[0] == events
@@ -86,16 +87,16 @@ def test_an_attribute_that_nobody_plans_stays_a_plain_one(wrn):
 
 def test_asking_for_the_same_value_is_no_change(wrn):
     active = defences()
-    assert run(wrn, active, lambda step: active[0].tune(alpha=0.5))[0] == []
-    assert active[0].plans["alpha"] == [(0, 0.5)]
+    assert run(wrn, active, lambda step: tune(active[0], alpha=0.5))[0] == []
+    assert plans(active[0])["alpha"] == [(0, 0.5)]
 
 
 def test_only_what_is_tunable_can_be_asked_for():
     sv, sr = defences()
     with pytest.raises(ValueError, match="did you mean 'alpha'"):
-        sv.tune(alfa=1)
+        tune(sv, alfa=1)
     with pytest.raises(ValueError, match="unknown tunable setting of sr 'start'"):
-        sr.tune(start=0.1)
+        tune(sr, start=0.1)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_plan_begins_at_0_and_goes_up(plan):
         ShufflingVaccine(alpha=plan)
 
 
-def test_stamps_take_a_plan_too():
-    assert SelfRetrospection(shape="stamp", inner_steps=[[0, 5], [3, 7]]).inner_steps == 5
+def test_trigger_unlearning_takes_a_plan_too():
+    assert TriggerUnlearning(inner_steps=[[0, 5], [3, 7]]).inner_steps == 5
     with pytest.raises(ValueError, match="at least 1"):
-        SelfRetrospection(shape="stamp", inner_steps=[[0, 0], [3, 7]])
+        TriggerUnlearning(inner_steps=[[0, 0], [3, 7]])

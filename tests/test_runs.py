@@ -12,6 +12,7 @@ from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
 from abdlab.errors import CheckpointError
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
+from abdlab.labels import Label
 from abdlab.runs import Run, history, table
 from abdlab.settings import settings
 from abdlab.stream import HEADLESS, Step, progress
@@ -560,14 +561,31 @@ def test_table_has_one_row_per_run(tmp_path):
 def test_a_trunk_with_other_settings_is_not_shared(tmp_path):
     from abdlab.students import _shared_trunk
 
+    label = Label.parse("zskt+sr")
     ours = Run(tmp_path / "zskt+sr", {"seed": 0, "zskt": {"z": 4}, "sr": {}})
     for z, shared in ((4, True), (5, False)):
         folder = tmp_path / "zskt"
         (folder / "config.json").unlink(missing_ok=True)
         Run(folder, {"seed": 0, "zskt": {"z": z}})
         (folder / "checkpoint-5.safetensors").touch()
-        assert (_shared_trunk(ours, "zskt+sr", 5) is not None) == shared
-    assert _shared_trunk(ours, "zskt+sr", 6) is None
+        assert (_shared_trunk(ours, label, {"sr": 5}) is not None) == shared
+    assert _shared_trunk(ours, label, {"sr": 6}) is None
+
+
+def test_the_latest_shared_trunk_is_taken(tmp_path):
+    """TU begins at 3, SR at 5: SR's run shares 3 pseudo-batches with TU's and 5 with the
+    undefended one.
+    """
+    from abdlab.students import _shared_trunk
+
+    forks, label = {"tu": 3, "sr": 5}, Label.parse("zskt+sr")
+    ours = Run(tmp_path / "zskt+sr", {"seed": 0, "zskt": {"z": 4}, "sr": {}})
+    tu = Run(tmp_path / "zskt+tu", {"seed": 0, "zskt": {"z": 4}, "tu": {}})
+    tu.file("checkpoint-3.safetensors").touch()
+    assert _shared_trunk(ours, label, forks) == tu.file("checkpoint-3.safetensors")
+    plain = Run(tmp_path / "zskt", {"seed": 0, "zskt": {"z": 4}})
+    plain.file("checkpoint-5.safetensors").touch()
+    assert _shared_trunk(ours, label, forks) == plain.file("checkpoint-5.safetensors")
 
 
 def test_sr_always_has_a_pseudo_batch_and_forks_before_it():

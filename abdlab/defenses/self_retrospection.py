@@ -117,8 +117,8 @@ class SelfRetrospection(Late, Captured):
     """Late in the run, the student also learns to keep its answer under the worst
     universal perturbation of the batch.
 
-    min over S of max over one delta per batch of ``weight`` x mean KL(S(x) || S(x +
-    delta)), with a fresh Adam (paper, section 4.2).
+    min over S of max over delta of ``weight`` x mean KL(S(x) || S(x + delta)), with a
+    fresh Adam (paper, section 4.2).
 
     Args:
         start: share of the run from which it acts (paper: the last ~1 %).
@@ -130,10 +130,8 @@ class SelfRetrospection(Late, Captured):
         inner_lr, penalty: of delta's Adam, in normalised units.
         init_std: of delta's Gaussian start; 0 is the official code's.
         perturb: whose answer delta changes: "student" (paper), "teacher" (official code).
-        order: 2 adds the implicit gradient through delta, in ``implicit_steps``
-            fixed-point iterations of step .1.
-        anchor: KL is from "student" (paper), from its "detached" answer, or from the
-            "teacher" (both ours).
+        order: 2 adds the gradient through delta, in ``implicit_steps`` iterations.
+        anchor: KL is from "student" (paper), its "detached" answer or "teacher" (ours).
         statistics: of batch norm in the perturbed pass: "batch" (official code),
             "running", or "mixed" (ours): clean and perturbed images as one batch.
 

@@ -1,5 +1,19 @@
 """Shuffling Vaccine (Hong et al., ICML 2023, arXiv 2306.02368, section 4.1): close the
 road through bad synthetic inputs.
+
+Where paper and official code differ:
+
+- The paper prints KL(T~ || T); the code has KL(T || T~) (``reverse``), in the synthesis term
+  and in the verification's score. On digits (badnet_sq, the last two convolutions, four
+  shuffles) the reverse score tells triggered from clean images with an AUC of .94 to .97, the
+  printed one with .64 to .80.
+- The code divides the synthesis term by the number of agreeing samples
+  (``per="agreeing"``) and by that of the classes (``class_mean``).
+- The code's weights ascend on suspicious samples (``ascent``), the paper's weaken them.
+
+The paper's term has no upper limit even where T and T~ agree. Once the student is good it
+outweighs the generator's own loss: on digits the generator then makes nothing but extreme
+images of one class. With a ``cap`` only suspicious samples are pushed.
 """
 
 from __future__ import annotations
@@ -36,54 +50,35 @@ class ShufflingVaccine(Defense, Captured):
     """A shuffled teacher forgets the classes but still answers to a trigger: keep the
     source away from where they agree.
 
-    Where the source synthesises, its generator also maximises ``alpha`` x the mean of
-    KL(T~ || T), mean over classes, over the suspicious samples, those on which T and T~
-    predict the same class (0 when there are none). Where it does not (OOD, clean KD),
-    the student's loss on the suspicious samples is weighed instead, see
-    :func:`kd_weights`. The report says which of the two was used.
+    Where the source synthesises, its generator also maximises ``alpha`` x mean KL(T~ || T)
+    over the samples on which T and T~ predict the same class. Where it does not (OOD), the
+    student's loss on these samples is weighed
+    (:func:`~abdlab.defenses.sample_weights.kd_weights`).
 
     Args:
         k: shuffled copies.
-        layers: the last so many convolutions are shuffled, or the names of the layers
-            themselves. The default suits WRN-16-2, where they are the third stage.
-        alpha: weight of the synthesis term, or a plan of weights
-            (:data:`~abdlab.defenses.plans.Plan`). With ``per="agreeing"`` the sum is
-            divided by the number of agreeing samples (official code), with
-            ``per="batch"`` by the batch size.
-        class_mean: the synthesis term's KL is also divided by the number of classes
-            (official code); False: the sum.
-        form: "auto" takes the synthesis term where the source synthesises and weights
-            where it does not; "synthesis" is the term alone; "weights" weighs the
-            samples of every source, without the term.
-        ascent: the weights are those of the official code, which ascends on suspicious
-            samples, not those of the paper.
-        kd_alpha: the alpha of the weights; None: that of :data:`KD_ALPHA`, 10 for the
-            paper's weights, where only a number above 1 weakens suspicious samples, and
-            .1 for the ascent.
-        reverse: take KL(T || T~), as the official code does, and not the printed KL(T~
-            || T), in the synthesis term and in the verification's score. On digits
-            (badnet_sq, the last two convolutions, four shuffles) the reverse score
-            tells triggered from clean images with an AUC of .94 to .97, the printed one
-            with .64 to .80.
-        cap: KL, in nats, above which a sample is not pushed further; None is the
-            paper's unbounded term. It has no upper limit even where both agree, and
-            once the student is good it outweighs the generator's own loss: on digits
-            the generator then makes nothing but extreme images of one class. With a cap
-            only suspicious samples are pushed.
-        warmup: undefended share of the run, in [0, 1), whose images fill the
-            verification pool; at least one pseudo-batch when it verifies. A run that
-            branches into the vaccine warms up from there.
-        stop: share of the run after which the vaccine is off (the lambda of the paper).
-        tries: shuffles to try; the first that verifies is used.
-        sigma, threshold: a shuffle verifies when more than ``threshold`` of the pool
-            scores below mean - sigma x std.
-        pool: at most this many images are kept for verification, the latest ones
-            (bounded memory: pool x image size).
-        verify: False takes the first shuffle unseen; the report says so.
+        layers: names of the shuffled convolutions, or how many of the last ones.
+        alpha: weight of the synthesis term; may be a plan.
+        per, class_mean, reverse, cap, ascent: see the module's head.
+        form: "auto", as above; "synthesis" or "weights" is that one alone.
+        kd_alpha: alpha of the weights; None takes
+            :data:`~abdlab.defenses.sample_weights.KD_ALPHA`.
+        warmup: undefended share of the run whose images fill the verification pool.
+        stop: share of the run after which it is off (the paper's lambda).
+        tries, sigma, threshold: the first of so many shuffles is used with which more than
+            ``threshold`` of the pool scores below mean - sigma x std.
+        pool: images kept for that.
+        verify: False takes the first shuffle unseen.
+
+    Raises:
+        ValueError: for a value outside its range.
 
     Warns:
-        VaccineNotFound: when no shuffle verifies. The vaccine is then off, and
-            :meth:`report` has ``found: False``.
+        VaccineNotFound: when no shuffle verifies; the vaccine is then off.
+
+    >>> from abdlab import build
+    >>> ShufflingVaccine(layers=2).layer_names(build("wrn-10-1"))
+    ['stage3.0.conv2', 'stage3.0.shortcut']
     """
 
     tunable = ("alpha",)

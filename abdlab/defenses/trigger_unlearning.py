@@ -1,5 +1,18 @@
 """Trigger unlearning (ours): late in the run, the student unlearns triggers that are
 inverted on itself, as in Neural Cleanse (Wang et al., S&P 2019).
+
+Self-retrospection's delta is dense and unlike any trigger: on digits, a student that resists
+it still obeys the trigger.
+
+- ``cover``: images that the teacher predicts as the target are covered where its own inverted
+  triggers lie, with the pixels of another image. Where it then predicts something else, that
+  is what the student learns. On digits about 4 in 10 of the images of the target are such.
+- ``hold``: a generator is paid for images on which student and teacher disagree. Once this
+  defense acts those carry the trigger, by which the teacher would teach the backdoor again.
+- ``without=["attention"]``: on such images the teacher attends to the trigger.
+- ``natural``: a dearer trigger is no backdoor but what the target class looks like. Who
+  unlearns that forgets the class.
+- ``balance``: triggers teach what is not the target; of what is, a batch has few images.
 """
 
 from __future__ import annotations
@@ -23,8 +36,7 @@ class TriggerUnlearning(Late, Captured):
     as the teacher answers the images without.
 
     ``weight`` x mean KL(T(x) || S((1 - mask) x + mask pattern)), with a fresh Adam; each
-    image carries one of the ``triggers`` latest ones. Self-retrospection's delta is dense
-    and unlike any trigger: on digits, who resists it still obeys the trigger.
+    image carries one of the ``triggers`` latest ones.
 
     Args:
         start, lr: see :class:`~abdlab.defenses.late.Late`.

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.benchmark,
     pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher"),
 ]
-SEEDS, LABELS = (0, 1, 2), ("zskt", "zskt+sv+sr")
+SEEDS, LABELS = (0, 1, 2), ("zskt", "zskt+sv+tu")
 SHORT = {}
 if TINY:
     SHORT = {
@@ -25,7 +25,7 @@ if TINY:
         "zskt.student_steps": 1,
         "zskt.width": 4,
     }
-    SHORT |= {"sr.inner_steps": 1, "sr.stamps": 1, "sr.natural": None}
+    SHORT |= {"tu.inner_steps": 1, "tu.triggers": 1, "tu.renewals": 0}
 
 
 def spread(values):

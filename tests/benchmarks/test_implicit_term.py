@@ -15,7 +15,7 @@ import torch
 from measure import TINY
 
 from abdlab import SelfRetrospection, distilled, load_model, poisoned_teacher, settings, synthesize
-from abdlab.defenses.self_retrospection import implicit_gradient, universal_delta
+from abdlab.defenses.self_retrospection import IMPLICIT_LR, implicit_gradient, universal_delta
 from abdlab.features import frozen
 from abdlab.losses import kl
 from abdlab.models import normalization
@@ -68,7 +68,7 @@ def sizes(student, images, scale, seed):
         loss = kl(student(images), student(images + delta * scale)).mean()
         direct = torch.autograd.grad(loss, list(student.parameters()))
         implicit = implicit_gradient(
-            student, images, delta, scale, sr.penalty, sr.implicit_lr, sr.implicit_steps
+            student, images, delta, scale, sr.penalty, IMPLICIT_LR, sr.implicit_steps
         )
     return norm(direct), norm(implicit)
 
