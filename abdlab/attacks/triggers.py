@@ -5,24 +5,21 @@ Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and
 is deterministic, and leaves its input alone. :class:`Trigger` binds a name to its
 parameters, so that it can travel in a checkpoint's card. The optimised triggers carry
 what :func:`abdlab.attacks.optimize.optimize` found as one such parameter, ``pattern``: a string
-(:func:`pack`), so that their card stays plain JSON.
+(:mod:`abdlab.attacks.patterns`), so that their card stays plain JSON.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
-import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abdlab.attacks.patterns import pack as pack
+from abdlab.attacks.patterns import unpack
 from abdlab.errors import check_keys, did_you_mean, keywords
 
 CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
@@ -386,48 +383,6 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
             " instead"
         )
     return Trigger(first.strip(), dict(params or {}), tuple(Trigger(name.strip()) for name in rest))
-
-
-def pack(levels: Tensor) -> str:
-    """Whole numbers of any shape, -32767 to 32767, as one string: ``3x8x8:`` and the
-    zlib-compressed int16 in base64.
-
-    >>> unpack(pack(torch.tensor([[[1, 2]]]))).tolist()
-    [[[1, 2]]]
-
-    Raises:
-        ValueError: for values outside that range or not finite.
-    """
-    if not (levels.abs() <= 32767).all():
-        raise ValueError(
-            "a pattern holds whole numbers from -32767 to 32767: one of these is larger or not"
-            " finite"
-        )
-    data = levels.round().to(torch.int16).cpu().contiguous().numpy().astype("<i2").tobytes()
-    return f"{'x'.join(map(str, levels.shape))}:{base64.b64encode(zlib.compress(data, 9)).decode()}"
-
-
-def unpack(pattern: str) -> Tensor:
-    """The whole numbers (int16) that :func:`pack` wrote.
-
-    Raises:
-        ValueError: when the string is none that :func:`pack` writes. It may come from a
-            stranger's card: nothing is made from it that is larger than its own shape
-            says, and no shape is believed beyond 2^24 numbers.
-    """
-    found = re.fullmatch(r"(\d{1,6}(?:x\d{1,6})*):([A-Za-z0-9+/=]*)", str(pattern))
-    shape = [int(side) for side in found[1].split("x")] if found else []
-    try:
-        if not 0 < math.prod(shape) <= 2**24 or not shape:
-            raise ValueError
-        data = zlib.decompressobj().decompress(
-            base64.b64decode(found[2], validate=True), 2 * math.prod(shape) + 1
-        )
-        return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).reshape(shape)
-    except (ValueError, RuntimeError, binascii.Error, zlib.error):
-        raise ValueError(
-            f"this is no pattern as abdlab.attacks.optimize packs it: {str(pattern)[:24]!r}..."
-        ) from None
 
 
 def _levels(

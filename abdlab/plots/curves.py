@@ -79,7 +79,7 @@ def branch_curves(
             strict=True,
         )
     )
-    for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (the looks have no end)
+    for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (endless)
         measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
         if measured.empty:
             continue
