@@ -109,9 +109,14 @@ def about(kind: type, key: str) -> str:
     """What a class's docstring says about one of its parameters, in an entry of its own
     or in the first one that mentions it; empty when nothing.
 
-    >>> from abdlab.defenses import ShufflingVaccine
-    >>> about(ShufflingVaccine, "verify")
-    'False takes the first shuffle unseen; the report says so.'
+    >>> class Noise:
+    ...     '''Noise on images.
+    ...
+    ...     Args:
+    ...         mean, std: of the noise, in [0, 1] units.
+    ...     '''
+    >>> about(Noise, "std")
+    'of the noise, in [0, 1] units.'
     """
     entries = re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8,}.+)*)", inspect.getdoc(kind) or "", re.M)
     own = (text for names, text in entries if key in names.split(", "))
