@@ -183,8 +183,8 @@ def distill(
     faster = ExitStack()
     try:
         faster.enter_context(compiled(student, source.recorded, compile))
-        if generator := getattr(source, "generator", None):
-            faster.enter_context(compiled(generator, wanted=compile))
+        if source.generator is not None:
+            faster.enter_context(compiled(source.generator, wanted=compile))
         if index == total:
             measured = exam(student) if exam else {}
             yield Step(

@@ -82,11 +82,10 @@ def synthesize(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module, n:
         CheckpointError: when the run has no checkpoint, or its source has no generator.
     """
     source = _finished_source(run, chosen, data, teacher)
-    if not hasattr(source, "synthesize"):
-        raise CheckpointError(
-            f"{run.path} has no generator: its source {source.name} does not synthesise images"
-        )
-    return source.synthesize(n)
+    try:
+        return source.synthesize(n)
+    except NotImplementedError as error:
+        raise CheckpointError(f"{run.path} has no generator: {error}") from None
 
 
 def _finished_source(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module) -> Source:

@@ -75,7 +75,6 @@ _PAPER_ZSKT = {
     "temperature": 1.0,  # [paper]
     "class_mean": True,  # [code] the mean over batch and classes
     "attention": 250.0,  # [paper] of attention transfer, the three stages
-    "clip": 5.0,  # [paper] student and generator
 }
 _PAPER_CLEAN = {
     "share": 0.2,  # [paper]
@@ -86,7 +85,6 @@ _PAPER_CLEAN = {
     "epochs": 200,
     "batch_size": 128,
     "lr": 0.1,
-    "momentum": 0.9,
     "weight_decay": 5e-4,
 }
 _PAPER_CMI = {
@@ -96,8 +94,6 @@ _PAPER_CMI = {
     "synthesis_batch": 256,  # [paper]
     "batch_size": 128,  # [paper]
     "lr": 0.1,  # [paper] SGD, cosine
-    "momentum": 0.9,  # [paper]
-    "weight_decay": 1e-4,  # [paper]
     "temperature": 20.0,  # [paper] batchmean x T^2
     "generator_lr": 1e-3,  # [paper] Adam, re-initialised in each round
     "z": 256,  # [paper]
@@ -105,8 +101,6 @@ _PAPER_CMI = {
     "batch_norm": 1.0,  # [paper]
     "one_hot": 1.0,  # [paper]
     "contrastive": 0.8,  # [paper]
-    "contrast": 0.1,  # [paper] tau
-    "crop": [0.25, 1.0],  # [paper] of the local view
     "pool": None,  # [paper] the best batch of every round stays
 }
 _PAPER_OOD = {
@@ -119,11 +113,7 @@ _PAPER_OOD = {
     "gamma": 0.5,  # [paper]
     "temperature": 8.0,  # [paper] without T^2
     "class_mean": True,  # [code] the mean over batch and classes
-    "cutmix_beta": 0.25,  # [paper]
     "cutmix_share": 1.0,  # [paper]
-    "scale": [0.002, 1.0],  # [paper] a resized crop; ours: how large
-    "degrees": 30.0,  # [paper] a rotation; ours: how far
-    "jitter": 0.4,  # [paper] colour jitter; ours: how strong
 }
 _PAPER_SV = {
     "k": 3,  # [paper]

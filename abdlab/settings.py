@@ -28,7 +28,7 @@ from abdlab.labels import Label
 from abdlab.models import build
 from abdlab.presets import ATTACKS, PRESETS, SCALES
 from abdlab.registry import imported
-from abdlab.sources import SOURCES, CleanKD, Mixed, Source
+from abdlab.sources import SOURCES, Source
 from abdlab.train import train
 
 _MODEL = ["model", "width"]
@@ -62,18 +62,7 @@ SECTIONS: dict[str, list[str]] = {
     "attack": [*ATTACK, "more"],
     "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
-    "zskt": _free(SOURCES["zskt"]),
-    "dafl": _free(SOURCES["dafl"]),
-    "dfad": _free(SOURCES["dfad"]),
-    "dfq": _free(SOURCES["dfq"]),
-    "cmi": _free(SOURCES["cmi"], *_AUGMENT),
-    "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
-    "ood": _free(SOURCES["ood"], *_AUGMENT),
-    "mixed": [
-        "members",
-        *_free(SOURCES["mixed"], "weights"),
-    ],  # members: source -> weight, see MEMBERS
-    "clean": _free(SOURCES["clean"], *_AUGMENT),
+    **{name: source.keys() for name, source in SOURCES.items()},
     **{name: _free(found) for name, found in DEFENSES.items()},
 }
 
@@ -88,12 +77,8 @@ def keys_of(section: str) -> list[str]:
         return SECTIONS[section]
     if ":" not in section:
         raise ValueError(did_you_mean("section", section, SECTIONS))
-    return _free(imported("source or defense", section))
-
-
-#: members of a mixed source and their weights where settings name none; each member's
-#: own section describes it
-MEMBERS: dict[str, float] = {"zskt": 0.5, "ood": 0.5}
+    found = imported("source or defense", section)
+    return found.keys() if issubclass(found, Source) else _free(found)
 
 
 @dataclass(frozen=True)
@@ -261,32 +246,14 @@ class Settings:
         One that shifts or mirrors images does it as far as the data set's own fields
         say that labels stay true.
         """
-        if name not in SOURCES:
-            raise ValueError(did_you_mean("source", name, SOURCES))
-        options = {
-            k: getattr(data, k) for k in _AUGMENT & set(keywords(SOURCES[name]))
-        } | self.values[name]
-        if name == "clean":
-            return CleanKD(data.train_images, data.train_labels, **options)
-        if name == "mixed":
-            weights = options.pop("members", MEMBERS)
-            check_keys("member of a mix", weights, [known for known in SOURCES if known != name])
-            return Mixed(
-                [self.source(member, data) for member in weights],
-                weights=[*weights.values()],
-                **options,
-            )
-        return SOURCES[name](data.shape, **options)
+        values = self.values.get(name, {})
+        return SOURCES.find(name).make(data, values, lambda member: self.source(member, data))
 
     def sections(self, source: str) -> list[str]:
         """The sections that describe a source: its own, and those of the members of a
         mix.
         """
-        return (
-            [source, *self.values["mixed"].get("members", MEMBERS)]
-            if source == "mixed"
-            else [source]
-        )
+        return [source, *SOURCES.find(source).depends_on(self.values.get(source, {}))]
 
     def defenses(self, *names: str) -> list[Defense]:
         """Fresh defenses by name, in this order.

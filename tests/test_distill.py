@@ -101,13 +101,13 @@ def test_a_pseudo_batch_equals_the_naive_loop(double, wrn, defended, temperature
         "batch_size": 6,
         "student_steps": 3,
         "temperature": temperature,
-        "clip": 1.0,
     }
     sv, sr = (
         ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=0.5),
         SelfRetrospection(start=0, inner_steps=3, weight=2.0),
     )
-    twin = zskt(**settings)
+    twin, source = zskt(**settings), zskt(**settings)
+    twin.clip = source.clip = 1.0
     twin.start(teacher.requires_grad_(False), student, CPU, seed_of(0, "source", "zskt"))
     generator, other, noise = (
         twin.generator,
@@ -115,7 +115,6 @@ def test_a_pseudo_batch_equals_the_naive_loop(double, wrn, defended, temperature
         torch.randn(6, 5, generator=twin.rng),
     )
 
-    source = zskt(**settings)
     step = next(
         distill(teacher, student, source, defenses=[sv, sr] if defended else [], device="cpu")
     )

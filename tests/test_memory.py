@@ -121,7 +121,7 @@ def test_zskt_with_two_defenses_is_flat_and_the_pool_is_bounded(teacher, student
 
 @pytest.mark.parametrize("kind", [CMI, DeepInversion])
 def test_sources_with_a_pool_are_flat_and_their_pools_are_bounded(teacher, student, kind):
-    extra = {"z": 5, "width": 3, "head": 4, "negatives": 5, "bank": BANK} if kind is CMI else {}
+    extra = {"z": 5, "width": 3, "negatives": 5, "bank": BANK} if kind is CMI else {}
     source, kept = pooled(kind, **extra), []
     defenses = [
         ShufflingVaccine(layers=3, warmup=0, verify=False),

@@ -140,18 +140,20 @@ class TestPaper:
             "temperature": 0.5 if signs else 1,
             "class_mean": True,
             "attention": 0 if signs else 250,
-            "clip": 5,
         }
+        assert SOURCES["zskt"].clip == 5
 
     def test_cmi(self):
         said = PRESETS["paper/cifar10/cmi"]["cmi"]
         assert (said["rounds"], said["synthesis_steps"], said["kd_steps"]) == (200, 200, 400)
         assert (said["batch_size"], said["synthesis_batch"]) == (128, 256)
-        assert (said["lr"], said["momentum"], said["weight_decay"], said["temperature"]) == (
-            0.1,
+        assert (said["lr"], said["temperature"]) == (0.1, 20)
+        cmi = SOURCES["cmi"]
+        assert (cmi.momentum, cmi.weight_decay, cmi.contrast, cmi.crop) == (
             0.9,
             1e-4,
-            20,
+            0.1,
+            (0.25, 1),
         )
         assert (said["generator_lr"], said["z"]) == (1e-3, 256)
         weights = {
@@ -159,10 +161,8 @@ class TestPaper:
             "batch_norm": 1,
             "one_hot": 1,
             "contrastive": 0.8,
-            "contrast": 0.1,
         }
         assert {key: said[key] for key in weights} == weights
-        assert said["crop"] == [0.25, 1]
 
     def test_ood(self):
         said = PRESETS["paper/cifar10/ood"]["ood"]
@@ -174,7 +174,7 @@ class TestPaper:
         )
         assert [share * said["epochs"] for share in said["drops"]] == [150, 300]
         assert (said["gamma"], said["class_mean"]) == (0.5, True)
-        assert (said["cutmix_beta"], said["cutmix_share"]) == (0.25, 1)
+        assert (SOURCES["ood"].cutmix_beta, said["cutmix_share"]) == (0.25, 1)
         sv = PRESETS["paper/cifar10/ood"]["sv"]
         assert (sv["form"], sv["ascent"]) == (
             "weights",

@@ -1,5 +1,6 @@
 """Where a student's inputs come from. A new source is one file and one line here."""
 
+from abdlab.registry import Registry
 from abdlab.sources.clean import CleanKD
 from abdlab.sources.cmi import CMI
 from abdlab.sources.dafl import DAFL
@@ -12,17 +13,20 @@ from abdlab.sources.source import Batch, Source
 from abdlab.sources.zskt import ZSKT
 
 #: name -> class, as presets and parameter cells name them
-SOURCES = {
-    "clean": CleanKD,
-    "zskt": ZSKT,
-    "cmi": CMI,
-    "deepinversion": DeepInversion,
-    "dafl": DAFL,
-    "dfad": DFAD,
-    "dfq": DFQ,
-    "ood": OOD,
-    "mixed": Mixed,
-}
+SOURCES = Registry(
+    "source",
+    {
+        "clean": CleanKD,
+        "zskt": ZSKT,
+        "cmi": CMI,
+        "deepinversion": DeepInversion,
+        "dafl": DAFL,
+        "dfad": DFAD,
+        "dfq": DFQ,
+        "ood": OOD,
+        "mixed": Mixed,
+    },
+)
 
 __all__ = [
     "CMI",

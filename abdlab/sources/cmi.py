@@ -1,10 +1,21 @@
 """Contrastive model inversion (Fang et al., IJCAI 2021, arXiv 2105.08584): images that
 match the teacher and differ from each other.
+
+What is contrasted are means over positions of the inputs of the teacher's batch norms,
+through a head of two layers, against a bank of what earlier rounds' images had. Student
+and teacher are in eval mode while images are made. Rounds and steps are those of the
+ABD paper. Adam has betas (.5, .999) for generator and noise, (.9, .999) for the head;
+the local view's sides have a ratio in [3/4, 4/3].
+
+Deviations from the reference implementation: the generator of a round starts from
+torch's own initialisation (there all weights from a Gaussian of std .02); the student's
+lr goes to 0 by step (there to 2e-4 by epoch); a batch of the student is never a small
+rest; the pool can be bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -67,105 +78,67 @@ class _Maker(nn.Module):
         return self.generator(self.z)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CMI(Pooled):
     """Per round a new generator and its noise are trained to make one batch, which
-    joins the pool; then the student learns.
+    joins the pool; then the student learns from the pool.
 
-    The batch's loss: ``batch_norm`` x the batch-norm statistics loss + ``one_hot`` x
-    cross-entropy with random targets - ``adversarial`` x mean KL(T || S) where both
-    predict the same class, all on a global view (shift and flip), + ``contrastive`` x
-    :func:`contrastive` between it and a local view (resized crop and flip). What is
-    contrasted are means over positions of the inputs of the teacher's batch norms,
-    through a head of two layers, against a bank of what earlier rounds' images had.
-    Student and teacher are in eval mode there.
+    The batch's loss, on a global view (shift and flip): ``batch_norm`` x the batch-norm
+    statistics loss + ``one_hot`` x cross-entropy with random targets - ``adversarial``
+    x mean KL(T || S) where both predict the same class; + ``contrastive`` x
+    :func:`contrastive` between it and a local view (resized crop and flip).
 
     Args:
         shape, rounds, synthesis_steps, kd_steps, synthesis_batch, batch_size, pool, lr,
-            momentum, weight_decay, temperature, batch_norm, one_hot, shift, flip: see
-            :class:`~abdlab.sources.pooled.Pooled`. Rounds and steps are those of the
-            ABD paper.
-        generator_lr: Adam with betas (.5, .999) for generator and noise, (.9, .999) for
-            the head.
-        z: noise dimensions. width: of the generator.
-        adversarial, contrastive: weights (0 leaves the student's, or the local view's,
-            passes out).
-        contrast: temperature of the contrastive term.
-        head: dimensions that it is computed in.
-        bank: features of at most this many images, the latest ones (bounded memory:
-            bank x 2 x channels of all batch norms x 4 bytes, 299 MB for WRN-16-2 when
-            full, also in every checkpoint). negatives: drawn from it in each step.
-        crop: range of the local view's share of the image's area; its sides' ratio is
-            in [3/4, 4/3].
+            temperature, batch_norm, one_hot, shift, flip: see
+            :class:`~abdlab.sources.pooled.Pooled`.
+        generator_lr: Adam. z: noise dimensions. width: of the generator.
+        adversarial, contrastive: weights; 0 leaves their passes out.
+        bank: features of at most this many images, the latest, are contrasted with
+            (WRN-16-2: 299 MB when full, also in every checkpoint). Once started, the
+            features themselves.
+        negatives: drawn from it in each step.
 
-    Deviations from the reference implementation: the generator of a round starts from
-    torch's own initialisation (there all weights from a Gaussian of std .02); the
-    student's lr goes to 0 by step (there to 2e-4 by epoch); a batch of the student is
-    never a small rest; the pool can be bounded.
+    Deviations, and the constants of the contrastive term, stand at the top of the file.
+
+    >>> from abdlab import build, distill
+    >>> teacher, student = (build("wrn-10-1", channels=1, width=2) for _ in "TS")
+    >>> sizes = dict(rounds=1, synthesis_steps=2, kd_steps=2, synthesis_batch=4, width=2)
+    >>> steps = list(distill(teacher, student, CMI((1, 8, 8), **sizes)))
+    >>> sorted(steps[-1].losses)
+    ['adversarial', 'batch_norm', 'contrastive', 'kd', 'one_hot']
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        rounds: int = 200,
-        synthesis_steps: int = 200,
-        kd_steps: int = 400,
-        synthesis_batch: int = 256,
-        batch_size: int = 128,
-        pool: int | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        temperature: float = 20.0,
-        generator_lr: float = 1e-3,
-        z: int = 256,
-        width: int = 64,
-        batch_norm: float = 1.0,
-        one_hot: float = 1.0,
-        adversarial: float = 0.5,
-        contrastive: float = 0.8,
-        contrast: float = 0.1,
-        head: int = 128,
-        bank: int = 40_960,
-        negatives: int = 4096,
-        crop: Sequence[float] = (0.25, 1.0),
-        shift: int = 4,
-        flip: bool = True,
-    ):
-        super().__init__(
-            shape,
-            rounds=rounds,
-            synthesis_steps=synthesis_steps,
-            kd_steps=kd_steps,
-            synthesis_batch=synthesis_batch,
-            batch_size=batch_size,
-            pool=pool,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            temperature=temperature,
-            batch_norm=batch_norm,
-            one_hot=one_hot,
-            shift=shift,
-            flip=flip,
-        )
-        if min(bank, negatives) < 0 or contrast <= 0:
+    #: temperature of the contrastive term, the dimensions that it is computed in, and
+    #: the range of the local view's share of the image's area (the paper's)
+    contrast, head_size, crop = 0.1, 128, (0.25, 1.0)
+
+    rounds: int = 200
+    synthesis_steps: int = 200
+    kd_steps: int = 400
+    synthesis_batch: int = 256
+    batch_size: int = 128
+    lr: float = 0.1
+    temperature: float = 20.0
+    generator_lr: float = 1e-3
+    z: int = 256
+    width: int = 64
+    batch_norm: float = 1.0
+    one_hot: float = 1.0
+    adversarial: float = 0.5
+    contrastive: float = 0.8
+    bank: int = 40_960
+    negatives: int = 4096
+    shift: int = 4
+    flip: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.bank, self.negatives) < 0:
             raise ValueError(
-                f"bank and negatives must not be below 0, contrast must be above, not {bank},"
-                f" {negatives}, {contrast}"
+                f"bank and negatives must not be below 0, not {self.bank} and {self.negatives}"
             )
-        if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
-            raise ValueError(
-                f"crop is a range of shares of the area within (0, 1], not {tuple(crop)}"
-            )
-        self.generator_lr, self.z, self.width, self.adversarial = (
-            generator_lr,
-            z,
-            width,
-            adversarial,
-        )
-        self.contrastive, self.contrast, self.head_size = contrastive, contrast, head
-        self.bank_size, self.negatives, self.crop = bank, negatives, tuple(crop)
+        self.bank_size = self.bank  # the setting; ``bank`` is the features once there are some
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)

@@ -1,10 +1,19 @@
 """DeepInversion (Yin et al., CVPR 2020, arXiv 1912.08795): pixels are changed until the
 teacher takes them for its training data.
+
+The paper makes 1,000 batches, in its adaptive form one every 50 student steps; as
+256,000 images of 3x32x32 the pool takes 786 MB. The student is in eval mode while
+images are made.
+
+Deviations: the competition is the paper's divergence, in nats (the code turns its KLs
+round and clamps probabilities to [.01, .99]); images are kept inside [0, 1] as in the
+code for ImageNet; the batch of the lowest loss is kept (the code means to, but goes on
+changing it in place); the student's SGD is CMI's, as the paper's is not published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,86 +54,56 @@ class _Pixels(nn.Module):
         return self.values * self.std + self.mean
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DeepInversion(Pooled):
     """Per round Adam changes the pixels of one batch, from Gaussian noise on; the batch
-    joins the pool and the student learns.
+    joins the pool and the student learns from the pool.
 
     Their loss: ``one_hot`` x cross-entropy with random targets + ``batch_norm`` x the
-    batch-norm statistics loss + ``tv`` x total variation + ``l2`` x the norm of the
-    batch, the last two in normalised units. With ``compete`` (adaptive DeepInversion) +
-    compete x (1 - :func:`jensen_shannon`): images on which teacher and student differ.
-    The networks see the batch rolled by up to ``jitter`` pixels and, with ``flip``,
-    mirrored at random, anew in each step; the student is in eval mode there.
+    batch-norm statistics loss + ``tv`` x total variation + ``l2`` x their norm, the
+    last two in normalised units. With ``compete`` (adaptive DeepInversion) +
+    compete x (1 - :func:`jensen_shannon`): images on which both differ. The
+    networks see the batch rolled by up to ``jitter`` pixels and, with ``flip``,
+    mirrored at random, anew in each step.
 
     Args:
         shape, rounds, synthesis_steps, kd_steps, synthesis_batch, batch_size, pool, lr,
-            momentum, weight_decay, temperature, batch_norm, one_hot, shift, flip: see
-            :class:`~abdlab.sources.pooled.Pooled`. The paper makes 1,000 batches, in
-            its adaptive form one every 50 student steps (as 256,000 images of 3x32x32
-            the pool has 786 MB); ``shift`` is only for what the student learns from.
+            temperature, batch_norm, one_hot, flip: see
+            :class:`~abdlab.sources.pooled.Pooled`.
+        shift: in pixels, only for what the student learns from.
         pixel_lr: Adam, in normalised units (those of the teacher's own
             :class:`~abdlab.models.Normalize`, or .5 and .25).
-        tv, l2: weights.
-        compete: weight of the competition term (paper: 0, adaptive 10).
-            compete_temperature: of both logits in it.
-        jitter: pixels; what leaves the image on one side comes in on the other.
+        tv: weight of total variation.
+        compete: weight of the competition (paper: 0, adaptive 10).
 
-    Deviations: the competition is the paper's divergence, in nats (the code turns its
-    KLs round and clamps probabilities to [.01, .99]); images are kept inside [0, 1] as
-    in the code for ImageNet; the batch of the lowest loss is kept (the code means to,
-    but goes on changing it in place); the student's SGD is CMI's, as the paper's is not
-    published.
+    Deviations, and what the defaults cost, stand at the top of the file.
+
+    >>> from abdlab import build, distill
+    >>> teacher, student = (build("wrn-10-1", channels=1, width=2) for _ in "TS")
+    >>> sizes = dict(rounds=1, synthesis_steps=2, kd_steps=2, synthesis_batch=4)
+    >>> steps = list(distill(teacher, student, DeepInversion((1, 8, 8), **sizes)))
+    >>> sorted(steps[-1].losses)
+    ['batch_norm', 'kd', 'l2', 'one_hot', 'tv']
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        rounds: int = 1000,
-        synthesis_steps: int = 2000,
-        kd_steps: int = 50,
-        synthesis_batch: int = 256,
-        batch_size: int = 256,
-        pool: int | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        temperature: float = 3.0,
-        pixel_lr: float = 0.1,
-        batch_norm: float = 10.0,
-        one_hot: float = 1.0,
-        tv: float = 2.5e-5,
-        l2: float = 3e-8,
-        compete: float = 0.0,
-        compete_temperature: float = 3.0,
-        jitter: int = 2,
-        shift: int = 4,
-        flip: bool = True,
-    ):
-        super().__init__(
-            shape,
-            rounds=rounds,
-            synthesis_steps=synthesis_steps,
-            kd_steps=kd_steps,
-            synthesis_batch=synthesis_batch,
-            batch_size=batch_size,
-            pool=pool,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            temperature=temperature,
-            batch_norm=batch_norm,
-            one_hot=one_hot,
-            shift=shift,
-            flip=flip,
-        )
-        if jitter < 0 or compete_temperature <= 0:
-            raise ValueError(
-                "jitter must not be below 0 pixels, compete_temperature must be above 0, not"
-                f" {jitter} and {compete_temperature}"
-            )
-        self.pixel_lr, self.tv, self.l2, self.jitter = pixel_lr, tv, l2, jitter
-        self.compete, self.compete_temperature = compete, compete_temperature
+    #: weight of the batch's norm, temperature of both logits in the competition, and
+    #: pixels of rolling: what leaves the image on one side comes in on the other
+    l2, compete_temperature, jitter = 3e-8, 3.0, 2
+
+    rounds: int = 1000
+    synthesis_steps: int = 2000
+    kd_steps: int = 50
+    synthesis_batch: int = 256
+    batch_size: int = 256
+    lr: float = 0.1
+    temperature: float = 3.0
+    pixel_lr: float = 0.1
+    batch_norm: float = 10.0
+    one_hot: float = 1.0
+    tv: float = 2.5e-5
+    compete: float = 0.0
+    shift: int = 4
+    flip: bool = True
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,75 +20,59 @@ def discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher - student).abs().mean(1)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DFAD(Generated):
     """The student minimises the l1 distance between its logits and the teacher's; the
     generator maximises it.
 
-    ``generator_every`` student steps, each on fresh noise, alternate with one generator
-    step, on fresh noise too. A pseudo-batch here *is* one student step, and every
-    ``generator_every``-th of them begins with a generator step: so the loss "generator"
-    is in every so many Steps only. Both distances are the mean over batch and classes.
+    A pseudo-batch is one student step. Every ``generator_every``-th begins with a
+    generator step, on noise of its own, so that the loss "generator" stands in those
+    Steps only. Both distances are the mean over batch and classes.
 
     Args:
-        shape: (channels, height, width) of the images.
-        pseudo_batches: length of the run in student steps (official code: 500 epochs of
-            50 x 5).
-        batch_size: images per student step and per generator step.
+        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+            :class:`~abdlab.sources.generated.Generated`. Adam.
         generator_every: student steps per generator step.
-        student_lr, momentum, weight_decay: of the student's SGD.
-        generator_lr: Adam.
+        student_lr: of the student's SGD.
         milestones: shares of the run, in (0, 1], after which both learning rates are
             x0.1.
-        z: noise dimensions. width: of the generator.
         clip: gradient norm of student and generator; None leaves both, as the official
             code.
-        mean, std: per channel, of the normalisation that the images are emitted in; by
-            default the teacher's own.
 
-    Deviations: the student's batch-norm statistics do not record the generator step's
-    pass (the official loop lets them, so that 1 pass in 6 sees images that the student
-    does not train on). The official loop's first generator step comes one student step
-    later: here a history of every so many Steps, a multiple of ``generator_every``,
-    shows the generator.
+    Deviations: batch norms do not record the student's pass in a generator step (1 in 6
+    of the official loop). The official loop's first generator step comes one student
+    step later; here Steps that are a multiple of ``generator_every`` show the
+    generator's loss.
+
+    >>> from abdlab import build, distill
+    >>> teacher, student = (build("wrn-10-1", channels=1, width=2) for _ in "TS")
+    >>> source = DFAD((1, 8, 8), pseudo_batches=2, generator_every=2, batch_size=4, width=2)
+    >>> [sorted(step.losses) for step in distill(teacher, student, source)]
+    [['kd'], ['generator', 'kd']]
     """
 
     output = "tanh"
+    #: of the student's SGD
+    weight_decay = 5e-4
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        pseudo_batches: int = 125_000,
-        batch_size: int = 256,
-        generator_every: int = 5,
-        student_lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        generator_lr: float = 1e-3,
-        milestones: Sequence[float] = (0.2, 0.4),
-        z: int = 256,
-        width: int = 64,
-        clip: float | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ):
-        super().__init__(
-            shape,
-            pseudo_batches=pseudo_batches,
-            batch_size=batch_size,
-            generator_lr=generator_lr,
-            z=z,
-            width=width,
-            clip=clip,
-            mean=mean,
-            std=std,
-        )
-        if generator_every < 1:
+    pseudo_batches: int = 125_000
+    batch_size: int = 256
+    generator_every: int = 5
+    student_lr: float = 0.1
+    generator_lr: float = 1e-3
+    milestones: Sequence[float] = (0.2, 0.4)
+    z: int = 256
+    width: int = 64
+    clip: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.generator_every < 1:
             raise ValueError(
-                f"generator_every counts student steps and is at least 1, not {generator_every}"
+                "generator_every counts student steps and is at least 1, not"
+                f" {self.generator_every}"
             )
-        self.generator_every, self.milestones = generator_every, shares_of_run(milestones)
-        self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
+        self.milestones = shares_of_run(self.milestones)
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)

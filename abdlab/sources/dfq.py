@@ -1,10 +1,21 @@
 """DFQ's source: Data-Free Network Quantization With Adversarial Knowledge Distillation
-(Choi et al., CVPR-W 2020, arXiv 2005.04136), less the quantization."""
+(Choi et al., CVPR-W 2020, arXiv 2005.04136), less the quantization.
+
+The paper's code is not public. The weights and sizes are those of the re-implementation
+that the authors of CMI compare with (arXiv 2105.08584).
+
+Deviations from the paper: one generator and one student; statistics are compared by the
+l2 norms of DeepInversion, as there, and not by the divergence of two Gaussians; the
+student learns during the warm-up too, so that a run has one kind of step. From the
+re-implementation: it trains the student 10 times, on fresh images, per generator step,
+and takes the cross-entropy with the predicted class for the entropy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +24,6 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.features import frozen
-from abdlab.losses import kl
 from abdlab.optim import sgd
 from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import batch_norm_loss, class_balance, disagreement, norm_inputs
@@ -27,90 +37,62 @@ def instance_entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(F.softmax(logits, dim=1)).sum(1).mean()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DFQ(Generated):
-    """An adversarial generator that must also respect what the teacher's batch norms
-    remember of its training data.
+    """Trains an adversarial generator that must also respect what the teacher's batch
+    norms remember, and the student on the same images.
 
-    Per pseudo-batch the generator minimises -``adversarial`` x KL(T || S) +
-    ``batch_norm`` x distance to the teacher's batch-norm statistics + ``entropy`` x
-    entropy of each prediction - ``balance`` x entropy of the mean prediction, in nats,
-    means over the batch. The student learns T^2 x KL(T || S) at ``temperature``, summed
-    over classes, mean over the batch, on the very same images: generator and teacher
-    run once.
+    The generator minimises -``adversarial`` x KL(T || S) + ``batch_norm`` x distance to
+    the batch-norm statistics + ``entropy`` x entropy of each prediction - ``balance`` x
+    entropy of the mean prediction, in nats, means over the batch. The student learns
+    T^2 x KL(T || S) at ``temperature``, summed over classes.
 
     Args:
-        shape: (channels, height, width) of the images.
-        pseudo_batches: length of the run (200 epochs of 400).
-        batch_size: images per pseudo-batch.
+        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+            :class:`~abdlab.sources.generated.Generated`. Adam, betas .5 and .999,
+            constant.
         warmup: share of the run, in [0, 1), at whose start the generator learns without
             the adversarial term.
-        student_lr, momentum, weight_decay: of the student's SGD with Nesterov momentum,
-            cosine to 0 over the run.
-        generator_lr: Adam with betas .5 and .999, constant.
-        z: noise dimensions. width: of the generator.
-        adversarial, batch_norm, entropy, balance: weights of the four terms.
-        temperature: of the student's loss (paper: 1; the re-implementation below: 20).
-        clip: gradient norm of student and generator; None leaves both.
+        student_lr: SGD with Nesterov momentum, cosine to 0 by step.
+        adversarial, batch_norm, entropy, balance: weights.
+        temperature: paper: 1; the re-implementation: 20.
 
-    The paper's code is not public. The weights and sizes are those of the
-    re-implementation that the authors of CMI compare with (arXiv 2105.08584).
-    Deviations from the paper: one generator and one student; statistics are compared by
-    the l2 norms of DeepInversion, as there, and not by the divergence of two Gaussians;
-    the student learns during the warm-up too, so that a run has one kind of step. From
-    the re-implementation: it trains the student 10 times, on fresh images, per
-    generator step, and takes the cross-entropy with the predicted class for the
-    entropy.
+    Deviations stand at the top of the file.
 
     Raises:
         ValueError: on :meth:`start`, when ``batch_norm`` is on and the teacher has no
             batch norm with running statistics.
+
+    >>> from abdlab import build, distill
+    >>> teacher, student = (build("wrn-10-1", channels=1, width=2) for _ in "TS")
+    >>> source = DFQ((1, 8, 8), pseudo_batches=2, batch_size=4, z=5, width=2)
+    >>> [sorted(step.losses) for step in distill(teacher, student, source)][-1]
+    ['adversarial', 'balance', 'batch_norm', 'entropy', 'kd']
     """
 
     output = "sigmoid"
+    #: of the student's SGD
+    weight_decay = 1e-4
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        pseudo_batches: int = 80_000,
-        batch_size: int = 256,
-        warmup: float = 0.1,
-        student_lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        generator_lr: float = 1e-3,
-        z: int = 256,
-        width: int = 64,
-        adversarial: float = 1.0,
-        batch_norm: float = 1.0,
-        entropy: float = 1.0,
-        balance: float = 20.0,
-        temperature: float = 1.0,
-        clip: float | None = None,
-    ):
-        super().__init__(
-            shape,
-            pseudo_batches=pseudo_batches,
-            batch_size=batch_size,
-            generator_lr=generator_lr,
-            z=z,
-            width=width,
-            clip=clip,
-            mean=None,
-            std=None,
-        )
-        if not 0 <= warmup < 1:
-            raise ValueError(f"warmup is a share of the run in [0, 1), not {warmup}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
-        self.warmup, self.temperature = warmup, temperature
-        self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
-        self.adversarial, self.batch_norm, self.entropy, self.balance = (
-            adversarial,
-            batch_norm,
-            entropy,
-            balance,
-        )
+    pseudo_batches: int = 80_000
+    batch_size: int = 256
+    warmup: float = 0.1
+    student_lr: float = 0.1
+    generator_lr: float = 1e-3
+    z: int = 256
+    width: int = 64
+    adversarial: float = 1.0
+    batch_norm: float = 1.0
+    entropy: float = 1.0
+    balance: float = 20.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the run in [0, 1), not {self.warmup}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -146,10 +128,6 @@ class DFQ(Generated):
         losses = self.learn(images, logits, losses, defenses)
         self.made += 1
         return Batch(images.detach(), logits.detach(), losses=losses)
-
-    def student_loss(self, batch: Batch):
-        logits = self.student(batch.images)
-        return logits, self.temperature**2 * kl(batch.logits, logits, self.temperature), {}
 
     def state(self):
         return {**super().state(), "made": self.made}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from abdlab.sources.generator import Generator
 from abdlab.sources.source import Source, image_shape
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Generated(Source):
-    """Base class. A subclass says what its generator minimises and how the student
-    learns, and holds its paper's defaults.
+    """Base class of sources whose generator learns while the student does.
 
-    Its ``batch`` draws :meth:`noise`, runs generator and teacher, and hands its own
-    loss terms to :meth:`learn`.
+    A subclass says what its generator minimises and how the student learns, and
+    declares its paper's defaults. Its ``batch`` draws :meth:`noise`, runs generator and
+    teacher, and hands its own loss terms to :meth:`learn`.
+
+    Images are emitted in the units of the teacher's own
+    :class:`~abdlab.models.Normalize` layer, or of .5 and .25, and mapped back to
+    pixels; a generator that ends in a sigmoid emits pixels.
 
     Args:
         shape: (channels, height, width) of the images.
@@ -32,39 +38,40 @@ class Generated(Source):
         generator_lr: of the optimiser that :meth:`optimize_generator` makes.
         z: noise dimensions. width: of the generator, see
             :class:`~abdlab.sources.generator.Generator`.
-        clip: gradient norm of student and generator; None leaves both.
-        mean, std: per channel, of the normalisation that the images are emitted in; by
-            default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
-            and 0.25. A generator that emits pixels does not use them.
+
+    ``clip``, a constant of the class, bounds the gradient norms of student and
+    generator.
+
+    Raises:
+        ValueError: for sizes below 1, and for a batch too small for batch norm.
+
+    >>> from abdlab import DFAD
+    >>> source = DFAD((1, 8, 8), pseudo_batches=7)
+    >>> len(source), source.batch_size
+    (7, 256)
     """
 
     captures = True
     #: what stands at the generator's end, see
     #: :class:`~abdlab.sources.generator.Generator`
     output = "batchnorm"
+    #: of a student's SGD, where the source has one
+    momentum = 0.9
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        pseudo_batches: int,
-        batch_size: int,
-        generator_lr: float,
-        z: int,
-        width: int,
-        clip: float | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ):
-        self.shape = image_shape(shape)
-        if min(pseudo_batches, z, width) < 1 or batch_size < 2:
+    shape: Sequence[int] = field(kw_only=False)
+    pseudo_batches: int
+    batch_size: int
+    generator_lr: float
+    z: int
+    width: int
+
+    def __post_init__(self):
+        self.shape = image_shape(self.shape)
+        if min(self.pseudo_batches, self.z, self.width) < 1 or self.batch_size < 2:
             raise ValueError(
                 "pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch"
                 " norm)"
             )
-        self.pseudo_batches, self.batch_size = pseudo_batches, batch_size
-        self.generator_lr, self.z, self.width, self.clip = generator_lr, z, width, clip
-        self.mean, self.std = mean, std
 
     def __len__(self) -> int:
         return self.pseudo_batches
@@ -73,9 +80,7 @@ class Generated(Source):
         super().start(teacher, student, device, seed)
         mean, std = normalization(teacher, self.shape[0])
         with seeded(seed):
-            self.generator = Generator(
-                self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output
-            )
+            self.generator = Generator(self.shape, self.z, self.width, mean, std, self.output)
         self.generator.to(device, memory_format=memory_format(student)).train()
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
 
@@ -94,7 +99,7 @@ class Generated(Source):
 
     def ask(self, images: Tensor, defenses: Sequence[Any]) -> Tensor:
         """The teacher's logits (B, classes) on images that are then handed to
-        :meth:`learn`, from a pass that a defence shares if one does.
+        :meth:`learn`, from a pass that a defense shares if one does.
         """
         for defense in defenses:
             if (logits := defense.teacher_logits(images)) is not None:
@@ -104,7 +109,7 @@ class Generated(Source):
     def learn(
         self, images: Tensor, logits: Tensor, losses: dict[str, Tensor], defenses: Sequence[Any]
     ) -> dict[str, Tensor]:
-        """One step of the generator on the sum of ``losses`` and of each defence's
+        """One step of the generator on the sum of ``losses`` and of each defense's
         ``synthesis_term``.
 
         Args:
@@ -126,7 +131,7 @@ class Generated(Source):
         """:meth:`learn` without the schedule's step, which is the host's: what a CUDA
         graph can hold of it.
 
-        While a defence holds generators (:attr:`~abdlab.defenses.Defense.holds`) there
+        While a defense holds generators (:attr:`~abdlab.defenses.Defense.holds`) there
         is no step, and no norm to check.
         """
         if any(defense.holds() for defense in defenses):

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from abdlab.sources.ood import OOD
 from abdlab.sources.source import Batch, Source
+from abdlab.sources.zskt import ZSKT
+
+#: members of a mix and their weights, where settings name none
+MEMBERS: dict[type[Source], float] = {ZSKT: 0.5, OOD: 0.5}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Mixed(Source):
     """Each pseudo-batch is a member's: its batch, its student steps on it, its loss and
     its gradient clipping.
 
     Who comes when is drawn from the seed at the start: every member as often as its
     weight says (to the nearest whole number), in random order. So the schedules of a
-    member's own networks last for exactly the pseudo-batches that are drawn of it,
-    whatever length the member would have alone. Defences act on each pseudo-batch as
-    they do on the member alone: the vaccine's term goes into a generator's loss where
-    there is one, and weighs the samples where there is none.
+    member's own networks last for exactly the pseudo-batches that are drawn of it.
+    Defenses act on each pseudo-batch as they do on the member alone.
 
     Args:
         members: the sources, started by the mix.
@@ -28,19 +34,27 @@ class Mixed(Source):
         pseudo_batches: length of the run; by default that of the first member alone.
         student: number of the member whose student optimiser trains the student; its
             own schedule gives way to a cosine to 0 over all student steps of the mix,
-            because members can differ in student steps.
+            because members can differ in student steps. Once started, the student.
+
+    Raises:
+        ValueError: for no members, or weights that are not one each.
+
+    >>> patches = OOD((1, 8, 8), patches=40, batch_size=10)
+    >>> mix = Mixed([ZSKT((1, 8, 8)), patches], weights=[1, 3], pseudo_batches=10)
+    >>> mix.counts()
+    [3, 7]
     """
 
-    def __init__(
-        self,
-        members: Sequence[Source],
-        *,
-        weights: Sequence[float] | None = None,
-        pseudo_batches: int | None = None,
-        student: int = 0,
-    ):
-        self.members = list(members)
-        self.weights = [1.0] * len(self.members) if weights is None else [float(w) for w in weights]
+    members: Sequence[Source] = field(kw_only=False)
+    weights: Sequence[float] | None = None
+    pseudo_batches: int | None = None
+    student: int = 0
+
+    def __post_init__(self):
+        self.members = list(self.members)
+        self.weights = (
+            [1.0] * len(self.members) if self.weights is None else [float(w) for w in self.weights]
+        )
         if not self.members or len(self.weights) != len(self.members):
             raise ValueError(
                 f"a mix needs members, and as many weights, not {len(self.members)} members and"
@@ -48,29 +62,53 @@ class Mixed(Source):
             )
         if min(self.weights) < 0 or sum(self.weights) == 0:
             raise ValueError(f"weights are at least 0, and not all of them 0, not {self.weights}")
-        if not 0 <= student < len(self.members):
+        if not 0 <= self.student < len(self.members):
             raise ValueError(
-                f"student is the number of a member, 0 to {len(self.members) - 1}, not {student}"
+                f"student is the number of a member, 0 to {len(self.members) - 1}, not"
+                f" {self.student}"
             )
-        self.length, self.first, self.position = (
-            len(self.members[0]) if pseudo_batches is None else pseudo_batches,
-            student,
-            0,
-        )
-        if self.length < 1:
-            raise ValueError(f"pseudo_batches must be at least 1, not {pseudo_batches}")
+        if self.pseudo_batches is None:
+            self.pseudo_batches = len(self.members[0])
+        if self.pseudo_batches < 1:
+            raise ValueError(f"pseudo_batches must be at least 1, not {self.pseudo_batches}")
+        self.first, self.position = self.student, 0
+
+    @classmethod
+    def make(cls, data, values, build):
+        """Settings give the members as {name: weight}; each is built from its own
+        section.
+        """
+        weights = cls._weights(values)
+        if cls.name in weights:
+            raise ValueError(f"a mix cannot be a member of itself: leave {cls.name!r} out")
+        rest = {key: value for key, value in values.items() if key != "members"}
+        members = [build(name) for name in weights]
+        return cls(members, weights=[*weights.values()], **cls.options(data, rest))
+
+    @classmethod
+    def keys(cls):
+        own = super().keys()
+        return ["members", *(key for key in own if key != "weights")]
+
+    @classmethod
+    def depends_on(cls, values):
+        return tuple(cls._weights(values))
+
+    @staticmethod
+    def _weights(values: Mapping[str, Any]) -> dict[str, float]:
+        return values.get("members", {kind.name: weight for kind, weight in MEMBERS.items()})
 
     def __len__(self) -> int:
-        return self.length
+        return self.pseudo_batches
 
     def counts(self) -> list[int]:
         """Pseudo-batches of each member in a whole run; what rounding leaves goes to
         the largest remainders.
         """
-        exact = [w / sum(self.weights) * self.length for w in self.weights]
+        exact = [w / sum(self.weights) * self.pseudo_batches for w in self.weights]
         counts = [int(share) for share in exact]
         left = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[
-            : self.length - sum(counts)
+            : self.pseudo_batches - sum(counts)
         ]
         return [count + (i in left) for i, count in enumerate(counts)]
 

@@ -1,10 +1,17 @@
 """What CMI and DeepInversion share: images are made in rounds and join a pool, and the
 student learns from the pool.
+
+A round's first pseudo-batch takes many times as long as the others, and a run can be
+stopped and saved between pseudo-batches only. An image of the pool takes channels x
+height x width bytes, on the device and in every checkpoint (51,200 of 3x32x32: 157 MB),
+and a little over twice that while a batch joins. ``shift`` and ``flip`` say what leaves
+a label true in this kind of image (a mirrored digit is none), not what any image shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +20,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from abdlab.data import augment, deliver
 from abdlab.features import mode
-from abdlab.losses import kl
 from abdlab.optim import sgd, take_step
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs, one_hot
 from abdlab.sources.source import Batch, Source, image_shape
@@ -24,90 +30,75 @@ def latest(old: Tensor, new: Tensor, limit: int) -> Tensor:
     return torch.cat([old[max(0, len(old) + len(new) - limit) :], new[-limit:]])
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Pooled(Source):
-    """Base class. A round makes one batch of images in ``synthesis_steps`` steps, and
-    keeps it as it was when its loss was lowest; then follow ``kd_steps`` student steps
-    on batches of the pool.
+    """Base class of sources that make images in rounds and teach from all of them.
 
-    One pseudo-batch is one student step, so that ``len(source)`` is rounds x kd_steps.
-    **The first one of each round runs the whole synthesis before it**: it takes many
-    times as long as the others, and a run can be stopped and saved between
-    pseudo-batches only. Its losses, those of the batch that was kept, stand in every
-    Step of the round.
+    A round makes one batch in ``synthesis_steps`` steps and keeps it as it was when its
+    loss was lowest. Then follow ``kd_steps`` student steps on batches of the pool, each
+    a pseudo-batch. **The first one of a round runs the whole synthesis before it.** The
+    losses of the kept batch stand in every Step of the round. The pool holds at most
+    ``pool`` images as 8-bit bytes; when it is full, the oldest make room.
 
-    Images of the pool are 8-bit, as image files are: at most ``pool`` of them, channels
-    x height x width bytes each, on the device and in every checkpoint (51,200 of
-    3x32x32: 157 MB). When it is full, the oldest make room. In memory, a little over
-    twice that while a batch joins.
-
-    Subclasses hold settings in their own signatures and define :meth:`begin` and
-    :meth:`terms`.
+    Subclasses define :meth:`begin` and :meth:`terms`.
 
     Args:
-        shape: (channels, height, width) of the images.
+        shape: (channels, height, width).
         rounds, synthesis_steps, kd_steps: see above.
-        synthesis_batch: images made per round. batch_size: images per student step (the
-            whole pool while that is smaller).
-        pool: at most this many images; None keeps those of all rounds.
-        lr, momentum, weight_decay: the student's SGD, cosine to 0 per step over the
-            run.
-        temperature: of the KD loss T^2 x KL(T || S at temperature T), sum over classes,
-            mean over the batch.
+        synthesis_batch, batch_size: images made per round; images per student step.
+        pool: None keeps all. Once started, the images themselves.
+        lr: SGD, cosine to 0 by step.
+        temperature: T of the KD loss T^2 x KL(T || S), summed over classes.
         batch_norm, one_hot: weights of the batch-norm statistics loss and of the
-            cross-entropy with the round's random targets.
-        shift, flip: random shift in pixels (zeros move in) and mirroring of what the
-            networks see. They say what leaves a label true in this kind of image (a
-            mirrored digit is none), not what any image shows.
+            cross-entropy with random targets.
+        shift, flip: random moves, in pixels, and mirroring of what networks see.
 
     Raises:
-        ValueError: for impossible settings; on :meth:`start`, when the teacher has no
-            batch norm with running statistics.
+        ValueError: for impossible settings; on :meth:`start`, for a teacher without
+            batch norms that have running statistics.
+
+    >>> from abdlab import CMI
+    >>> len(CMI((1, 8, 8), rounds=3, kd_steps=5))
+    15
     """
 
     captures = True
+    #: of the student's SGD
+    momentum, weight_decay = 0.9, 1e-4
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        rounds: int,
-        synthesis_steps: int,
-        kd_steps: int,
-        synthesis_batch: int,
-        batch_size: int,
-        pool: int | None,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        temperature: float,
-        batch_norm: float,
-        one_hot: float,
-        shift: int,
-        flip: bool,
-    ):
-        self.shape = image_shape(shape)
-        if min(rounds, synthesis_steps, kd_steps) < 1 or min(synthesis_batch, batch_size) < 2:
+    shape: Sequence[int] = field(kw_only=False)
+    rounds: int
+    synthesis_steps: int
+    kd_steps: int
+    synthesis_batch: int
+    batch_size: int
+    pool: int | None = None
+    lr: float
+    temperature: float
+    batch_norm: float
+    one_hot: float
+    shift: int
+    flip: bool
+
+    def __post_init__(self):
+        self.shape = image_shape(self.shape)
+        if (
+            min(self.rounds, self.synthesis_steps, self.kd_steps) < 1
+            or min(self.synthesis_batch, self.batch_size) < 2
+        ):
             raise ValueError(
                 "rounds, synthesis_steps and kd_steps must be at least 1, synthesis_batch and"
                 " batch_size at least 2 (for batch norm)"
             )
-        if pool is not None and pool < synthesis_batch:
+        if self.pool is not None and self.pool < self.synthesis_batch:
             raise ValueError(
-                f"pool must hold at least one round's {synthesis_batch} images, not {pool} (None"
-                " keeps all)"
+                f"pool must hold at least one round's {self.synthesis_batch} images, not"
+                f" {self.pool} (None keeps all)"
             )
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
-        self.rounds, self.synthesis_steps, self.kd_steps = rounds, synthesis_steps, kd_steps
-        self.synthesis_batch, self.batch_size = synthesis_batch, batch_size
-        self.pool_size = rounds * synthesis_batch if pool is None else pool
-        self.lr, self.momentum, self.weight_decay, self.temperature = (
-            lr,
-            momentum,
-            weight_decay,
-            temperature,
-        )
-        self.batch_norm, self.one_hot, self.shift, self.flip = batch_norm, one_hot, shift, flip
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        # the setting; ``pool`` is the images once there are some
+        self.pool_size = self.rounds * self.synthesis_batch if self.pool is None else self.pool
 
     def __len__(self) -> int:
         return self.rounds * self.kd_steps
@@ -153,10 +144,6 @@ class Pooled(Source):
         with torch.no_grad():
             logits = self.teacher(images)
         return Batch(images, logits, losses=dict(self.losses))
-
-    def student_loss(self, batch: Batch):
-        logits = self.student(batch.images)
-        return logits, self.temperature**2 * kl(batch.logits, logits, self.temperature), {}
 
     def synthesize(self, n: int, seed: int = 0) -> Tensor:
         """``n`` images (n, C, H, W) of the pool in random order, none twice before all

@@ -5,7 +5,7 @@ NeurIPS 2019, arXiv 1905.09768).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,88 +19,59 @@ from abdlab.sources.generated import Generated
 from abdlab.sources.source import Batch
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ZSKT(Generated):
-    """A generator seeks images on which student and teacher differ; the student learns
-    to agree on them.
+    """Trains a generator to find images on which student and teacher differ, and the
+    student to agree on them.
 
     Per pseudo-batch: one generator step that maximises KL(T || S), then
-    ``student_steps`` student steps on the images that the updated generator makes of
-    the same noise, with one teacher pass for all of them. These are the updates of the
-    official loop, which runs generator and teacher anew in every student step.
+    ``student_steps`` student steps on what the updated generator makes of the same
+    noise. One teacher pass serves all of them: the official loop's updates, for less.
 
     Args:
-        shape: (channels, height, width) of the images.
-        pseudo_batches: length of the run (paper: 80,000; GTSRB 10,000).
-        batch_size: images per pseudo-batch.
-        student_steps: student steps on each.
-        student_lr: Adam, cosine to 0 over the run.
-        generator_lr: Adam, cosine to 0 over the run.
-        z: noise dimensions.
-        width: of the generator.
-        temperature: of KL(T || S), without T^2 (paper: 1; GTSRB .5): the KD loss, and
-            what the generator maximises.
-        class_mean: that KL is also divided by the number of classes (official code);
-            False: summed over them (paper).
-        attention: weight of attention transfer (paper: 250; GTSRB 0).
-        attention_layers: names of the layers to compare, in the teacher and in the
-            student; by default each model's own ``stages``. A mapping ``{teacher layer:
-            student layer}`` names them explicitly.
-        clip: gradient norm of student and generator.
-        mean, std: per channel, of the normalisation that the images are emitted in; by
-            default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
-            and 0.25.
+        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+            :class:`~abdlab.sources.generated.Generated`. Adam, cosine to 0.
+        student_steps: on each pseudo-batch.
+        student_lr: Adam, cosine to 0.
+        temperature: of KL(T || S), without T^2 (GTSRB .5).
+        class_mean: KL is also divided by the number of classes (official code); False:
+            summed over them (paper).
+        attention: weight of attention transfer (GTSRB 0).
+        attention_layers: ``{teacher layer: student layer}`` to compare; None: each
+            model's own ``stages``.
 
-    Deviation: the student's batch-norm statistics do not record the generator step's
-    pass (the official loop lets them, so that 1 pass in 11 sees images that the student
-    does not train on).
+    Deviation: batch norms do not record the student's pass in the generator step (1 in
+    11 of the official loop).
 
     Raises:
-        ValueError: on :meth:`start`, when attention transfer is on and the layers to
-            compare are not known or differ in spatial size.
+        ValueError: on :meth:`start`, when the layers to compare are unknown or differ in
+            spatial size.
+
+    >>> from abdlab import build, distill
+    >>> teacher, student = (build("wrn-10-1", channels=1, width=2) for _ in "TS")
+    >>> source = ZSKT((1, 8, 8), pseudo_batches=2, batch_size=4, z=5, width=2)
+    >>> [sorted(step.losses) for step in distill(teacher, student, source)][-1]
+    ['attention', 'generator', 'kd']
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        pseudo_batches: int = 80_000,
-        batch_size: int = 128,
-        student_steps: int = 10,
-        student_lr: float = 2e-3,
-        generator_lr: float = 1e-3,
-        z: int = 100,
-        width: int = 64,
-        temperature: float = 1.0,
-        class_mean: bool = True,
-        attention: float = 250.0,
-        attention_layers: Mapping[str, str] | None = None,
-        clip: float = 5.0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ):
-        super().__init__(
-            shape,
-            pseudo_batches=pseudo_batches,
-            batch_size=batch_size,
-            generator_lr=generator_lr,
-            z=z,
-            width=width,
-            clip=clip,
-            mean=mean,
-            std=std,
-        )
-        if student_steps < 1:
-            raise ValueError(f"student_steps must be at least 1, not {student_steps}")
-        self.student_steps, self.student_lr, self.temperature = (
-            student_steps,
-            student_lr,
-            temperature,
-        )
-        self.class_mean, self.attention, self.attention_layers = (
-            class_mean,
-            attention,
-            attention_layers,
-        )
+    clip = 5.0  # the paper's, of student and generator
+
+    pseudo_batches: int = 80_000
+    batch_size: int = 128
+    student_steps: int = 10
+    student_lr: float = 2e-3
+    generator_lr: float = 1e-3
+    z: int = 100
+    width: int = 64
+    temperature: float = 1.0
+    class_mean: bool = True
+    attention: float = 250.0
+    attention_layers: Mapping[str, str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.student_steps < 1:
+            raise ValueError(f"student_steps must be at least 1, not {self.student_steps}")
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
