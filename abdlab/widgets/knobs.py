@@ -107,7 +107,7 @@ def knobs_of(chosen: Settings, section: str) -> list[Knob]:
 
 def about(kind: type, key: str) -> str:
     """What a class's docstring says about one of its parameters, in an entry of its own
-    or in the first one that mentions it; empty when nothing.
+    or where it is first mentioned; empty when nothing.
 
     >>> class Noise:
     ...     '''Noise on images.
@@ -118,9 +118,11 @@ def about(kind: type, key: str) -> str:
     >>> about(Noise, "std")
     'of the noise, in [0, 1] units.'
     """
-    entries = re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8,}.+)*)", inspect.getdoc(kind) or "", re.M)
-    own = (text for names, text in entries if key in names.split(", "))
-    mentioned = (text for _, text in entries if f"``{key}``" in text)
+    text = inspect.getdoc(kind) or ""
+    entries = re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
+    own = (words for names, words in entries if key in names.split(", "))
+    everything = [*(words for _, words in entries), *re.split(r"\n\n|(?<=\.)\s", text)]
+    mentioned = (words for words in everything if f"``{key}``" in words)
     return " ".join(next(itertools.chain(own, mentioned), "").split())
 
 
