@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from abdlab.checkpoint import load_state
+from abdlab.activations import convolutions, tsne
+from abdlab.checkpoint import load_model, load_state
 from abdlab.data import Dataset
 from abdlab.defenses import ShuffledTeacher, ShufflingVaccine, suspicion
 from abdlab.defenses.shuffled_teacher import tail_share
 from abdlab.errors import CheckpointError
+from abdlab.evaluate import predict
 from abdlab.labels import Label
+from abdlab.losses import kl
 from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings
 from abdlab.sources import Source
@@ -105,3 +112,135 @@ def vaccine_of(run: Run, chosen: Settings, teacher: nn.Module) -> ShuffledTeache
     return ShuffledTeacher(
         teacher, names, sv.k, torch.Generator().manual_seed(chosen.seed), permutations
     )
+
+
+#: images that a map shows at most, and real ones among which the nearest is sought
+MAPPED, REAL = 500, 5000
+
+
+@dataclass
+class Known:
+    """All that is known of one run's kept images.
+
+    Attributes:
+        images: (N, C, H, W), in the order of training.
+        table: one row per image: step, index in its batch, teacher's class, suspicion,
+            disagreement (KL of teacher and student in nats; NaN without a student) and
+            the teacher's confidence.
+        logits: (N, classes) on the CPU of "teacher", "vaccine" and, where there is one,
+            "student".
+        reverse: whether suspicion is that of KL(T || T~).
+    """
+
+    run: Run
+    label: str
+    chosen: Settings
+    data: Dataset | None
+    teacher: nn.Module
+    vaccine: ShuffledTeacher
+    student: nn.Module | None
+    images: Tensor
+    table: pd.DataFrame
+    logits: dict[str, Tensor]
+    reverse: bool
+
+
+def inspect_run(
+    folder: str | Path, device: str = "auto", datasets: dict[str, Dataset | None] | None = None
+) -> Known:
+    """Load what a run knows and score its images. Nothing is trained or downloaded.
+
+    Args:
+        folder: ROOT/seedN/METHOD or METHOD@NUMBER, with samples and a checkpoint.
+        device: where the networks run.
+        datasets: data sets that were loaded before, by their settings; more are added.
+
+    Raises:
+        CheckpointError: for a file that is damaged.
+        ValueError, OSError, KeyError: for a folder without a run's files.
+    """
+    run = Run(folder)
+    chosen = Settings.of(run.config, device)
+    data = _at_hand(chosen, {} if datasets is None else datasets)
+    where = data.train_images.device if data is not None else "cpu"
+    teacher = load_model(run.path.parent / "teacher" / "teacher.safetensors", device=where)
+    vaccine = vaccine_of(run, chosen, teacher)
+    (sv,) = chosen.defenses(ShufflingVaccine.name)
+    student, samples = student_of(run, chosen, data), run.samples()
+    steps = sorted(samples)
+    images = torch.cat([samples[step] for step in steps]).to(where)
+    logits = {"teacher": predict(teacher, images).cpu()}
+    with torch.no_grad():
+        logits["vaccine"] = torch.cat([vaccine(part) for part in images.split(500)]).cpu()
+    apart = torch.full((len(images),), float("nan"))
+    if student is not None:
+        logits["student"] = predict(student, images).cpu()
+        apart = kl(logits["teacher"], logits["student"])
+    sure, predicted = logits["teacher"].softmax(1).max(1)
+    scores = suspicion(vaccine, teacher, images, reverse=sv.reverse)
+    table = pd.DataFrame(
+        {
+            "step": [step for step in steps for _ in samples[step]],
+            "index": [i for step in steps for i in range(len(samples[step]))],
+            "class": predicted.tolist(),
+            "suspicion": scores.cpu().tolist(),
+            "disagreement": apart.tolist(),
+            "confidence": sure.tolist(),
+        }
+    )
+    label = str(Label.of_folder(run.path.name.partition("@")[0]))
+    models = (teacher, vaccine, student)
+    return Known(run, label, chosen, data, *models, images, table, logits, sv.reverse)
+
+
+def student_of(run: Run, chosen: Settings, data: Dataset | None) -> nn.Module | None:
+    """A run's student, from its end or else from its last checkpoint; None where
+    neither is there, or the checkpoint's needs a data set that is not at hand.
+    """
+    where = data.train_images.device if data is not None else "cpu"
+    if run.file("student.safetensors").exists():
+        return load_model(run.file("student.safetensors"), device=where)
+    if data is None or not run.file("checkpoint.safetensors").exists():
+        return None
+    student = chosen.student(data).to(where)
+    student.load_state_dict(load_state(run.file("checkpoint.safetensors"), where)[0]["student"])
+    return student.eval()
+
+
+def map_points(known: Known) -> tuple[np.ndarray, np.ndarray]:
+    """t-SNE of the teacher's last stage, of at most :data:`MAPPED` images, evenly over
+    training.
+
+    Returns:
+        the images' numbers (M,) and their places (M, 2).
+
+    Raises:
+        ValueError: for fewer than 8 images.
+    """
+    count = len(known.table)
+    if count < 8:
+        raise ValueError(f"a map needs at least 8 images, not {count}")
+    numbers = np.unique(np.linspace(0, count - 1, min(count, MAPPED)).round().astype(int))
+    stages = getattr(known.teacher, "stages", ())
+    layer = stages[-1] if stages else convolutions(known.teacher)[-1]
+    return numbers, tsne(known.teacher, layer, known.images[numbers], seed=known.chosen.seed)
+
+
+def nearest(image: Tensor, data: Dataset) -> tuple[Tensor, int]:
+    """The training image that is nearest to one image (C, H, W) in l2, of the first
+    :data:`REAL`, and its label.
+    """
+    real = data.train_images[:REAL]
+    found = int((real - image.clamp(0, 1)).flatten(1).norm(dim=1).argmin())
+    return real[found], int(data.train_labels[found])
+
+
+def _at_hand(chosen: Settings, datasets: dict[str, Dataset | None]) -> Dataset | None:
+    """The data set where it is at hand; nothing is downloaded for looking."""
+    key = json.dumps(chosen.values["data"], sort_keys=True)
+    if key not in datasets:
+        try:
+            datasets[key] = chosen.dataset()
+        except (ValueError, OSError, RuntimeError):
+            datasets[key] = None
+    return datasets[key]

@@ -59,6 +59,18 @@ class Label:
             raise ValueError(f"{str(text)!r} names {twice} twice: each part of a method acts once")
         return cls(source, tuple(defenses), tuple(purifiers))
 
+    @classmethod
+    def of_folder(cls, name: str) -> Label:
+        """The label that has this :attr:`folder`.
+
+        >>> str(Label.of_folder("bounded,cmi+my_pkg.mine.Noise"))
+        'bounded/cmi+my_pkg.mine:Noise'
+
+        Raises:
+            ValueError: for a name that is no label's folder.
+        """
+        return cls.parse(re.sub(r"\.(\w+)(?=[+/]|$)", r":\1", name.replace(",", "/")))
+
     def __str__(self) -> str:
         after = "+".join((self.source, *self.defenses))
         return "/".join((*(["+".join(self.purifiers)] if self.purifiers else []), after))

@@ -339,6 +339,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+#: the method that the workbench begins with
+METHOD = "zskt+sv+tu"
+
+
 @dataclass(frozen=True)
 class About:
     """What a preset is in one line, and what it was verified on, with figures; empty

@@ -35,7 +35,7 @@ TINY = {
     "sv.verify": False,
     "sv.alpha": 0.55,
     "sv.layers": 3,
-    "sr.inner_steps": 2,
+    "tu.inner_steps": 2,
 }
 #: milliseconds; a busy machine is no failure
 PATIENCE = 120_000
@@ -131,7 +131,7 @@ class Bench:
         code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
         code[0]["source"] = (
             f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides ='
-            f' {TINY | overrides!r}\nlabel = "zskt+sv+sr"'
+            f' {TINY | overrides!r}\nlabel = "zskt+sv+tu"'
         )
         code[1]["source"] = before + "".join(code[1]["source"])
         (folder / f"{name}.ipynb").write_text(json.dumps(book))
@@ -257,7 +257,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.keyboard.press("ArrowLeft")
     b.shot("light-1-trigger")
 
-    b.open("2 Defence")
+    b.open("2 Defense")
     b.text("No run yet: press Start").wait_for()
     b.shot("light-2-empty")
     b.button("Start").click()
@@ -272,19 +272,19 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.button("Go on").click()
     b.button("Stop").click()
     b.text("^Stopped and saved").wait_for()
-    first = b.runs / "seed0" / "zskt+sv+sr@1"
+    first = b.runs / "seed0" / "zskt+sv+tu@1"
     stopped = read_card(first / "checkpoint.safetensors")["index"]
     assert 0 < stopped < TINY["zskt.pseudo_batches"]
     assert metrics(first)["stopped_at"] == stopped
 
     b.button("Branch here").click()
-    b.text(f"branches off zskt.sv.sr@1 at step {stopped}").wait_for()
+    b.text(f"branches off zskt.sv.tu@1 at step {stopped}").wait_for()
     b.slider("SV: alpha").focus()
     for _ in range(5):
         b.page.keyboard.press("ArrowLeft")
     b.button("Start").click()  # the slider's latest value may come after it
-    b.text("^Done: zskt.sv.sr@2").wait_for()
-    b.page.locator("select[multiple]").select_option(["zskt+sv+sr@1", "zskt+sv+sr@2"])
+    b.text("^Done: zskt.sv.tu@2").wait_for()
+    b.page.locator("select[multiple]").select_option(["zskt+sv+tu@1", "zskt+sv+tu@2"])
     b.picture("ACC and ASR of the chosen runs").wait_for()
     b.button("Copy as parameters").click()
     b.page.get_by_role(
@@ -315,8 +315,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.text("images exported to").wait_for()
 
     b.open("4 Runs")
-    b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+sr@1']").click()
-    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+sr@2']")
+    b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1']").click()
+    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@2']")
     row.focus()
     b.page.keyboard.press("Enter")
     b.text("Settings that differ").wait_for()
@@ -324,7 +324,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
 
     b.menu("Settings", "Theme", "JupyterLab Dark")
     b.page.wait_for_timeout(5000)
-    for name in ("1 Trigger", "2 Defence", "3 Samples", "4 Runs"):
+    for name in ("1 Trigger", "2 Defense", "3 Samples", "4 Runs"):
         b.open(name)
         b.shot(f"dark-{name[0]}")
     b.close()
@@ -338,7 +338,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     batch.execute("02_distillation", tmp_path / "02.ipynb", given, threads=1)
     branch, again = (
         metrics(f / "seed0" / n)
-        for f, n in ((b.runs, "zskt+sv+sr@2"), (tmp_path / "again", "zskt+sv+sr"))
+        for f, n in ((b.runs, "zskt+sv+tu@2"), (tmp_path / "again", "zskt+sv+tu"))
     )
     assert (again["acc"], again["asr"]) == (branch["acc"], branch["asr"])
 
@@ -349,7 +349,7 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
     # long enough for that
     before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
     b = bench(how, before=before, **{"zskt.pseudo_batches": 4000})
-    b.open("2 Defence")
+    b.open("2 Defense")
     b.button("Start").click()
     b.text("^ACC[0-9.]+%").wait_for()
     if how == "interrupt":
@@ -358,13 +358,13 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
     elif how == "rerun":
         b.menu("Run", "Run All Cells")
         b.page.wait_for_timeout(2000)
-        b.open("2 Defence")
-        b.page.locator("select option", has_text="go on with zskt+sv+sr@1").first.wait_for(
+        b.open("2 Defense")
+        b.page.locator("select option", has_text="go on with zskt+sv+tu@1").first.wait_for(
             state="attached"
         )
     else:
         b.page.close()
-    found = b.runs / "seed0" / "zskt+sv+sr@1"
+    found = b.runs / "seed0" / "zskt+sv+tu@1"
     for _ in range(240):
         if (found / "metrics.json").exists():
             break

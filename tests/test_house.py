@@ -21,7 +21,7 @@ FILES = sorted((ROOT / "abdlab").rglob("*.py"))
 STOREYS = [
     ["errors", "registry", "labels", "graphs", "side_by_side", "features"],
     ["losses", "optim", "stream"],
-    ["data", "models", "checkpoint"],
+    ["data", "families", "models", "checkpoint"],
     ["attacks"],
     ["sources"],
     ["inversion"],
@@ -29,7 +29,7 @@ STOREYS = [
     ["defenses"],
     ["train", "distill"],
     ["evaluate", "activations", "audit"],
-    ["presets", "settings"],
+    ["presets", "settings", "methods"],
     ["runs"],
     ["teachers"],
     ["students"],

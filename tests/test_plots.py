@@ -2,6 +2,11 @@
 right.
 """
 
+import os
+import re
+import subprocess
+import sys
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -212,7 +217,7 @@ def test_a_study_counts_each_model_once():
     assert summary.loc["sv+sr", "ASR std (%)"] == pytest.approx(11.5)  # of 20, 20, 40, 40
 
 
-def test_a_matrix_has_a_row_per_trigger_and_defence_and_a_column_per_source():
+def test_a_matrix_has_a_row_per_trigger_and_defense_and_a_column_per_source():
     frame = study_results()
     frame.loc[frame["label"] == "zskt", "acc"] = 0.875
     teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {
@@ -280,7 +285,30 @@ def test_study_figures_say_what_they_show():
     plt.close("all")
 
 
-def test_a_defence_has_one_colour_whatever_the_source():
+def test_every_combination_has_a_colour_of_its_own():
+    named = list(plots.COLORS.values())
+    assert len(set(named)) == len(named)
+    assert plots.color_of("bounded+unlearn/cmi+tc") == plots.COLORS["bounded+unlearn/tc"]
+    unknown = ["zskt+tu+tc", "zskt+my_pkg.mine:Noise", "bounded/zskt+sv", "02_distillation"]
+    colors = [plots.color_of(label) for label in unknown]
+    assert len(set(colors)) == len(colors)
+    assert not set(colors) & set(named)
+    assert all(re.fullmatch("#[0-9a-f]{6}", color.lower()) for color in [*colors, *named])
+
+
+def test_a_drawn_colour_is_the_same_in_every_process():
+    code = "from abdlab import plots; print(plots.color_of('zskt+my_pkg.mine:Noise'))"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == plots.color_of("cmi+my_pkg.mine:Noise")
+
+
+def test_a_defense_has_one_colour_whatever_the_source():
     assert plots.color_of("cmi+sv") == plots.color_of("zskt+sv") != plots.color_of("zskt")
     assert labels.name_of("clean") == "clean KD"
     assert labels.in_order(["cmi+sv", "zskt+sr", "clean", "cmi", "zskt", "teacher"]) == [

@@ -12,12 +12,17 @@ import yaml
 import abdlab
 from abdlab import batch
 from abdlab.checkpoint import load_state, read_card, read_weights
+from abdlab.defenses import DEFENSES
+from abdlab.defenses.late import Late
+from abdlab.defenses.plans import tunable
+from abdlab.labels import Label
+from abdlab.methods import methods
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.students import distilled
 from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import (
-    DefenceTuner,
+    DefenseTuner,
     RunBrowser,
     SampleExplorer,
     TriggerDesigner,
@@ -25,6 +30,8 @@ from abdlab.widgets import (
     looks,
 )
 from abdlab.widgets import worker as workers
+from abdlab.widgets.branches import method_of, next_folder
+from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 
 TINY = {
     "data.size": 8,
@@ -41,8 +48,8 @@ TINY = {
     "sv.alpha": 0.55,
     "sv.layers": 3,
     "sv.warmup": 0.0,
-    "sr.start": 0.5,
-    "sr.inner_steps": 2,
+    "tu.start": 0.5,
+    "tu.inner_steps": 2,
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::abdlab.WeakTeacher")
@@ -77,8 +84,8 @@ def root(teacher, tmp_path):
 
 @pytest.fixture
 def tuner(root, chosen, data):
-    made = DefenceTuner(root, chosen, data, needs_page=False)
-    made.with_floor.value = False
+    made = DefenseTuner(root, chosen, data, needs_page=False)
+    made.controls.with_floor.value = False
     yield made
     made.stop()
     if made.worker is not None and made.worker.alive():
@@ -92,7 +99,7 @@ def finished(teacher, chosen, data, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("finished") / "runs"
     shutil.copytree(teacher, root)
-    DefenceTuner(root, chosen, data, needs_page=False).run()
+    DefenseTuner(root, chosen, data, needs_page=False).run()
     return root
 
 
@@ -144,6 +151,50 @@ class TestTriggerDesigner:
         else:
             assert designer.picture.png
 
+    def test_another_trigger_and_back_keeps_its_size(self, designer):
+        """5x5 from the preset, or what the user has set since."""
+        for size in (5, 6):
+            designer.controls["size"].value = size
+            designer.trigger.value = "sig"
+            designer.trigger.value = "badnet_sq"
+            assert designer.controls["size"].value == size
+            assert designer.overrides["attack.params"]["size"] == size
+
+    def test_takes_what_the_preset_recommends(self, designer):
+        designer.trigger.value = "sig"
+        assert designer.overrides["attack.params"] == {"strength": 0.6, "frequency": 3}
+        assert designer.overrides["attack.rate"] == 0.09
+        designer.rate.value = 0.2  # the user's own stays
+        designer.trigger.value = "badnet_sq"
+        assert designer.overrides["attack.rate"] == 0.2
+
+    def test_a_trigger_of_ones_own_has_controls_of_its_types(self, designer, monkeypatch):
+        def ring(
+            images,
+            radius: int = 3,
+            style: str = "dotted",
+            filled: bool = False,
+            gain: float = 2.5,
+            width: int | None = None,
+            anything=None,
+        ):
+            return images
+
+        monkeypatch.setitem(abdlab.TRIGGERS, "ring", ring)
+        designer.trigger.options = [*designer.trigger.options, "ring"]
+        designer.trigger.value = "ring"
+        assert not designer.trouble.sentence
+        values = {key: control.value for key, control in designer.controls.items()}
+        assert values == {
+            "radius": 3,
+            "style": "dotted",
+            "filled": False,
+            "gain": 2.5,
+            "width": 0,
+        }
+        assert isinstance(values["radius"], int)
+        assert designer.overrides["attack.params"]["radius"] == 3
+
     def test_two_triggers_compose_and_the_settings_take_them(self, designer, chosen, data):
         designer.also.value = "blend"
         designer.rate.value, designer.target.value = 0.2, 3
@@ -182,12 +233,12 @@ class TestTriggerDesigner:
         assert [s for s in seen if s] == [designer.overrides] * 2
 
 
-class TestDefenceTuner:
+class TestDefenseTuner:
     def test_says_what_to_do_first(self, tuner):
         assert "press Start" in tuner.empty.value
         assert tuner.state == "idle"
-        assert tuner.stop_button.disabled
-        assert tuner.copy_button.disabled
+        assert tuner.controls.buttons["Stop"].disabled
+        assert tuner.controls.buttons["Copy as parameters"].disabled
 
     @pytest.mark.slow
     def test_equals_the_headless_run_number_for_number(self, tuner, root, chosen, data, tmp_path):
@@ -195,12 +246,12 @@ class TestDefenceTuner:
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
         _, metrics = distilled(
-            root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+sr"
+            root, chosen, data, poisoned_teacher(root, chosen, data), "zskt+sv+tu"
         )
         same = ("acc", "asr", "defenses", "threads")
         ours = Run(root / "seed0" / tuner.folder)
         assert {k: ours.metrics[k] for k in same} == {k: metrics[k] for k in same}
-        theirs = Run(root / "seed0" / "zskt+sv+sr")
+        theirs = Run(root / "seed0" / "zskt+sv+tu")
         a, b = (read_weights(r.file("student.safetensors"))[0] for r in (ours, theirs))
         assert all(torch.equal(a[k], b[k]) for k in b)
         both = [
@@ -214,16 +265,16 @@ class TestDefenceTuner:
         hold(tuner, 3)
         tuner.start()
         until(lambda: tuner.step == 3)
-        assert tuner.knob("k").disabled
-        assert not tuner.alpha.disabled
+        assert tuner.knob("sv.k").disabled
+        assert not tuner.knob("sv.alpha").disabled
         tuner.state = "paused"
-        tuner.alpha.value = 0.3
+        tuner.knob("sv.alpha").value = 0.3
         tuner.unobserve_all("step")
         hold(tuner, 5)
         tuner.start()
         until(lambda: tuner.step == 5)
         tuner.state = "paused"
-        history = Run(root / "seed0" / "zskt+sv+sr@1")
+        history = Run(root / "seed0" / "zskt+sv+tu@1")
         tuner.branch()  # stops the paused run
         assert tuner.state == "stopped"
         assert history.metrics["stopped_at"] == 5
@@ -233,12 +284,12 @@ class TestDefenceTuner:
         assert history.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3]]
 
         tuner.unobserve_all("step")
-        tuner.alpha.value = 0.8
+        tuner.knob("sv.alpha").value = 0.8
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
-        assert tuner.folder == "zskt+sv+sr@2"
-        branch = Run(root / "seed0" / "zskt+sv+sr@2")
+        assert tuner.folder == "zskt+sv+tu@2"
+        branch = Run(root / "seed0" / "zskt+sv+tu@2")
         assert branch.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3], [5, 0.8]]
         assert branch.history()["step"].min() <= 3  # it has its trunk's history
 
@@ -247,19 +298,19 @@ class TestDefenceTuner:
         tuner.origin.value = next(
             o
             for _, o in tuner.origin.options
-            if o.folder == "zskt+sv+sr@1" and o.checkpoint is None
+            if o.folder == "zskt+sv+tu@1" and o.checkpoint is None
         )
-        assert tuner.alpha.value == 0.3
+        assert tuner.knob("sv.alpha").value == 0.3
         tuner.start()
         until(lambda: tuner.state not in ("preparing", "running"))
         assert tuner.state == "done", tuner.trouble.sentence
         assert history.metrics.get("stopped_at") is None
 
-        for folder in ("zskt+sv+sr@1", "zskt+sv+sr@2"):
+        for folder in ("zskt+sv+tu@1", "zskt+sv+tu@2"):
             given = yaml.safe_load(tuner.parameters(folder))
             given["run"] = str(tmp_path / folder)
             batch.execute("02", tmp_path / "02.ipynb", given, threads=1)
-            again = Run(tmp_path / folder / "seed0" / "zskt+sv+sr").metrics
+            again = Run(tmp_path / folder / "seed0" / "zskt+sv+tu").metrics
             ours = Run(root / "seed0" / folder).metrics
             assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
 
@@ -275,25 +326,25 @@ class TestDefenceTuner:
             assert turned.wait(60)
             return prepare(*args, **more)
 
-        monkeypatch.setattr("abdlab.widgets.defence_tuner.prepare", slow)
-        layers, began = tuner.layers.value, tuner.start_at.value
+        monkeypatch.setattr("abdlab.widgets.job.prepare", slow)
+        layers, began = tuner.knob("sv.layers").value, tuner.knob("tu.start").value
         tuner.start()
-        tuner.alpha.value = 0.3
+        tuner.knob("sv.alpha").value = 0.3
         assert "sv.alpha is 0.3 from the student" in tuner.status.value
-        tuner.layers.value, tuner.start_at.value = layers + 1, 0.9
-        assert (tuner.layers.value, tuner.start_at.value) == (layers, began)
-        assert f"sr.start is {began:g} in this run" in tuner.status.value
+        tuner.knob("sv.layers").value, tuner.knob("tu.start").value = layers + 1, 0.9
+        assert (tuner.knob("sv.layers").value, tuner.knob("tu.start").value) == (layers, began)
+        assert f"tu.start is {began:g} in this run" in tuner.status.value
         turned.set()
         until(lambda: tuner.state == "done")
         run = Run(root / "seed0" / tuner.folder)
         assert run.config["sv"]["alpha"] == 0.3
-        assert (run.config["sv"]["layers"], run.config["sr"]["start"]) == (layers, began)
+        assert (run.config["sv"]["layers"], run.config["tu"]["start"]) == (layers, began)
         assert "sv: alpha 0.55 -> 0.3 from pseudo-batch 0 on" in str(
             run.history()["events"].tolist()
         )
 
-        tuner.layers.value = layers + 1  # of the next run
-        assert tuner.layers.value == layers + 1
+        tuner.knob("sv.layers").value = layers + 1  # of the next run
+        assert tuner.knob("sv.layers").value == layers + 1
 
     def test_stop_finishes_the_step_measures_and_saves(self, tuner, root):
         hold(tuner, 2)
@@ -309,13 +360,13 @@ class TestDefenceTuner:
         )
         assert run.history()["acc"].notna().sum() == 1
         until(lambda: not tuner.worker.alive())
-        assert tuner.start_button.description == "Go on"
+        assert tuner.controls.buttons["Start"].description == "Go on"
 
     def test_an_error_is_one_sentence_with_the_details_folded(self, tuner, monkeypatch):
         def broken(*_args, **_more):
             raise ValueError("the generator is <broken>")
 
-        monkeypatch.setattr("abdlab.widgets.defence_tuner.distillation", broken)
+        monkeypatch.setattr("abdlab.widgets.job.distillation", broken)
         tuner.start()
         until(lambda: tuner.state == "failed")
         assert tuner.trouble.sentence == "the generator is <broken>"
@@ -327,7 +378,7 @@ class TestDefenceTuner:
         hold(tuner, 1)
         tuner.start()
         until(lambda: tuner.step == 1)
-        other = DefenceTuner(tmp_path / "elsewhere", chosen, data, needs_page=False)
+        other = DefenseTuner(tmp_path / "elsewhere", chosen, data, needs_page=False)
         other.start()
         assert "one run at a time" in other.trouble.sentence
         assert other.state == "failed"
@@ -336,17 +387,17 @@ class TestDefenceTuner:
         hold(tuner, 1)
         tuner.start()
         until(lambda: tuner.step == 1)
-        again = DefenceTuner(root, chosen, data, needs_page=False)
+        again = DefenseTuner(root, chosen, data, needs_page=False)
         assert not tuner.worker.alive()
         assert [t for t in threading.enumerate() if t.name == "abdlab-run"] == []
         options = [text for text, _ in again.origin.options]
-        assert "go on with zskt+sv+sr@1 at step 1" in options
+        assert "go on with zskt+sv+tu@1 at step 1" in options
 
     def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):
         monkeypatch.setattr(workers, "PATIENCE", 0.0)
         page = looks.page()
         monkeypatch.setattr(page, "heard", time.monotonic() - 1)
-        tuner.keep_on.value = False
+        tuner.controls.keep_on.value = False
         tuner.start()
         until(lambda: tuner.state == "stopped")
         assert "the page was closed" in tuner.worker.why
@@ -357,7 +408,7 @@ class TestDefenceTuner:
         until(lambda: tuner.step == 6)
         tuner.state = "paused"
         tuner.branch()
-        tuner.lr.value = 2e-3
+        tuner.knob("tu.lr").value = 2e-3
         tuner.start()
         assert "branch off earlier" in tuner.trouble.sentence
 
@@ -379,15 +430,110 @@ class TestDefenceTuner:
     def test_knows_how_long_it_takes(self, tuner):
         assert tuner.left() is None
         tuner.total = 20
-        tuner._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
+        tuner.live._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
         assert tuner.left() == pytest.approx(15)
 
     def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
         assert tuner.chosen.values == chosen.values
-        tuner.layers.value = 2
-        tuner.lr.value = 1e-3
+        tuner.knob("sv.layers").value = 2
+        tuner.knob("tu.lr").value = 2e-3
         assert tuner.chosen.values["sv"]["layers"] == 2
-        assert tuner.chosen.values["sr"]["lr"] == 1e-3
+        assert tuner.chosen.values["tu"]["lr"] == 2e-3
+        tuner.method.value = "zskt"
+        assert tuner.knobs.shown == []
+        assert tuner.chosen.values == chosen.values
+
+
+NOISE = """
+from abdlab.defenses.defense import Defense
+
+class Noise(Defense):
+    \'\'\'Noise on the student's images.
+
+    Args:
+        strength: of the noise, in [0, 1] units.
+        steps: how often it is drawn.
+        often: draw it anew in each step.
+        kind: its name.
+    \'\'\'
+
+    tunable = ("strength",)
+
+    def __init__(self, *, steps: int = 2, strength: float = 0.003, often: bool = True, kind="a"):
+        pass
+"""
+
+
+class TestKnobs:
+    def test_every_registered_defense_has_knobs_from_its_signature(self, chosen):
+        for name, kind in DEFENSES.items():
+            knobs = {knob.key: knob for knob in knobs_of(chosen, name)}
+            assert {key for key, knob in knobs.items() if knob.live} == set(tunable(kind))
+            assert all(knob.late == issubclass(kind, Late) for knob in knobs.values())
+            for key, knob in knobs.items():
+                assert knob.control.value == pytest.approx(knob.of(chosen)), key
+                assert knob.control.tooltip, f"{name}.{key} is not explained"
+
+    def test_a_defense_of_ones_own_has_knobs_by_its_import_path(
+        self, root, chosen, data, tmp_path, monkeypatch
+    ):
+        (tmp_path / "someones.py").write_text(NOISE)
+        monkeypatch.syspath_prepend(tmp_path)
+        tuner = DefenseTuner(root, chosen, data, "zskt+someones:Noise", needs_page=False)
+        assert [(knob.key, knob.live) for knob in tuner.knobs.shown] == [
+            ("strength", True),
+            ("steps", False),
+            ("often", False),
+        ]
+        strength = tuner.knob("someones:Noise.strength")
+        assert strength.description == "NOISE: strength"
+        assert strength.tooltip == "of the noise, in [0, 1] units."
+        for value in (0.0025, 150.0):  # a typed number stays what it is
+            strength.value = value
+            assert tuner.chosen.values["someones:Noise"] == {"strength": value}
+
+    def test_a_slider_reaches_what_the_settings_say(self, chosen):
+        wide = settings("quick/digits", {"sv.alpha": 40.0, "tu.lr": 0.3, "tu.inner_steps": 90})
+        knobs = Knobs()
+        knobs.show("zskt+sv+tu", wide)
+        assert knobs["sv.alpha"].control.value == 40.0
+        assert knobs["tu.lr"].control.value == pytest.approx(0.3)
+        assert knobs["tu.inner_steps"].control.value == 90
+        assert knobs.applied(wide).values == wide.values
+
+    def test_what_is_no_number_has_no_knob(self):
+        named = settings("quick/digits", {"sv.layers": ["conv1"], "tu.natural": None})
+        assert "layers" not in {knob.key for knob in knobs_of(named, "sv")}
+        knobs = Knobs()
+        knobs.show("zskt+sv", settings("quick/digits"))
+        knobs.show("zskt+sv", named)  # the knob that there is leaves the names alone
+        assert knobs.applied(named).values == named.values
+
+    def test_what_acts_late_can_be_changed_at_a_branch_before_it_begins(self):
+        old = settings("quick/digits", {"tu.start": 0.5})
+        other = settings("quick/digits", {"tu.start": 0.5, "tu.penalty": 0.5})
+        check_branch("zskt+sv+tu", old, other, index=50, length=100)
+        with pytest.raises(ValueError, match=r"TU is on since step 50.* change its penalty"):
+            check_branch("zskt+sv+tu", old, other, index=51, length=100)
+        with pytest.raises(ValueError, match="TU would have begun at step 20"):
+            check_branch("zskt+tu", old, settings("quick/digits", {"tu.start": 0.2}), 40, 100)
+        check_branch("zskt+sv", old, other, index=51, length=100)
+
+
+class TestMethods:
+    def test_every_source_with_what_makes_sense(self):
+        found = methods()
+        late = [name for name, kind in DEFENSES.items() if issubclass(kind, Late)]
+        assert {"zskt", "zskt+sv", "zskt+sr", "zskt+tu", "zskt+sv+sr", "cmi+sv+tu"} <= set(found)
+        assert not any(set(late) <= set(Label.parse(label).defenses) for label in found)
+        assert not any(Label.parse(label).source == "clean" for label in found)
+
+    def test_folders_and_labels_go_both_ways(self, tmp_path):
+        for label in ("zskt+sv+tu", "bounded+unlearn/cmi+tc", "zskt+my_pkg.mine:Noise+tu"):
+            folder = next_folder(tmp_path, label)
+            assert method_of(folder) == label
+            (tmp_path / folder).mkdir()
+            assert next_folder(tmp_path, label).endswith("@2")
 
 
 class TestSampleExplorer:
@@ -399,7 +545,7 @@ class TestSampleExplorer:
         assert "No samples yet" in SampleExplorer(tmp_path, "cpu").empty.value
 
     def test_opens_a_run_with_all_its_numbers(self, explorer):
-        assert explorer.run.value == "seed0/zskt+sv+sr@1"
+        assert explorer.run.value == "seed0/zskt+sv+tu@1"
         assert list(explorer.table) == [
             "step",
             "index",
@@ -480,11 +626,11 @@ class TestSampleExplorer:
         import shutil
 
         shutil.copytree(finished, tmp_path / "r")
-        (tmp_path / "r/seed0/zskt+sv+sr@1/checkpoint.safetensors").write_bytes(b"no")
+        (tmp_path / "r/seed0/zskt+sv+tu@1/checkpoint.safetensors").write_bytes(b"no")
         broken = SampleExplorer(tmp_path / "r", "cpu")
         assert (
             "not a whole safetensors file" in broken.trouble.sentence
-            or broken.run.value != "seed0/zskt+sv+sr@1"
+            or broken.run.value != "seed0/zskt+sv+tu@1"
         )
 
 
@@ -504,16 +650,16 @@ class TestRunBrowser:
 
     def test_lists_and_filters(self, browser):
         names = [row["id"] for row in browser.rows.rows]
-        assert names == ["seed0/clean", "seed0/teacher", "seed0/zskt+sv+sr@1"]
+        assert names == ["seed0/clean", "seed0/teacher", "seed0/zskt+sv+tu@1"]
         browser.method.value = "teacher"
         assert [row["id"] for row in browser.rows.rows] == ["seed0/teacher"]
         browser.method.value, browser.text.value = "all", "sv"
-        assert [row["id"] for row in browser.rows.rows] == ["seed0/zskt+sv+sr@1"]
+        assert [row["id"] for row in browser.rows.rows] == ["seed0/zskt+sv+tu@1"]
         browser.text.value, browser.least_acc.value = "", 100
         assert "None of the 3 runs passes" in browser.note.value
 
     def test_two_runs_side_by_side(self, browser):
-        browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+sr@1"]
+        browser.rows.chosen = ["seed0/clean", "seed0/zskt+sv+tu@1"]
         assert len(browser.sides.children) == 2
         text = str(
             [
@@ -526,10 +672,10 @@ class TestRunBrowser:
         assert "Settings that differ" in text
 
     def test_deletes_only_after_asking(self, browser):
-        folder = browser.root / "seed0/zskt+sv+sr@1"
-        browser.rows.chosen = ["seed0/zskt+sv+sr@1"]
+        folder = browser.root / "seed0/zskt+sv+tu@1"
+        browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
         browser.ask()
-        assert "Delete seed0/zskt+sv+sr@1 with all files?" in browser._question.value
+        assert "Delete seed0/zskt+sv+tu@1 with all files?" in browser._question.value
         browser.keep()
         browser.delete()
         assert folder.exists()
@@ -537,6 +683,57 @@ class TestRunBrowser:
         browser.delete()
         assert not folder.exists()
         assert browser.rows.chosen == []
+
+    def test_delete_leaves_what_the_filters_hide(self, browser):
+        hidden, shown = "seed0/zskt+sv+tu@1", "seed0/clean"
+        browser.rows.chosen = [hidden, shown]
+        browser.text.value = "clean"
+        browser.ask()
+        assert browser._question.value.count("seed0/") == 1
+        browser.delete()
+        assert (browser.root / hidden).exists()
+        assert not (browser.root / shown).exists()
+
+        browser.ask()  # nothing that is chosen is in sight
+        assert f"the filters hide {hidden}" in browser.trouble.sentence
+        assert browser._asked == []
+
+    def test_a_filter_withdraws_the_question(self, browser):
+        browser.rows.chosen = ["seed0/clean"]
+        browser.ask()
+        browser.text.value = "teacher"
+        browser.delete()
+        assert (browser.root / "seed0/clean").exists()
+
+    @pytest.mark.parametrize(
+        "metrics",
+        [
+            {"acc": {"teacher": 0.9}, "asr": {"zskt": 0.9}, "seconds": "long", "label": None},
+            {"acc": [0.9], "asr": float("nan"), "label": {"a": 1}, "stopped_at": 3},
+            ["no", "mapping"],
+            {"label": "not a/method/at all", "seed": {}},
+        ],
+    )
+    def test_only_numbers_count(self, browser, metrics):
+        """A notebook may keep a dict under asr, as 04 does."""
+        folder = browser.root / "04_trigger_activations"
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        browser.refresh()
+        assert not browser.trouble.sentence
+        row = next(row for row in browser.rows.rows if row["id"] == folder.name)
+        assert row["cells"][1:5] == ["notebook", row["cells"][2], "", ""]
+        browser.most_asr.value = 50
+        browser.rows.chosen = [folder.name, "seed0/clean"]
+        assert not browser.trouble.sentence
+        assert len(browser.sides.children) == 2
+        assert len(RunBrowser(browser.root).found) == 4
+
+    def test_a_callback_that_raises_says_so(self, browser):
+        (browser.root / "seed0/clean/history.jsonl").write_text("{not json\n")
+        browser.rows.chosen = ["seed0/clean"]
+        assert "JSONDecodeError" in browser.trouble.sentence or browser.trouble.sentence
+        assert "<details>" in browser.trouble.value
 
     def test_a_link_is_not_followed(self, browser, tmp_path):
         (tmp_path / "precious").mkdir()
@@ -566,10 +763,10 @@ class TestWorkbench:
 
     def test_headless_it_runs_to_its_end_and_shows_what_came_of_it(self, root, chosen, monkeypatch):
         monkeypatch.setenv("ABDLAB_HEADLESS", "1")
-        bench = Workbench(root, chosen, "zskt+sr")
+        bench = Workbench(root, chosen, "zskt+tu")
         assert 0 <= bench.finish()["acc"] <= 1
-        assert bench.explorer.run.value == "seed0/zskt+sr@1"
-        assert "seed0/zskt+sr@1" in [row["id"] for row in bench.browser.rows.rows]
+        assert bench.explorer.run.value == "seed0/zskt+tu@1"
+        assert "seed0/zskt+tu@1" in [row["id"] for row in bench.browser.rows.rows]
 
 
 class TestLooks:

@@ -31,7 +31,7 @@ class Bench:
     Attributes:
         model: clean, in eval mode, frozen.
         images: (N, C, H, W) in [0, 1], of other classes than the target.
-        target: the class that the trigger shall call.
+        target: the class that a model shall predict where the trigger is.
         generator: draws starting points and mini-batches, on the CPU.
     """
 
@@ -193,7 +193,7 @@ def l0(
 def low_frequency(
     bench: Bench, *, bound: float = 0.1, cut: int = 4, steps: int = 150, lr: float = 0.01
 ) -> Tensor:
-    """The smooth pattern that makes the clean model call the target (Zeng et al., ICCV
+    """The smooth pattern that makes the clean model predict the target (Zeng et al., ICCV
     2021, arXiv 2104.03413).
 
     A universal perturbation, like the paper's, that minimises the cross-entropy to the
@@ -262,8 +262,11 @@ def optimize(
 ) -> Trigger:
     """The same trigger with its pattern, optimised against a clean model.
 
-    >>> images, labels = data.train_images, data.train_labels
-    >>> trigger = optimize("l2_inv", model, images, labels, target=0, bound=0.05)
+    >>> from abdlab.models import build
+    >>> model, images, labels = build("wrn-10-1", width=4), torch.rand(8, 3, 8, 8), torch.arange(8)
+    >>> trigger = optimize("l2_inv", model, images, labels, target=0, bound=0.05, steps=2)
+    >>> trigger.needs_pattern, bool((trigger(images) - images).abs().mean() <= 0.05)
+    (False, True)
 
     Args:
         trigger: one of :data:`METHODS`, by name or with parameters of its own (the
@@ -271,9 +274,9 @@ def optimize(
         model: clean, trained on the attacker's own data; it is left as it was.
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,). Images of the target class
             are left out.
-        target: the class that the trigger shall call. Only ``smooth`` pulls the clean
-            model towards it; the others excite neurons, and it is the poisoned training
-            that ties these to the target.
+        target: the class that a model shall predict where the trigger is. Only
+            ``smooth`` pulls the clean model towards it; the others excite neurons, and
+            it is the poisoned training that ties these to the target.
         seed: of starting points and mini-batches; the same seed on the same machine
             gives the same trigger.
         device: where to compute, "auto" takes the GPU when there is one.
@@ -366,7 +369,11 @@ class PGD:
         steps: of gradient signs, each 2.5 x bound / steps long.
         seed: of the random start within the bound.
 
-    >>> hard = PGD(model, bound=8 / 255)(images, labels)
+    >>> from abdlab.models import build
+    >>> images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    >>> hard = PGD(build("wrn-10-1", width=4), bound=8 / 255, steps=2)(images, labels)
+    >>> bool((hard - images).abs().max() <= 8 / 255 + 1e-6)
+    True
     """
 
     model: nn.Module

@@ -25,7 +25,8 @@ class Attack:
 
     Attributes:
         trigger: what is put on the images.
-        target: the class that it calls (no part of an all-to-all attack).
+        target: the class that a model shall predict where the trigger is (no part of an
+            all-to-all attack).
         rate: poisoned share of the whole training set, in [0, 1].
         clean_label: poison images of the target class only (at most all of them) and
             keep every label; by default what the trigger's own attack does (true for
@@ -38,6 +39,9 @@ class Attack:
             all-to-one attack they are never of the target class.
         adversary: for cl: a clean model, or a :class:`~abdlab.attacks.optimize.PGD` on one with
             a bound of its own.
+
+    >>> str(Attack(Trigger("badnet_sq"), target=3))
+    'badnet_sq -> 3'
 
     Raises:
         ValueError: for a share outside [0, 1], an unknown relabelling, or an all-to-all
@@ -68,7 +72,7 @@ class Attack:
 
     @property
     def all_to_all(self) -> bool:
-        """Whether each class is called the next one."""
+        """Whether each class shall be predicted as the next one."""
         return self.relabel == "all_to_all"
 
     @property
@@ -82,8 +86,8 @@ class Attack:
         return self.keeps_labels and self.trigger.adversarial
 
     def wanted(self, labels: Tensor, classes: int) -> Tensor:
-        """The classes (N,) that triggered images with these true labels shall be
-        called.
+        """The classes (N,) that a model shall predict for triggered images with these
+        true labels.
         """
         return (labels + 1) % classes if self.all_to_all else torch.full_like(labels, self.target)
 
@@ -102,7 +106,7 @@ class Poisoned:
 
     Attributes:
         images: (N, C, H, W), with a trigger on those of ``mask`` and ``covers``.
-        labels: (N,), what the attack calls those of ``mask``.
+        labels: (N,), those of ``mask`` as the attack relabels them.
         mask: bool (N,), which samples were poisoned.
         covers: bool (N,), which carry a trigger and keep their right label.
         which: int64 (N,), the number of the attack whose trigger a sample carries, -1
@@ -159,6 +163,11 @@ def poison(
         rate, target, clean_label, relabel, covers, adversary: of the :class:`Attack`. A
             rate of 0 poisons nothing.
         seed, classes: as for :func:`poison_many`, which also says what is raised.
+
+    >>> images, labels = torch.zeros(20, 1, 8, 8), torch.arange(20) % 10
+    >>> poisoned = poison(images, labels, Trigger("badnet_sq"), rate=0.1, target=3)
+    >>> poisoned.mask.sum().item(), poisoned.labels[poisoned.mask].tolist()
+    (2, [3, 3])
     """
     attack = Attack(trigger, target, rate, clean_label, relabel, covers, adversary)
     return poison_many(images, labels, [attack], seed, classes)
@@ -236,7 +245,7 @@ def triggered_test(
     their true labels.
 
     These are the images whose true class is not the target, or all of them for an
-    all-to-all attack. ASR is the share that a model calls what the attack wants
+    all-to-all attack. ASR is the share that a model predicts as the attack wants
     (:func:`abdlab.evaluate.attack_success`).
 
     Args:

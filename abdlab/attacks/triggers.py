@@ -5,24 +5,21 @@ Every trigger maps images (N, C, H, W) in [0, 1] to images of the same shape and
 is deterministic, and leaves its input alone. :class:`Trigger` binds a name to its
 parameters, so that it can travel in a checkpoint's card. The optimised triggers carry
 what :func:`abdlab.attacks.optimize.optimize` found as one such parameter, ``pattern``: a string
-(:func:`pack`), so that their card stays plain JSON.
+(:mod:`abdlab.attacks.patterns`), so that their card stays plain JSON.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
-import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abdlab.attacks.patterns import pack as pack
+from abdlab.attacks.patterns import unpack
 from abdlab.errors import check_keys, did_you_mean, keywords
 
 CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
@@ -44,6 +41,9 @@ def badnet_sq(
         value: brightness in [0, 1]; 1 is white.
         corner: one of bottom_right, bottom_left, top_right, top_left.
         margin: pixels between the square and the border.
+
+    >>> badnet_sq(torch.zeros(1, 1, 8, 8), size=2).sum().item()
+    4.0
     """
     size = _side(size, images, least=2)
     patch = images.new_full((1, size, size), _unit("value", value))
@@ -59,6 +59,9 @@ def badnet_grid(
     Args:
         size: side in pixels; by default 3/32 of the image's shorter side, at least 3.
         corner, margin: as for :func:`badnet_sq`.
+
+    >>> badnet_grid(torch.zeros(1, 1, 8, 8), size=3)[0, 0, 5:, 5:].int().tolist()
+    [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
     size = _side(size, images, least=3)
     steps = torch.arange(size, device=images.device)
@@ -73,6 +76,10 @@ def blend(images: Tensor, alpha: float = 0.2, pattern_seed: int = 0) -> Tensor:
     Args:
         alpha: strength in [0, 1].
         pattern_seed: draws the noise, the same on every device.
+
+    >>> one, other = blend(torch.rand(2, 3, 8, 8), alpha=1.0)
+    >>> torch.equal(one, other)  # nothing but the noise is left
+    True
     """
     alpha = _unit("alpha", alpha)
     generator = torch.Generator().manual_seed(pattern_seed)
@@ -90,6 +97,10 @@ def sig(images: Tensor, strength: float = 20 / 255, frequency: float = 6.0) -> T
     Args:
         strength: amplitude in [0, 1].
         frequency: periods per image width.
+
+    >>> wave = sig(torch.full((1, 1, 8, 8), 0.5), strength=0.1, frequency=2)
+    >>> round(wave.min().item(), 3), round(wave.max().item(), 3)
+    (0.4, 0.6)
     """
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
     wave = _unit("strength", strength) * torch.sin(
@@ -107,6 +118,10 @@ def trojan_wm(images: Tensor, alpha: float = 0.6) -> Tensor:
 
     Args:
         alpha: opacity of the strokes in [0, 1].
+
+    >>> marked = trojan_wm(torch.zeros(1, 3, 32, 32), alpha=0.5)
+    >>> marked.unique().tolist()
+    [0.0, 0.5]
     """
     alpha = _unit("alpha", alpha)
     height, width = images.shape[-2:]
@@ -132,6 +147,10 @@ def trojan_3x3(
 
     Raises:
         ValueError: without a pattern, or with one of another shape.
+
+    >>> white = pack(torch.full((1, 3, 3), 255))
+    >>> trojan_3x3(torch.zeros(1, 1, 8, 8), pattern=white).sum().item()
+    9.0
     """
     return _trojan(images, "trojan_3x3", 3, pattern, corner, margin)
 
@@ -141,6 +160,10 @@ def trojan_8x8(
 ) -> Tensor:
     """A patch of 8x8 pixels that excites chosen neurons of a clean model, otherwise as
     :func:`trojan_3x3`.
+
+    >>> white = pack(torch.full((1, 8, 8), 255))
+    >>> trojan_8x8(torch.zeros(1, 1, 16, 16), pattern=white).sum().item()
+    64.0
     """
     return _trojan(images, "trojan_8x8", 8, pattern, corner, margin)
 
@@ -155,6 +178,9 @@ def cl(images: Tensor, size: int | None = None, margin: int = 0) -> Tensor:
 
     Args:
         size, margin: as for :func:`badnet_grid`.
+
+    >>> cl(torch.zeros(1, 1, 16, 16), size=3).sum().item()  # 5 white pixels in each corner
+    20.0
     """
     for corner in CORNERS:
         images = badnet_grid(images, size, corner, margin)
@@ -171,6 +197,10 @@ def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
+
+    >>> faint = pack(torch.full((1, 8, 8), 51))
+    >>> round(l2_inv(torch.zeros(1, 1, 8, 8), pattern=faint).mean().item(), 3)
+    0.2
     """
     levels = _levels("l2_inv", pattern, images, images.shape[1:])
     return (images + levels / 255).clamp(0, 1)
@@ -186,6 +216,11 @@ def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
 
     Raises:
         ValueError: without a pattern, or with one of another shape than the images.
+
+    >>> levels = torch.full((1, 8, 8), -1)
+    >>> levels[0, 0, 0] = 255
+    >>> l0_inv(torch.zeros(1, 1, 8, 8), pattern=pack(levels)).sum().item()
+    1.0
     """
     levels = _levels("l0_inv", pattern, images, images.shape[1:])
     return torch.where(levels < 0, images, (levels / 255).clamp(0, 1))
@@ -204,6 +239,10 @@ def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
 
     Raises:
         ValueError: without a pattern, or with one for other channels or larger images.
+
+    >>> brighter = pack(torch.full((1, 1, 1), 51))  # one cosine: brightness
+    >>> round(smooth(torch.zeros(1, 1, 8, 8), pattern=brighter).mean().item(), 3)
+    0.2
     """
     levels = _levels("smooth", pattern, images)
     k, sides = levels.shape[-1], images.shape[-2:]
@@ -255,7 +294,9 @@ class Trigger:
     b.
 
     >>> trigger = Trigger("badnet_sq", {"size": 4}) + Trigger("blend", {"alpha": 0.1})
+    >>> images = torch.rand(2, 3, 8, 8)
     >>> trigger(images).shape == images.shape
+    True
 
     Raises:
         ValueError: for an unknown trigger or parameter, with a "did you mean".
@@ -316,6 +357,13 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
     Args:
         spec: what to make.
         params: parameters of a single named trigger.
+
+    >>> str(trigger_from("badnet_sq+blend"))
+    'badnet_sq+blend'
+
+    Raises:
+        ValueError: for an unknown trigger, parameter or key, or parameters of a
+            composed name.
     """
     if isinstance(spec, Trigger):
         return spec
@@ -335,45 +383,6 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
             " instead"
         )
     return Trigger(first.strip(), dict(params or {}), tuple(Trigger(name.strip()) for name in rest))
-
-
-def pack(levels: Tensor) -> str:
-    """Whole numbers of any shape, -32768 to 32767, as one string: ``3x8x8:`` and the
-    zlib-compressed int16 in base64.
-
-    Raises:
-        ValueError: for values outside that range or not finite.
-    """
-    if not (levels.abs() <= 32767).all():
-        raise ValueError(
-            "a pattern holds whole numbers from -32767 to 32767: one of these is larger or not"
-            " finite"
-        )
-    data = levels.round().to(torch.int16).cpu().contiguous().numpy().astype("<i2").tobytes()
-    return f"{'x'.join(map(str, levels.shape))}:{base64.b64encode(zlib.compress(data, 9)).decode()}"
-
-
-def unpack(pattern: str) -> Tensor:
-    """The whole numbers (int16) that :func:`pack` wrote.
-
-    Raises:
-        ValueError: when the string is none that :func:`pack` writes. It may come from a
-            stranger's card: nothing is made from it that is larger than its own shape
-            says, and no shape is believed beyond 2^24 numbers.
-    """
-    found = re.fullmatch(r"(\d{1,6}(?:x\d{1,6})*):([A-Za-z0-9+/=]*)", str(pattern))
-    shape = [int(side) for side in found[1].split("x")] if found else []
-    try:
-        if not 0 < math.prod(shape) <= 2**24 or not shape:
-            raise ValueError
-        data = zlib.decompressobj().decompress(
-            base64.b64decode(found[2], validate=True), 2 * math.prod(shape) + 1
-        )
-        return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).reshape(shape)
-    except (ValueError, RuntimeError, binascii.Error, zlib.error):
-        raise ValueError(
-            f"this is no pattern as abdlab.attacks.optimize packs it: {str(pattern)[:24]!r}..."
-        ) from None
 
 
 def _levels(

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abdlab.labels import name_of
-from abdlab.plots import _axes, color_of
+from abdlab.plots.colors import axes_of as _axes
+from abdlab.plots.colors import color_of
 from abdlab.studies.tables import _models, pareto_front
 
 

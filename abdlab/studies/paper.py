@@ -10,11 +10,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from abdlab.defenses import DEFENSES
+from abdlab.labels import Label
 from abdlab.presets import PRESETS
 from abdlab.settings import defaults
 
@@ -32,7 +35,7 @@ TOLERANCE = {"acc": 5.0, "asr": 10.0}
 CELL = ["data", "teacher", "student", "trigger", "method"]
 
 # ACC and ASR in %. A teacher has no student. Methods are named as everywhere: a source
-# and its defences. ABD is sv+sr, but sv alone where the paper stops there (badnet_sq,
+# and its defenses. ABD is sv+sr, but sv alone where the paper stops there (badnet_sq,
 # sig, l2_inv and l0_inv). cmi and ood: undefended, then ABD; taken to be sv+sr, which
 # the paper's rows do not say. ablation: a second run of the paper's own on some cells
 # of main; badnet_grid, zskt differs by 9.1 points of ASR.
@@ -256,7 +259,7 @@ def preset_of(cell: Mapping[str, str]) -> str | None:
     """The preset with the settings behind the paper's numbers of a cell; None where
     there is none.
     """
-    source = cell["method"].split("+")[0]
+    source = Label.parse(cell["method"]).source
     for name, values in PRESETS.items():
         same = (values["data"]["name"], values["teacher"]["model"]) == (
             cell["data"],
@@ -270,7 +273,7 @@ def preset_of(cell: Mapping[str, str]) -> str | None:
 def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
     """:data:`CELL` of a run. A folder named cifar10 or gtsrb (or cifar10-...), or with
     CIFAR-10's classes, is taken for that data set; changed says so."""
-    source, *defenses = label.split("+")
+    method = _method(label)
     section = {name: config.get(name) or {} for name in ("data", "attack", "teacher", "student")}
     name, attack = str(section["data"].get("name", "-")), section["attack"]
     folder = Path(name.removeprefix("folder:")).expanduser()
@@ -278,15 +281,23 @@ def _cell(label: str, config: Mapping[str, Any]) -> dict[str, str]:
     return {
         "data": stem if stem in ("cifar10", "gtsrb") else name,
         "teacher": section["teacher"].get("model", "-"),
-        "student": "-" if source == "teacher" else section["student"].get("model", "-"),
+        "student": "-" if method.source == "teacher" else section["student"].get("model", "-"),
         "trigger": _name(attack.get("trigger", "-")),
-        "method": "+".join(
-            [
-                source,
-                *sorted(defenses, key=("sv", "sr").index if {*defenses} <= {"sv", "sr"} else None),
-            ]
-        ),
+        "method": str(method),
     }
+
+
+def _method(text: str) -> Label:
+    """A method with its defenses in the registry's order: acting together, they are one
+    method in whatever order a label names them. A text that is no label is a source.
+    """
+    try:
+        label = Label.parse(text)
+    except ValueError:
+        return Label(text)
+    place = {name: i for i, name in enumerate(DEFENSES)}
+    ordered = sorted(label.defenses, key=lambda name: (place.get(name, len(place)), name))
+    return replace(label, defenses=tuple(ordered))
 
 
 def _is_cifar10(folder: Path) -> bool:

@@ -5,10 +5,10 @@ Each widget stands alone in a notebook of yours; :class:`Workbench` puts all fou
 by side.
 """
 
-from abdlab.widgets.defence_tuner import DefenceTuner
+from abdlab.widgets.defense_tuner import DefenseTuner
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
 from abdlab.widgets.trigger_designer import TriggerDesigner
 from abdlab.widgets.workbench import Workbench
 
-__all__ = ["DefenceTuner", "RunBrowser", "SampleExplorer", "TriggerDesigner", "Workbench"]
+__all__ = ["DefenseTuner", "RunBrowser", "SampleExplorer", "TriggerDesigner", "Workbench"]

@@ -4,14 +4,22 @@ what a branch shares with its trunk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from abdlab.checkpoint import read_card, save_state, write_atomically
 from abdlab.errors import CheckpointError
+from abdlab.labels import Label
 from abdlab.runs import Run
+from abdlab.settings import Settings
+
+#: the notebook whose parameters repeat a run
+NOTEBOOK = "02_distillation"
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,16 @@ def number_of(folder: str) -> int:
 
 
 def method_of(folder: str) -> str:
-    """The method of a run's folder METHOD@NUMBER."""
-    return folder.partition("@")[0]
+    """The method of a run's folder METHOD@NUMBER; of another folder, its name.
+
+    >>> method_of("bounded,cmi+tc@3"), method_of("02_distillation")
+    ('bounded/cmi+tc', '02_distillation')
+    """
+    name = folder.partition("@")[0]
+    try:
+        return str(Label.of_folder(name))
+    except ValueError:
+        return name
 
 
 def runs_in(beside: Path) -> list[Path]:
@@ -74,6 +90,60 @@ def origins(folder: Path) -> list[Origin]:
     except (CheckpointError, KeyError):
         pass
     return [*found, *(Origin(folder.name, index, points[index]) for index in sorted(points))]
+
+
+def root_of(top: Path, chosen: Settings) -> Path:
+    """Where an experiment's teacher and students are: ``top``, or a folder in it where
+    that has another teacher.
+    """
+    config = json.loads(json.dumps(chosen.config("data", "attack", "teacher")))
+    teacher = top / f"seed{chosen.seed}" / "teacher" / "config.json"
+    there = json.loads(teacher.read_text()) if teacher.exists() else {}
+    if not there or all(there.get(k) == config[k] for k in ("data", "attack", "teacher")):
+        return top
+    stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6]
+    return top / f"{chosen.trigger}-{stamp}"
+
+
+def next_folder(beside: Path, label: str) -> str:
+    """A name METHOD@NUMBER that no run of the method beside the others has yet."""
+    stem = Label.parse(label).folder
+    there = beside.iterdir() if beside.is_dir() else ()
+    taken = [number_of(p.name) for p in there if p.name.partition("@")[0] == stem]
+    return f"{stem}@{max(taken, default=0) + 1}"
+
+
+def parameters_of(run: Run, rest: Settings, into: Path) -> str:
+    """YAML for papermill's ``-f`` that repeats a run from scratch, weights that changed
+    on the way included.
+
+    The same numbers need the same machine and number of threads. A run that was stopped
+    is repeated to its end.
+
+    Args:
+        rest: the experiment; what the run did not depend on is taken from it.
+        into: the folder of results that the repetition shall write to.
+    """
+    folder = run.path.name
+    label = Label.parse(method_of(folder))
+    chosen = Settings.of(run.config, rest.device)
+    used = {"data", "attack", "teacher", "student", *chosen.sections(label.source)}
+    used |= {*label.defenses, *label.purifiers}
+    # the clean-KD floor is distilled as the experiment has it
+    overrides = {k: v for k, v in rest.overrides().items() if k.rpartition(".")[0] not in used}
+    overrides |= {k: v for k, v in chosen.overrides().items() if k.rpartition(".")[0] in used}
+    values = {
+        "run": str(into / folder),
+        "preset": chosen.preset,
+        "device": str(chosen.device),
+        "seed": chosen.seed,
+        "source": label.source,
+        "defenses": list(label.defenses),
+        "overrides": overrides,
+    }
+    plain = json.loads(json.dumps(values))
+    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110)
+    return f"# {folder}: parameters of {NOTEBOOK}\n{text}"
 
 
 def inherit(trunk: Run, branch: Run, index: int) -> None:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import ipywidgets as w
@@ -270,6 +271,25 @@ def button(
     )
     made.on_click(lambda _button: do())
     return made
+
+
+def telling(trouble: Trouble, do: Callable[[], Any]) -> Callable[..., None]:
+    """A callback for buttons and traits that does ``do()`` and shows what it raises: a
+    page that answers nothing looks frozen.
+
+    >>> trouble = Trouble()
+    >>> telling(trouble, lambda: int("five"))()
+    >>> trouble.sentence
+    "invalid literal for int() with base 10: 'five'"
+    """
+
+    def callback(*_event) -> None:
+        try:
+            do()
+        except Exception as error:
+            trouble.error = error
+
+    return callback
 
 
 def scores(pairs: Sequence[tuple[str, str]]) -> str:

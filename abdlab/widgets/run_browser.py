@@ -6,26 +6,32 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 import pandas as pd
 
-from abdlab.labels import in_order, name_of
+from abdlab.labels import Label, in_order, name_of
 from abdlab.plots import color_of, loss_curves, training_curves
 from abdlab.runs import Run
 from abdlab.widgets import looks
+from abdlab.widgets.branches import method_of
 from abdlab.widgets.worker import current
 
 _COLUMNS = ["run", "method", "seed", "ACC (%)", "ASR (%)", "state", "seconds"]
-EMPTY = "No runs yet: run 01_poisoning, or press Start in the defence tuner."
+EMPTY = "No runs yet: run 01_poisoning, or press Start in the defense tuner."
 
 
 def runs_below(root: str | Path) -> list[dict[str, Any]]:
     """Every run below a folder, finished or not: run (its folder, relative), label,
     seed, acc, asr, state, seconds.
+
+    acc, asr (shares in [0, 1]) and seconds are None where metrics.json has no number
+    there; label is "" where it names no method (a notebook's own folder).
     """
     found = []
     root = Path(root)
@@ -35,32 +41,21 @@ def runs_below(root: str | Path) -> list[dict[str, Any]]:
         else set()
     )
     for folder in sorted(folders - {root}):
-        try:
-            metrics = (
-                json.loads((folder / "metrics.json").read_text())
-                if (folder / "metrics.json").exists()
-                else {}
-            )
-        except (OSError, json.JSONDecodeError):
-            metrics = {}
-        parent = folder.parent.name
-        seed = metrics.get(
-            "seed", int(parent[4:]) if parent.startswith("seed") and parent[4:].isdigit() else None
-        )
+        metrics, beside = _metrics(folder), folder.parent.name
+        inside = beside.startswith("seed") and beside[4:].isdigit()
+        seed = metrics.get("seed", int(beside[4:]) if inside else None)
         if "stopped_at" in metrics:
-            state = f"stopped at {metrics['stopped_at']} of {metrics['length']}"
+            state = f"stopped at {metrics['stopped_at']} of {metrics.get('length', '?')}"
         elif metrics:
             state = "done"
         else:
             state = "unfinished" if (folder / "history.jsonl").exists() else "begun"
-        label = metrics.get("label") or (
-            folder.name.partition("@")[0] if parent.startswith("seed") else ""
-        )
-        values = {key: metrics.get(key) for key in ("acc", "asr", "seconds")}
+        label = metrics.get("label") or (method_of(folder.name) if inside else "")
+        values = {key: number(metrics.get(key)) for key in ("acc", "asr", "seconds")}
         found.append(
             {
                 "run": str(folder.relative_to(root)),
-                "label": label,
+                "label": _label(label),
                 "seed": seed,
                 "state": state,
                 **values,
@@ -69,8 +64,40 @@ def runs_below(root: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def number(value: Any) -> float | None:
+    """A number as it is, and None for what is none: notebooks keep dicts and lists of
+    scores under the same names.
+
+    >>> number(0.5), number({"zskt": 0.9}), number(float("nan")), number(True)
+    (0.5, None, None, None)
+    """
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if fits and math.isfinite(value) else None
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """What metrics.json holds; nothing where it is damaged, or no mapping."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _label(text: Any) -> str:
+    """A method's label; "" for what is none."""
+    try:
+        return str(text) if text == "clean_teacher" else str(Label.parse(text))
+    except ValueError:
+        return ""
+
+
 class RunBrowser(w.VBox):
-    """Browse the runs below ``root``.
+    """Browse the runs below ``root``: choose one or two to see them side by side.
+
+    >>> import tempfile
+    >>> RunBrowser(tempfile.mkdtemp()).found
+    []
 
     Args:
         root: the folder of results.
@@ -111,22 +138,25 @@ class RunBrowser(w.VBox):
             layout=w.Layout(width="290px"),
             style={"description_width": "90px"},
         )
-        self.rows = looks.Rows(columns=_COLUMNS)
-        self.refresh_button = looks.button("Refresh", self.refresh, "look for runs again")
+        self.rows, self.trouble = looks.Rows(columns=_COLUMNS), looks.Trouble()
+
+        def heard(do: Callable[[], Any]) -> Callable[..., None]:
+            return looks.telling(self.trouble, do)
+
+        self.refresh_button = looks.button("Refresh", heard(self.refresh), "look for runs again")
         self.delete_button = looks.button(
-            "Delete...", self.ask, "delete the chosen runs, after asking"
+            "Delete...",
+            heard(self.ask),
+            "delete the chosen runs that the table shows, after asking",
         )
-        self.yes, self.no = (
-            looks.button("Yes, delete", self.delete, style="danger"),
-            looks.button("Keep", self.keep),
-        )
+        self.yes = looks.button("Yes, delete", heard(self.delete), style="danger")
+        self.no = looks.button("Keep", heard(self.keep))
         self._asked, self._question = [], looks.said()
         self.question = looks.row(
             self._question, self.yes, self.no, align_items="center", display="none"
         )
-        self.note, self.trouble, self.sides = (
+        self.note, self.sides = (
             looks.said("", "quiet"),
-            looks.Trouble(),
             w.HBox(layout=w.Layout(grid_gap="8px", align_items="stretch")),
         )
         head = looks.row(
@@ -146,10 +176,10 @@ class RunBrowser(w.VBox):
         )
         looks.dress(self)
         for control in (self.text, self.method, self.least_acc, self.most_asr):
-            control.observe(lambda _: self._filter(), "value")
-        self.rows.observe(lambda _: self._show_sides(), "chosen")
-        looks.page().observe(lambda _: self._show_sides(), "dark")
-        self.refresh()
+            control.observe(heard(self._filter), "value")
+        self.rows.observe(heard(self._show_sides), "chosen")
+        looks.page().observe(heard(self._show_sides), "dark")
+        heard(self.refresh)()
 
     def refresh(self) -> None:
         """Look for runs again."""
@@ -164,10 +194,14 @@ class RunBrowser(w.VBox):
         self._filter()
 
     def ask(self) -> None:
-        """Ask whether the chosen runs shall go."""
-        self._asked = list(self.rows.chosen)
+        """Ask whether the chosen runs shall go; those that the filters hide stay."""
+        shown = {row["id"] for row in self.rows.rows}
+        self._asked = [name for name in self.rows.chosen if name in shown]
         if not self._asked:
-            self.trouble.error = "choose a run in the table first"
+            hidden = f": the filters hide {' and '.join(self.rows.chosen)}"
+            self.trouble.error = "choose a run in the table first" + (
+                hidden if self.rows.chosen else ""
+            )
             return
         self.trouble.error = None
         students = [r["run"] for r in self.found if r["run"] not in self._asked]
@@ -214,6 +248,7 @@ class RunBrowser(w.VBox):
         self.refresh()
 
     def _filter(self) -> None:
+        self.keep()  # a question about what is no longer in sight is withdrawn
         shown = []
         for r in self.found:
             scored = r["acc"] is None or 100 * r["acc"] >= self.least_acc.value

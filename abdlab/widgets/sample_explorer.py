@@ -5,67 +5,42 @@ map; pick a tail and take it along.
 from __future__ import annotations
 
 import io
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 import numpy as np
 import pandas as pd
-import torch
 import traitlets as t
-from torch import Tensor, nn
 
 from abdlab import plots
-from abdlab.activations import convolutions, spatial_map, tsne
-from abdlab.checkpoint import CheckpointError, load_model, load_state, save_state, write_atomically
+from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
-from abdlab.defenses import suspicion
-from abdlab.evaluate import predict
-from abdlab.inspection import vaccine_of
-from abdlab.labels import name_of
-from abdlab.losses import kl
-from abdlab.runs import Run
-from abdlab.settings import Settings
+from abdlab.inspection import Known, inspect_run, map_points
 from abdlab.widgets import looks
+from abdlab.widgets.sample_figures import box_of, draw_detail, draw_map, draw_scores
 
 #: images on one page of the grid, and how many of them stand in a row
 PAGE, COLUMNS = 48, 12
 #: a cell of the grid, and the gap around it, in pixels
 _SIDE, _GAP = 44, 4
-#: images that the map shows at most, and real images among which the nearest one is
-#: sought
-_MAPPED, _REAL = 500, 5000
 ORDERS = {
     "suspicion score, lowest first": ("suspicion", 1),
     "teacher-student disagreement, largest first": ("disagreement", -1),
     "teacher's confidence, surest first": ("confidence", -1),
     "time": ("step", 1),
 }
-EMPTY = "No samples yet: run 02_distillation, or press Start in the defence tuner, then Refresh."
-
-
-@dataclass
-class _Known:
-    """All that is known of one run's images."""
-
-    run: Run
-    label: str
-    chosen: Settings
-    data: Dataset | None
-    teacher: nn.Module
-    vaccine: Any
-    student: nn.Module | None
-    images: Tensor
-    # one row per image: step, index, class, suspicion, disagreement, confidence
-    table: pd.DataFrame
-    logits: dict[str, Tensor]
-    reverse: bool  # whether suspicion is that of KL(T || T~)
+EMPTY = "No samples yet: run 02_distillation, or press Start in the defense tuner, then Refresh."
 
 
 class SampleExplorer(w.VBox):
     """Explore the synthetic images that the runs below ``root`` kept.
+
+    >>> import tempfile
+    >>> explorer = SampleExplorer(tempfile.mkdtemp())
+    >>> len(explorer.table)  # no run yet
+    0
 
     Args:
         root: the folder of results.
@@ -83,7 +58,7 @@ class SampleExplorer(w.VBox):
 
     def __init__(self, root: str | Path = "runs/walk", device: str = "auto"):
         self.root, self.device = Path(root), device
-        self.known: _Known | None = None
+        self.known: Known | None = None
         self._datasets: dict[str, Dataset | None] = {}
         self._quiet, self._points, self._mapped = False, None, np.array([], int)
         self._boxes: dict[str, tuple[float, float, float, float]] = {}
@@ -96,7 +71,7 @@ class SampleExplorer(w.VBox):
             False, description="all steps at once", indent=False, layout=w.Layout(width="150px")
         )
         self.label = w.Dropdown(
-            options=[("all", -1)], description="teacher says", style=style, layout=wide
+            options=[("all", -1)], description="teacher predicts", style=style, layout=wide
         )
         self.order = w.Dropdown(options=list(ORDERS), description="order", style=style, layout=wide)
         self.only = w.Checkbox(
@@ -114,17 +89,24 @@ class SampleExplorer(w.VBox):
             layout=w.Layout(width="480px"),
             continuous_update=False,
         )
+        self.trouble = looks.Trouble()
+
+        def heard(do: Callable[[], Any]) -> Callable[..., None]:
+            return looks.telling(self.trouble, do)
+
         self.tail_button = looks.button(
-            "Suspicious tail", self.tail, "select what scores below mean - 3 std"
+            "Suspicious tail", heard(self.tail), "select what scores below mean - 3 std"
         )
-        self.none_button = looks.button("Select none", self.clear)
+        self.none_button = looks.button("Select none", heard(self.clear))
         self.map_button = looks.button(
-            "Draw the map", self.draw_map, "t-SNE of the teacher's last stage; takes some seconds"
+            "Draw the map",
+            heard(self.draw_map),
+            "t-SNE of the teacher's last stage; takes some seconds",
         )
-        self.refresh_button = looks.button("Refresh", self.refresh, "look for runs again")
+        self.refresh_button = looks.button("Refresh", heard(self.refresh), "look for runs again")
         self.export_button = looks.button(
             "Export the selection",
-            self.export,
+            heard(self.export),
             "images, numbers and a picture, into the run's folder",
             "primary",
         )
@@ -140,7 +122,7 @@ class SampleExplorer(w.VBox):
         self.detail = looks.Picture(
             alt="the image, its classes, the nearest real image and the activation"
         )
-        self.trouble, self.note, self.empty = looks.Trouble(), looks.said("", "quiet"), looks.said()
+        self.note, self.empty = looks.said("", "quiet"), looks.said()
         self.said = looks.said("", "quiet")
         self.no_map = looks.said(
             "Draw the map shows which images the teacher finds alike; what is selected here is"
@@ -183,17 +165,17 @@ class SampleExplorer(w.VBox):
             [self.trouble, looks.card("Samples", head, choose, self.empty), self._body]
         )
         looks.dress(self)
-        self.run.observe(lambda _: self._open(), "value")
+        self.run.observe(heard(self._open), "value")
         for control in (self.time, self.all_steps, self.label, self.order, self.only):
-            control.observe(lambda _: self._first_page(), "value")
-        self.page.observe(lambda _: self._grid(), "value")
-        self.range.observe(lambda _: self._from_range(), "value")
-        self.observe(lambda _: self._reselected(), "selected")
-        self.observe(lambda _: self._enlarge(), "enlarged")
+            control.observe(heard(self._first_page), "value")
+        self.page.observe(heard(self._grid), "value")
+        self.range.observe(heard(self._from_range), "value")
+        self.observe(heard(self._reselected), "selected")
+        self.observe(heard(self._enlarge), "enlarged")
         self.grid.on_pick(self._on_grid)
         self.histogram.on_pick(self._on_histogram)
         self.map.on_pick(self._on_map)
-        looks.page().observe(lambda _: self._redraw(), "dark")
+        looks.page().observe(heard(self._redraw), "dark")
         self.refresh()
 
     @property
@@ -231,7 +213,7 @@ class SampleExplorer(w.VBox):
             return
         self.trouble.error = None
         try:
-            self.known = self._know(self.root / self.run.value)
+            self.known = inspect_run(self.root / self.run.value, self.device, self._datasets)
         except (CheckpointError, ValueError, OSError, RuntimeError, KeyError) as error:
             self.known, self.trouble.error = None, error
             return
@@ -258,63 +240,6 @@ class SampleExplorer(w.VBox):
         self._histogram()
         if self.shown:
             self.enlarged = self.shown[0]
-
-    def _know(self, folder: Path) -> _Known:
-        run = Run(folder)
-        chosen = Settings.of(run.config, self.device)
-        label = folder.name.partition("@")[0]
-        data = self._dataset(chosen)
-        where = data.train_images.device if data is not None else "cpu"
-        teacher = load_model(folder.parent / "teacher" / "teacher.safetensors", device=where)
-        vaccine, reverse = vaccine_of(run, chosen, teacher), chosen.defenses("sv")[0].reverse
-        student, samples = self._student(run, chosen, data), run.samples()
-        images = torch.cat([samples[step] for step in sorted(samples)]).to(where)
-        steps = [step for step in sorted(samples) for _ in samples[step]]
-        logits = {"teacher": predict(teacher, images).cpu()}
-        with torch.no_grad():
-            logits["vaccine"] = torch.cat([vaccine(part) for part in images.split(500)]).cpu()
-        if student is not None:
-            logits["student"] = predict(student, images).cpu()
-        sure, said = logits["teacher"].softmax(1).max(1)
-        other = (
-            kl(logits["teacher"], logits["student"])
-            if student is not None
-            else torch.full((len(images),), float("nan"))
-        )
-        table = pd.DataFrame(
-            {
-                "step": steps,
-                "index": [i for step in sorted(samples) for i in range(len(samples[step]))],
-                "class": said.tolist(),
-                "suspicion": suspicion(vaccine, teacher, images, reverse=reverse).cpu().tolist(),
-                "disagreement": other.tolist(),
-                "confidence": sure.tolist(),
-            }
-        )
-        return _Known(
-            run, label, chosen, data, teacher, vaccine, student, images, table, logits, reverse
-        )
-
-    def _dataset(self, chosen: Settings) -> Dataset | None:
-        """The data set where it is at hand; nothing is downloaded for looking."""
-        key = json.dumps(chosen.values["data"], sort_keys=True)
-        if key not in self._datasets:
-            try:
-                self._datasets[key] = chosen.dataset()
-            except (ValueError, OSError, RuntimeError):
-                self._datasets[key] = None
-        return self._datasets[key]
-
-    @staticmethod
-    def _student(run: Run, chosen: Settings, data: Dataset | None) -> nn.Module | None:
-        where = data.train_images.device if data is not None else "cpu"
-        if run.file("student.safetensors").exists():
-            return load_model(run.file("student.safetensors"), device=where)
-        if data is None or not run.file("checkpoint.safetensors").exists():
-            return None
-        student = chosen.student(data).to(where)
-        student.load_state_dict(load_state(run.file("checkpoint.safetensors"), where)[0]["student"])
-        return student.eval()
 
     # --- the grid and the image that is looked at
 
@@ -354,10 +279,12 @@ class SampleExplorer(w.VBox):
     def _draw_grid(self) -> None:
         chosen = set(self.selected)
         marks = {
-            place: plots.COLORS["sr"] for place, number in enumerate(self.shown) if number in chosen
+            place: plots.ROLES["selected"]
+            for place, number in enumerate(self.shown)
+            if number in chosen
         }
         if self.enlarged in self.shown:
-            marks[self.shown.index(self.enlarged)] = plots.COLORS["sv"]
+            marks[self.shown.index(self.enlarged)] = plots.ROLES["looked at"]
         self.grid.png = (
             looks.mosaic([self.known.images[self.shown]], COLUMNS, _SIDE, _GAP, marks)
             if self.shown
@@ -381,34 +308,10 @@ class SampleExplorer(w.VBox):
         if self._quiet or known is None or number is None:
             return
         self._draw_grid()
-        facts, image = known.table.loc[number], known.images[number]
-        layer = (
-            known.teacher.stages[-2]
-            if len(getattr(known.teacher, "stages", ())) > 1
-            else convolutions(known.teacher)[-1]
-        )
-        heat = spatial_map(known.teacher, image[None], layer)[0]
-        classes = [text for text, value in self.label.options if value >= 0]
+        facts = known.table.loc[number]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.6)
-            axes = drawn.subplot_mosaic(
-                [["image", "heat", "real"], ["bars", "bars", "bars"]], height_ratios=[1, 1.05]
-            )
-            plots.show(
-                axes["image"], image, f"step {facts['step']:.0f}, image {facts['index']:.0f}"
-            )
-            plots.show(axes["heat"], image, f"activation, {layer}")
-            height, width = image.shape[-2:]
-            axes["heat"].imshow(
-                heat.numpy(),
-                cmap="inferno",
-                alpha=0.6,
-                vmin=0,
-                vmax=1,
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            )
-            self._nearest(axes["real"], image)
-            self._bars(axes["bars"], number, classes)
+            draw_detail(drawn, known, number, self._classes)
             self.detail.draw(drawn)
         parts = [
             f"suspicion {facts['suspicion']:.2f}",
@@ -421,53 +324,6 @@ class SampleExplorer(w.VBox):
         )
         self.detail.alt = f"image {number}: " + ", ".join(parts)
         looks.say(self.said, self.detail.alt[0].upper() + self.detail.alt[1:] + ".", "quiet")
-
-    def _nearest(self, ax, image: Tensor) -> None:
-        if self.known.data is None:
-            ax.axis("off")
-            ax.text(
-                0.5, 0.5, "no real data\nat hand", ha="center", va="center", fontsize=9, color="0.5"
-            )
-            return
-        real = self.known.data.train_images[:_REAL]
-        found = int((real - image.clamp(0, 1)).flatten(1).norm(dim=1).argmin())
-        plots.show(
-            ax,
-            real[found],
-            f"nearest real: {self.known.data.classes[int(self.known.data.train_labels[found])]}",
-        )
-
-    def _bars(self, ax, number: int, classes: list[str]) -> None:
-        names = {
-            "teacher": "teacher",
-            "vaccine": "shuffled teacher",
-            "student": name_of(self.known.label),
-        }
-        colors = {
-            "teacher": "#8c8c8c",
-            "vaccine": plots.COLORS["sv"],
-            "student": plots.color_of(self.known.label),
-        }
-        if colors["student"] == colors["vaccine"]:
-            colors["vaccine"] = "#56b4e9"
-        share = {kind: values[number].softmax(0) for kind, values in self.known.logits.items()}
-        # of many classes, the ten that any of the three gives most
-        best = sorted(
-            torch.stack([*share.values()]).amax(0).topk(min(10, len(classes))).indices.tolist()
-        )
-        for i, (kind, values) in enumerate(share.items()):
-            places = np.arange(len(best)) + (i - (len(share) - 1) / 2) * 0.27
-            ax.bar(
-                places,
-                [100 * values[c].item() for c in best],
-                0.25,
-                color=colors[kind],
-                label=names[kind],
-            )
-        ax.set(xticks=range(len(best)), ylim=(0, 103), ylabel="probability (%)")
-        ax.set_xticklabels([classes[c] for c in best], fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     # --- selecting
 
@@ -540,33 +396,12 @@ class SampleExplorer(w.VBox):
     def _histogram(self) -> None:
         if self.known is None:
             return
-        scores = self.known.table["suspicion"]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 3.8)
-            ax = drawn.subplots()
-            plots.suspicion_histogram(
-                torch.tensor(scores.to_numpy()), ax=ax, reverse=self.known.reverse
-            )
-            if self.selected:
-                bins = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 60)
-                width, chosen = bins[1] - bins[0], scores.loc[self.selected]
-                weights = np.full(len(chosen), 1 / (len(scores) * width))
-                ax.hist(
-                    chosen,
-                    bins,
-                    weights=weights,
-                    color=plots.COLORS["sr"],
-                    label=f"selected (n = {len(chosen)})",
-                )
-                ax.legend(
-                    fontsize=8,
-                    frameon=False,
-                    loc="lower center",
-                    bbox_to_anchor=(0.5, 1.0),
-                    ncols=2,
-                )
+            ax = draw_scores(drawn, self.known, self.selected)
             self.histogram.draw(drawn)
-            self._boxes["histogram"], self._limits = _box(drawn, ax), ax.get_xlim()
+            self._boxes["histogram"], self._limits = box_of(ax), ax.get_xlim()
+        scores = self.known.table
         share = len(self.selected) / len(scores)
         looks.say(
             self.note,
@@ -581,67 +416,29 @@ class SampleExplorer(w.VBox):
         """
         if self.known is None:
             return
-        count = len(self.known.table)
-        if count < 8:
-            self.trouble.error = "a map needs at least 8 images"
-            return
         self.map_button.disabled, self.map_button.description = True, "Drawing..."
         try:
-            self._mapped = np.unique(
-                np.linspace(0, count - 1, min(count, _MAPPED)).round().astype(int)
-            )
-            stages = getattr(self.known.teacher, "stages", ())
-            layer = stages[-1] if stages else convolutions(self.known.teacher)[-1]
-            self._points = tsne(
-                self.known.teacher,
-                layer,
-                self.known.images[self._mapped],
-                seed=self.known.chosen.seed,
-            )
+            self._mapped, self._points = map_points(self.known)
             self._draw_map()
+        except ValueError as error:
+            self.trouble.error = error
         finally:
             self.map_button.disabled, self.map_button.description = False, "Draw the map"
 
     def _draw_map(self) -> None:
         if self._points is None:
             return
-        table, classes = (
-            self.known.table.loc[self._mapped],
-            [text for text, value in self.label.options if value >= 0],
-        )
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.2)
-            ax = drawn.subplots()
-            groups = ["selected" if n in set(self.selected) else "synthetic" for n in self._mapped]
-            colors = plots.class_colors(len(classes))
-            for group, size, edge in (
-                ("synthetic", 16, "none"),
-                ("selected", 46, looks.INK[looks.page().dark]),
-            ):
-                inside = np.array([g == group for g in groups])
-                ax.scatter(
-                    *self._points[inside].T,
-                    s=size,
-                    c=[colors[c] for c in table["class"][inside]],
-                    edgecolors=edge,
-                    linewidths=1.4,
-                )
-            for i, name in enumerate(classes):
-                if (table["class"] == i).any() and len(classes) <= 12:
-                    ax.scatter([], [], s=16, color=colors[i], label=name)
-            ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
-            ax.legend(
-                fontsize=8,
-                frameon=False,
-                bbox_to_anchor=(1.0, 1.0),
-                loc="upper left",
-                title="teacher says",
-                title_fontsize=8,
-            )
-            ax.spines[["top", "right"]].set_visible(False)
+            ink, what = looks.INK[looks.page().dark], (self._mapped, self._points)
+            ax = draw_map(drawn, self.known, *what, self.selected, self._classes, ink)
             self.map.draw(drawn)
-            self.no_map.layout.display = "none"
-            self._boxes["map"], self._extent = _box(drawn, ax), (ax.get_xlim(), ax.get_ylim())
+            self._boxes["map"], self._extent = box_of(ax), (ax.get_xlim(), ax.get_ylim())
+        self.no_map.layout.display = "none"
+
+    @property
+    def _classes(self) -> list[str]:
+        return [text for text, value in self.label.options if value >= 0]
 
     def _redraw(self) -> None:
         self._histogram()
@@ -678,9 +475,3 @@ class SampleExplorer(w.VBox):
 def column_is_missing(table: pd.DataFrame, column: str) -> bool:
     """Whether a column says nothing about these images."""
     return bool(len(table)) and bool(table[column].isna().all())
-
-
-def _box(figure, ax) -> tuple[float, float, float, float]:
-    """Where the axes are on the drawn picture: left, top, right, bottom as shares."""
-    box = ax.get_position()
-    return box.x0, 1 - box.y1, box.x1, 1 - box.y0

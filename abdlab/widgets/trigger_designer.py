@@ -7,6 +7,8 @@ from __future__ import annotations
 import html
 import inspect
 import time
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import traitlets as t
 import yaml
 
 from abdlab.attacks.poison import Attack
-from abdlab.attacks.triggers import CORNERS, TRIGGERS, Trigger
+from abdlab.attacks.triggers import ADVERSARIAL, CORNERS, TRIGGERS, Trigger
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset, load
 from abdlab.errors import keywords
@@ -44,6 +46,13 @@ class TriggerDesigner(w.VBox):
     """Choose a data set, one or two triggers and their parameters, target and poison
     rate; see them on images at once.
 
+    >>> import tempfile
+    >>> designer = TriggerDesigner(tempfile.mkdtemp())
+    >>> designer.trigger.value = "blend"
+    >>> designer.controls["alpha"].value = 0.3
+    >>> designer.overrides["attack.trigger"], designer.overrides["attack.params"]["alpha"]
+    ('blend', 0.3)
+
     Args:
         root: where triggers are saved, in ROOT/triggers.
         chosen: where it begins: data set, trigger, rate and target.
@@ -70,7 +79,9 @@ class TriggerDesigner(w.VBox):
         chosen = settings() if chosen is None else chosen
         self.root, self.device, self.data, self._quiet = Path(root), chosen.device, data, False
         self._data_values = dict(chosen.values["data"])
-        self._start = chosen.trigger.params
+        self._preset = chosen.preset
+        #: (place, trigger) -> the parameters that it was left with
+        self._left: dict[tuple[str, str], dict[str, Any]] = {}
         name = self._data_values["name"]
         style = {"description_width": "118px"}
         wide = w.Layout(width="330px")
@@ -152,22 +163,20 @@ class TriggerDesigner(w.VBox):
         column = w.VBox([left, save], layout=w.Layout(width="372px", grid_gap="8px"))
         super().__init__([self.trouble, looks.row(column, right), self.note])
         looks.dress(self)
-        self._build(self.trigger.value, self._knobs, self.controls, dict(self._start))
-        self._build(
-            self.also.value,
-            self._knobs_more,
-            self._more,
-            dict(chosen.trigger.then[0].params) if chosen.trigger.then else {},
-        )
-        self.dataset.observe(lambda _: self._load(), "value")
-        self.trigger.observe(
-            lambda c: self._build(c["new"], self._knobs, self.controls) or self.draw(), "value"
-        )
-        self.also.observe(
-            lambda c: self._build(c["new"], self._knobs_more, self._more) or self.draw(), "value"
-        )
+        self._left["first", chosen.trigger.name] = dict(chosen.trigger.params)
+        for then in chosen.trigger.then[:1]:
+            self._left["more", then.name] = dict(then.params)
+        self._build("first", self.trigger.value)
+        self._build("more", self.also.value)
+
+        def heard(do: Callable[[], Any]) -> Callable[..., None]:
+            return looks.telling(self.trouble, do)
+
+        self.dataset.observe(heard(self._load), "value")
+        self.trigger.observe(lambda change: self._choose("first", change), "value")
+        self.also.observe(lambda change: self._choose("more", change), "value")
         for control in (self.rate, self.target):
-            control.observe(lambda _: self.draw(), "value")
+            control.observe(heard(self.draw), "value")
         self._load()
 
     @property
@@ -205,7 +214,8 @@ class TriggerDesigner(w.VBox):
         )
         self._legend.value = (
             '<div class="abdlab-quiet">Rows: clean; triggered; difference, brightened x'
-            f" {gain:.3g}. The trigger shall call the class {html.escape(self._class())}.</div>"
+            f" {gain:.3g}. With the trigger on, a model shall predict {html.escape(self._class())}."
+            "</div>"
         )
         pairs = [
             ("l0: pixels changed", f"{sizes['l0']:.1%}"),
@@ -313,54 +323,100 @@ class TriggerDesigner(w.VBox):
         self._first, self._quiet = 0, False
         self.draw()
 
-    def _build(
-        self, name: str, box: w.VBox, controls: dict[str, w.Widget], values: dict | None = None
-    ) -> None:
+    def _choose(self, place: str, change: dict) -> None:
+        """Another trigger: with the parameters that it was left with, else with those
+        that the preset recommends for it, else with its own defaults.
+        """
+
+        def do() -> None:
+            controls = self._place(place)[1]
+            self._left[place, change["old"]] = {key: c.value for key, c in controls.items()}
+            if place == "first" and self.rate.value == self._recommended(change["old"])["rate"]:
+                self.rate.value = self._recommended(change["new"])["rate"]
+            self._build(place, change["new"])
+            self.draw()
+
+        looks.telling(self.trouble, do)()
+
+    def _recommended(self, name: str) -> dict[str, Any]:
+        """What the preset says about an attack with this trigger: rate, and params."""
+        known = settings(self._preset, {"attack.trigger": name}).values["attack"]
+        return {"rate": Attack.rate, **known}
+
+    def _place(self, place: str) -> tuple[w.VBox, dict[str, w.Widget]]:
+        return {"first": (self._knobs, self.controls), "more": (self._knobs_more, self._more)}[
+            place
+        ]
+
+    def _build(self, place: str, name: str) -> None:
         """Controls for the parameters of one trigger, read off its signature."""
+        box, controls = self._place(place)
         controls.clear()
         if name != _NONE:
+            recommended = self._recommended(name).get("params", {})
+            values = self._left.get((place, name), recommended)
+            side = min(self.data.shape[1:]) if self.data is not None else 32
             for key in keywords(TRIGGERS[name])[1:]:
-                if key != "pattern":
-                    controls[key] = self._control(name, key, (values or {}).get(key))
+                made = control_of(name, key, values.get(key), side)
+                if made is not None:
+                    controls[key] = made
         for control in controls.values():
-            control.observe(lambda _: self.draw(), "value")
+            control.observe(looks.telling(self.trouble, self.draw), "value")
         box.children = tuple(controls.values())
 
-    def _control(self, name: str, key: str, value: Any) -> w.Widget:
-        default = inspect.signature(TRIGGERS[name]).parameters[key].default
-        side = min(self.data.shape[1:]) if self.data is not None else 32
-        looks_like = {
-            "description": _WORDS.get(key, key),
-            "style": {"description_width": "118px"},
-            "layout": w.Layout(width="330px"),
-        }
-        if key == "corner":
-            return w.Dropdown(
-                options=[(c.replace("_", " "), c) for c in CORNERS],
-                value=value or default,
-                **looks_like,
-            )
-        if key == "size":
-            least = 3 if "grid" in name or name == "cl" else 2
-            return w.IntSlider(
-                value or max(least, round(side * 3 / 32)), min=1, max=side, **looks_like
-            )
-        if key in ("margin", "pattern_seed"):
-            return w.IntSlider(
-                default if value is None else value, min=0, max=max(1, side // 2), **looks_like
-            )
-        if key == "frequency":
-            return w.FloatSlider(
-                default if value is None else value,
-                min=0.5,
-                max=side / 2,
-                step=0.5,
-                readout_format=".1f",
-                **looks_like,
-            )
+
+def control_of(name: str, key: str, value: Any, side: int) -> w.Widget | None:
+    """The control for one parameter of a trigger, by its name or else by its type;
+    None for a pattern, and for a parameter that says no type.
+
+    >>> type(control_of("badnet_sq", "size", None, 32)).__name__
+    'IntSlider'
+
+    Args:
+        name: of the trigger. key: of the parameter.
+        value: what it stands at; None takes the signature's default.
+        side: of the images, in pixels.
+    """
+    if key == "pattern":
+        return None
+    given = inspect.signature(TRIGGERS[name]).parameters[key].default
+    default = None if given is inspect.Parameter.empty else given
+    value = default if value is None else value
+    common = {
+        "description": _WORDS.get(key, key.replace("_", " ")),
+        "style": {"description_width": "118px"},
+        "layout": w.Layout(width="330px"),
+    }
+    if key == "corner":
+        corners = [(c.replace("_", " "), c) for c in CORNERS]
+        return w.Dropdown(options=corners, value=value, **common)
+    if key == "size":
+        least = 3 if "grid" in name or name in ADVERSARIAL else 2
+        value = value or max(least, round(side * 3 / 32))
+        return w.IntSlider(value, min=1, max=max(side, value), **common)
+    if key in ("margin", "pattern_seed"):
+        return w.IntSlider(value, min=0, max=max(1, side // 2, value), **common)
+    if key == "frequency":
         return w.FloatSlider(
-            default if value is None else value, min=0, max=1, step=0.01, **looks_like
+            value, min=0.5, max=max(side / 2, value), step=0.5, readout_format=".1f", **common
         )
+    kind = type(value) if value is not None else _annotated(TRIGGERS[name], key)
+    if kind is bool:
+        return w.Checkbox(bool(value), indent=False, **common)
+    if kind is int:
+        return w.IntText(value or 0, **common)
+    if kind is float and 0 <= (value or 0.0) <= 1:
+        return w.FloatSlider(value or 0.0, min=0, max=1, step=0.01, **common)
+    if kind is float:
+        return w.FloatText(value, **common)
+    return w.Text(value or "", **common) if kind is str else None
+
+
+def _annotated(function: Callable, key: str) -> type | None:
+    """The plain type that a signature says, the first of several; None for none."""
+    said = typing.get_type_hints(function).get(key)
+    kinds = typing.get_args(said) or (said,)
+    return next((kind for kind in kinds if kind in (bool, int, float, str)), None)
 
 
 def _plain(value: Any) -> Any:

@@ -6,26 +6,33 @@ from pathlib import Path
 
 import ipywidgets as w
 
+from abdlab.presets import METHOD
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
-from abdlab.widgets.defence_tuner import DefenceTuner, headless
+from abdlab.widgets.defense_tuner import DefenseTuner, headless
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
 from abdlab.widgets.trigger_designer import TriggerDesigner
 
-TITLES = ("1 Trigger", "2 Defence", "3 Samples", "4 Runs")
+TITLES = ("1 Trigger", "2 Defense", "3 Samples", "4 Runs")
 
 
 class Workbench(w.VBox):
-    """Design a trigger, tune a defence against it, look at what the student learns
+    """Design a trigger, tune a defense against it, look at what the student learns
     from, and browse what is there.
+
+    >>> import tempfile
+    >>> bench = Workbench(tempfile.mkdtemp())
+    >>> bench.designer.hand()  # the trigger goes from tab to tab
+    >>> bench.tuner.status.value.count("badnet_sq")
+    1
 
     Args:
         root: the folder of results; notebooks that name the same one share its teachers
             and students.
         chosen: the experiment to begin with.
-        label: the method to begin with, such as "zskt+sv+sr".
+        label: the method to begin with, such as "zskt+sv+tu".
 
     Attributes:
         designer, tuner, explorer, browser: the widgets, in the order of the tabs.
@@ -35,7 +42,7 @@ class Workbench(w.VBox):
         self,
         root: str | Path = "runs/walk",
         chosen: Settings | None = None,
-        label: str = "zskt+sv+sr",
+        label: str = METHOD,
     ):
         self.chosen = settings() if chosen is None else chosen
         try:
@@ -43,7 +50,7 @@ class Workbench(w.VBox):
         except (ValueError, OSError, RuntimeError):
             data = None  # the designer says what is missing
         self.designer = TriggerDesigner(root, self.chosen, data)
-        self.tuner = DefenceTuner(root, self.chosen, data, label)
+        self.tuner = DefenseTuner(root, self.chosen, data, label)
         self.explorer = SampleExplorer(root, self.chosen.device)
         self.browser = RunBrowser(root)
         parts = (self.designer, self.tuner, self.explorer, self.browser)

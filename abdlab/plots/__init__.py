@@ -1,0 +1,48 @@
+"""Figures. Each takes ``ax=None`` (or makes its own figure when it needs several
+panels), returns it, and never shows it. This module hands names on and defines nothing.
+
+One colour per kind of model, everywhere (:mod:`abdlab.plots.colors`). Synthetic images
+may leave [0, 1]: they are clamped for display.
+"""
+
+from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of
+from abdlab.plots.curves import ablation_figure, branch_curves, loss_curves, training_curves
+from abdlab.plots.images import (
+    montage,
+    picture,
+    prediction_figure,
+    samples_by_class,
+    samples_over_training,
+    show,
+    trigger_figure,
+    trigger_gallery,
+)
+from abdlab.plots.inside import (
+    change_heatmaps,
+    embedding_figure,
+    overlay_figure,
+    suspicion_histogram,
+)
+
+__all__ = [
+    "COLORS",
+    "ROLES",
+    "ablation_figure",
+    "branch_curves",
+    "change_heatmaps",
+    "class_colors",
+    "color_of",
+    "embedding_figure",
+    "loss_curves",
+    "montage",
+    "overlay_figure",
+    "picture",
+    "prediction_figure",
+    "samples_by_class",
+    "samples_over_training",
+    "show",
+    "suspicion_histogram",
+    "training_curves",
+    "trigger_figure",
+    "trigger_gallery",
+]

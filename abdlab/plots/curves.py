@@ -1,0 +1,184 @@
+"""Figures of scores: ACC, ASR and losses over training, and each method's at its end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from abdlab.labels import in_order, name_of
+from abdlab.plots.colors import ROLES, axes_of, color_of
+
+
+def training_curves(
+    history: pd.DataFrame,
+    ax: Axes | None = None,
+    floor: float | None = None,
+    step: str = "pseudo-batch",
+) -> Axes:
+    """ACC (solid) and ASR (dashed) in percent over training, one colour per label of
+    the history.
+
+    Args:
+        history: of one or many runs, with columns label, step, acc, and asr where
+            measured.
+        floor: the clean-KD student's ASR as a share, drawn as a dotted line.
+    """
+    ax = axes_of(ax)
+    measured = history.dropna(subset=["acc"])
+    for label, part in measured.groupby("label", sort=False):
+        color = color_of(label)
+        ax.plot(
+            part["step"],
+            100 * part["acc"],
+            color=color,
+            marker="o",
+            ms=3,
+            label=f"{name_of(label)}: ACC",
+        )
+        if "asr" in part and part["asr"].notna().any():
+            ax.plot(
+                part["step"],
+                100 * part["asr"],
+                color=color,
+                marker="s",
+                ms=3,
+                ls="--",
+                label=f"{name_of(label)}: ASR",
+            )
+    if floor is not None:
+        ax.axhline(
+            100 * floor, color=ROLES["floor"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}"
+        )
+    ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
+    ax.legend(fontsize=8, frameon=False, loc="best")
+    sns.despine(ax=ax)
+    return ax
+
+
+def branch_curves(
+    histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], floor: float | None = None
+) -> None:
+    """ACC (first axes) and ASR (second) in percent over training, one line per run,
+    each with a dash and a marker of its own.
+
+    Args:
+        histories: name of the run -> its history; colours are those of the runs'
+            methods.
+        floor: the clean-KD student's ASR as a share, drawn as a dotted line.
+    """
+    looks = itertools.cycle(
+        zip(
+            "os^DvPX",
+            ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 2))],
+            strict=True,
+        )
+    )
+    for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (endless)
+        measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
+        if measured.empty:
+            continue
+        color = color_of(measured["label"].iloc[0])
+        for ax, column in zip(axes, ("acc", "asr"), strict=True):
+            if column in measured:
+                ax.plot(
+                    measured["step"],
+                    100 * measured[column],
+                    color=color,
+                    marker=marker,
+                    ms=4,
+                    ls=dash,
+                    lw=1.4,
+                    label=name,
+                )
+    if floor is not None:
+        axes[1].axhline(
+            100 * floor, color=ROLES["floor"], ls=":", label=f"clean KD (floor) {floor:.1%}"
+        )
+    for ax, text in zip(axes, ("ACC (%)", "ASR (%)"), strict=True):
+        ax.set(xlabel="training step (pseudo-batch)", ylabel=text, ylim=(-3, 103))
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False)
+
+
+def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Every loss term of the history over training, weights included, on a
+    symmetric-log axis.
+    """
+    ax = axes_of(ax)
+    known = {"label", "step", "seconds", "acc", "asr", "events"}
+    for name in [c for c in history.columns if c not in known]:
+        part = history.dropna(subset=[name])
+        ax.plot(part["step"], part[name], lw=1, label=name)
+    ax.set_yscale("symlog", linthresh=1e-3)
+    ax.set(xlabel="training step (pseudo-batch)", ylabel="loss term, weight included (nats)")
+    ax.legend(fontsize=8, frameon=False)
+    sns.despine(ax=ax)
+    return ax
+
+
+def ablation_figure(results: pd.DataFrame) -> Figure:
+    """ACC and ASR in percent per method: bars are means over seeds, lines one standard
+    deviation, dots the seeds.
+
+    Args:
+        results: one row per method and seed, columns label, seed, acc, asr (shares).
+    """
+    order = in_order(results["label"])
+    floor = results.loc[results["label"] == "clean", "asr"].mean()
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True
+    )
+    seeds = results["seed"].nunique()
+    for ax, column, text in zip(
+        axes,
+        ("acc", "asr"),
+        (
+            "ACC: clean test images classified right (%)",
+            "ASR: triggered test images predicted as the target (%)",
+        ),
+        strict=True,
+    ):
+        for y, label in enumerate(order):
+            values = 100 * results.loc[results["label"] == label, column]
+            spread = values.std() if len(values) > 1 else 0
+            ax.barh(
+                y,
+                values.mean(),
+                xerr=spread or None,
+                color=color_of(label),
+                alpha=0.85,
+                height=0.65,
+                capsize=3,
+            )
+            ax.scatter(values, [y] * len(values), s=14, color="black", zorder=3)
+            ax.text(
+                104,
+                y,
+                f"{values.mean():.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""),
+                va="center",
+                fontsize=9,
+            )
+        ax.set(
+            xlabel=text,
+            xlim=(0, 100),
+            yticks=range(len(order)),
+            yticklabels=[name_of(label) for label in order],
+        )
+        ax.spines[["top", "right"]].set_visible(False)
+    if floor == floor:
+        axes[1].axvline(100 * floor, color=ROLES["floor"], ls=":", lw=1.5, label="floor (clean KD)")
+        axes[1].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    axes[0].invert_yaxis()
+    figure.suptitle(
+        f"Mean over {seeds} seed{'s' if seeds != 1 else ''}"
+        + (", one standard deviation, each seed a dot" if seeds > 1 else ""),
+        fontsize=10,
+    )
+    return figure

@@ -1,0 +1,105 @@
+"""What the tuner's user chooses and presses: the method, where it begins, the knobs, the
+buttons, and which of them can be used when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ipywidgets as w
+
+from abdlab.labels import name_of
+from abdlab.methods import methods
+from abdlab.widgets import looks
+from abdlab.widgets.branches import Origin
+from abdlab.widgets.knobs import Knob, Knobs
+
+#: states of a tuner whose run is not over
+UNDER_WAY = ("preparing", "running", "paused", "stopping")
+#: button -> its tooltip and style
+_BUTTONS = {
+    "Start": ("begin, or go on", "primary"),
+    "Pause": ("wait after this step", ""),
+    "Stop": ("finish this step, measure, save", "warning"),
+    "Branch here": ("begin a new run where this one is now, with other weights", ""),
+    "Copy as parameters": ("parameters for papermill that repeat exactly this run", ""),
+}
+
+
+class Controls(w.VBox):
+    """The tuner's left column.
+
+    >>> controls = Controls("zskt+sv", {}, lambda knob, value: None, looks.Trouble())
+    >>> controls.lock("running")
+    >>> controls.buttons["Start"].disabled, controls.buttons["Pause"].disabled
+    (True, False)
+
+    Args:
+        label: the method to begin with.
+        doing: text of a button -> what it does.
+        turned: called with a knob and its new value.
+        trouble: shows what a button raises.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        doing: Mapping[str, Callable[[], Any]],
+        turned: Callable[[Knob, Any], None],
+        trouble: looks.Trouble,
+    ):
+        wide = w.Layout(width="390px")
+        beside = {"style": {"description_width": "140px"}, "layout": wide}
+        options = [(name_of(each), each) for each in methods(label)]
+        self.method = w.Dropdown(options=options, value=label, description="method", **beside)
+        self.origin = w.Dropdown(options=[(str(Origin()), Origin())], description="begin", **beside)
+        self.with_floor = w.Checkbox(
+            True, description="distil the clean-KD floor first", indent=False, layout=wide
+        )
+        self.keep_on = w.Checkbox(
+            False, description="go on when the page is closed", indent=False, layout=wide
+        )
+        self.knobs = Knobs(turned)
+        self.buttons = {
+            text: looks.button(
+                text, looks.telling(trouble, doing.get(text, lambda: None)), tooltip, style
+            )
+            for text, (tooltip, style) in _BUTTONS.items()
+        }
+        super().__init__(
+            [
+                looks.card("Run", self.method, self.origin, self.with_floor, self.keep_on),
+                looks.card("Defense", self.knobs),
+                looks.card("", looks.row(*self.buttons.values())),
+            ],
+            layout=w.Layout(grid_gap="8px"),
+        )
+
+    def lock(
+        self,
+        state: str,
+        *,
+        goes_on: bool = False,
+        branches: bool = False,
+        begun: bool = False,
+        there: bool = False,
+    ) -> None:
+        """Disable what cannot be used now.
+
+        Args:
+            state: the tuner's.
+            goes_on, branches: whether Start goes on with a run, or branches off one.
+            begun: whether the latest run has done a step, so that one can branch off it.
+            there: whether its folder is there, so that its parameters can be copied.
+        """
+        busy = state in UNDER_WAY
+        self.knobs.lock(busy=busy, begun=goes_on, branches=branches)
+        for control in (self.method, self.origin, self.with_floor):
+            control.disabled = busy
+        self.buttons["Start"].disabled = busy and state != "paused"
+        self.buttons["Start"].description = "Go on" if state == "paused" or goes_on else "Start"
+        self.buttons["Pause"].disabled = state != "running"
+        self.buttons["Stop"].disabled = state not in ("preparing", "running", "paused")
+        self.buttons["Branch here"].disabled = (busy and state != "paused") or not begun
+        self.buttons["Copy as parameters"].disabled = not there
