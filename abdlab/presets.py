@@ -67,6 +67,7 @@ SECTIONS: dict[str, list[str]] = {
     "dfq": _free(SOURCES["dfq"]),
     "cmi": _free(SOURCES["cmi"], *_AUGMENT),
     "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
+    "fastdfkd": _free(SOURCES["fastdfkd"], *_AUGMENT),
     "ood": _free(SOURCES["ood"], *_AUGMENT),
     "mixed": [
         "members",

@@ -6,6 +6,7 @@ from abdlab.sources.dafl import DAFL
 from abdlab.sources.deepinversion import DeepInversion
 from abdlab.sources.dfad import DFAD
 from abdlab.sources.dfq import DFQ
+from abdlab.sources.fastdfkd import FastDFKD
 from abdlab.sources.mixed import Mixed
 from abdlab.sources.ood import OOD
 from abdlab.sources.source import Batch, Source
@@ -20,6 +21,7 @@ SOURCES = {
     "dafl": DAFL,
     "dfad": DFAD,
     "dfq": DFQ,
+    "fastdfkd": FastDFKD,
     "ood": OOD,
     "mixed": Mixed,
 }
@@ -35,6 +37,7 @@ __all__ = [
     "Batch",
     "CleanKD",
     "DeepInversion",
+    "FastDFKD",
     "Mixed",
     "Source",
 ]

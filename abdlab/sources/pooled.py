@@ -182,10 +182,19 @@ class Pooled(Source):
         with norm_inputs(self.teacher) as inputs:
             logits = self.teacher(view)
         losses = {
-            "batch_norm": self.batch_norm * batch_norm_loss(self.teacher, inputs),
+            "batch_norm": self.batch_norm * self.distance(inputs),
             "one_hot": self.one_hot * one_hot(logits, targets),
         }
         return logits, inputs, losses
+
+    def distance(self, inputs: dict[str, Tensor]) -> Tensor:
+        """How far the images' statistics, in what entered the teacher's batch norms, are
+        from the remembered ones; a scalar.
+        """
+        return batch_norm_loss(self.teacher, inputs)
+
+    def gather(self, maker: nn.Module) -> None:
+        """Learn from the gradients that each synthesis step leaves on its maker."""
 
     def _round(self, defenses: Sequence) -> None:
         maker, optimizers = self.begin()
@@ -213,6 +222,7 @@ class Pooled(Source):
                 optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = norm + take_step(optimizers, maker, None)
+            self.gather(maker)
         self.norms["+".join(losses)] = norm
         self.losses = dict(zip(losses, best[2:], strict=False))
         self.pool = latest(

@@ -1,0 +1,291 @@
+"""FastDFKD, NAYER and the conditional generator: against the literal formulas, and
+resuming.
+"""
+
+import copy
+
+import literal_fast
+import pytest
+import torch
+from torch import nn
+
+from abdlab import Diverged, SelfRetrospection, ShufflingVaccine, distill, settings
+from abdlab.data import random_views
+from abdlab.defenses import Defense
+from abdlab.runs import Run, distilled, synthesize
+from abdlab.sources.fastdfkd import FastDFKD
+from abdlab.sources.lasting import average
+
+CPU = torch.device("cpu")
+SIZES = {
+    "rounds": 3,
+    "warmup": 1,
+    "synthesis_steps": 2,
+    "kd_steps": 4,
+    "batch_size": 6,
+    "shift": 1,
+    "flip": True,
+}
+
+
+def fastdfkd(**options):
+    source = FastDFKD((1, 8, 8), **{**SIZES, "width": 3, **options})
+    source.z = 5
+    return source
+
+
+POOLED = pytest.mark.parametrize("make", [fastdfkd])
+ALL = pytest.mark.parametrize("make", [fastdfkd])
+
+
+def started(source, teacher, student, seed=0):
+    source.start(teacher.requires_grad_(False), student.train(), CPU, seed)
+    return source
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+class Holding(Defense):
+    """Holds generators from pseudo-batch ``since`` on."""
+
+    def __init__(self, since):
+        self.since, self.index = since, 0
+
+    def before(self, index):
+        self.index = index
+        return []
+
+    @property
+    def holds(self):
+        return self.index >= self.since
+
+
+class TestFastDFKD:
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_meta_learning_equals_literal(self, double, wrn, steps):
+        teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
+        options = {"synthesis_steps": steps, "shift": 0, "flip": False, "kd_steps": 1}
+        source = started(fastdfkd(**options), teacher, student)
+        meta, rng = copy.deepcopy(source.meta), source.rng.clone_state()
+        kept, reports = [], []
+        for _ in range(3):
+            source._round([])
+            kept.append(source.pool[-6:])
+            reports.append({k: v.item() for k, v in source.losses.items()})
+
+        rounds = []
+        for n in range(3):
+            noise = torch.randn(6, 5, generator=rng)
+            rounds.append((noise, torch.randint(3, (6,), generator=rng)))
+            for _ in range(steps):  # views that change nothing draw all the same
+                random_views(torch.zeros(6, 1, 8, 8), rng)
+            torch.randperm(6 * (n + 1), generator=rng)  # the pool's new order
+        expected, terms = literal_fast.fastdfkd_rounds(
+            meta, teacher, student, rounds, steps, 5e-3, 0.015, (10.0, 0.4, 1.1), 1, 0.9
+        )
+        for found, wanted in zip(kept, expected, strict=True):
+            assert torch.equal(found, wanted.mul(255).round().to(torch.uint8))
+        assert [r.keys() for r in reports] == [t.keys() for t in terms]
+        assert "adversarial" not in reports[0]
+        for found, wanted in zip(reports, terms, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-6)
+        for ours, theirs in zip(source.meta.parameters(), meta.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+    def test_a_round_leaves_no_gradient_and_moves_the_meta_generator(self, teacher, student):
+        source = started(fastdfkd(), teacher, student)
+        before = weights(source.meta)
+        source.batch()
+        assert not same(before, weights(source.meta))
+        assert all(p.grad is None for p in source.meta.parameters())
+
+    def test_a_better_start_with_every_round(self, teacher, student):
+        # the same noise and targets cost less after 15 rounds than before the first
+        source = started(fastdfkd(adversarial=0.0, shift=0, flip=False), teacher, student)
+        source.momentum_bn = 0.0
+        noise = torch.randn(32, 5, generator=torch.Generator().manual_seed(9))
+
+        def cost():
+            with torch.no_grad():
+                _, _, losses = source.inversion(source.meta(noise), torch.arange(32) % 10)
+            return sum(losses.values()).item()
+
+        first = cost()
+        for _ in range(15):
+            source._round([])
+        assert cost() < 0.9 * first
+
+    def test_statistics_by_hand(self):
+        past = {"a": (torch.tensor([1.0]), torch.tensor([2.0]))}
+        now = {"a": (torch.tensor([3.0]), torch.tensor([4.0])), "b": (torch.ones(1),) * 2}
+        found = average(past, now, 0.75)
+        assert [x.item() for x in found["a"]] == [1.5, 2.5]
+        assert [x.item() for x in found["b"]] == [1.0, 1.0]
+
+
+class TestPooled:
+    @POOLED
+    def test_the_warm_up_makes_rounds_without_the_student(self, teacher, make):
+        def fail(*args):
+            raise AssertionError("the student was run")
+
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        student.register_forward_pre_hook(fail)
+        source = started(make(warmup=2), teacher, student)
+        with pytest.raises(AssertionError, match="was run"):
+            source.batch()
+        assert (source.rounds_made, len(source.pool)) == (2, 12)
+
+    @POOLED
+    def test_the_pool_grows_by_a_batch_a_round(self, teacher, student, make):
+        source, sizes = started(make(warmup=2), teacher, student), []
+        for _ in range(len(source)):
+            source.batch()
+            sizes.append(len(source.pool))
+        assert sizes == [18] * 4 + [24] * 4 + [30] * 4
+
+    @POOLED
+    def test_a_defense_that_holds_keeps_the_pool(self, teacher, student, make):
+        source = make()
+        steps = distill(teacher, student, source, defenses=[Holding(3)], device="cpu")
+        sizes = [len(source.pool) for _ in steps]
+        assert sizes == [12] * 12
+
+    @POOLED
+    def test_without_an_adversarial_weight_the_student_is_spared(self, teacher, make):
+        def fail(*args):
+            raise AssertionError("the student was run")
+
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        student.register_forward_pre_hook(fail)
+        source = started(make(adversarial=0.0), teacher, student)
+        assert source.batch().losses.keys() == {"batch_norm", "one_hot"}
+
+
+class TestEverySource:
+    @ALL
+    def test_a_defenses_term_reaches_the_synthesis(self, teacher, student, make):
+        class Seen(Defense):
+            def synthesis_term(self, images, logits):
+                assert images.requires_grad
+                torch.testing.assert_close(logits, self.teacher(images))
+                return images.mean()
+
+        step = next(distill(teacher, student, make(), defenses=[Seen()], device="cpu"))
+        assert "seen_synthesis" in step.losses
+
+    @ALL
+    def test_both_defenses_run(self, teacher, student, make):
+        sv = ShufflingVaccine(layers=3, warmup=0.3, sigma=0)
+        sr = SelfRetrospection(start=0.6, inner_steps=2)
+        steps = list(distill(teacher, student, make(), defenses=[sv, sr], device="cpu"))
+        assert "sv_synthesis" in steps[-1].losses
+        assert "sr" in steps[-1].losses
+
+    @ALL
+    def test_nothing_is_left_behind(self, teacher, student, make):
+        source = started(make(), teacher, student)
+        before = weights(teacher), weights(student)
+        torch.manual_seed(5)
+        expected = torch.rand(2)
+        torch.manual_seed(5)
+        found = [torch.rand(1)]
+        batch = source.batch([])
+        found.append(torch.rand(1))
+        assert torch.equal(torch.cat(found), expected), "the global random numbers are untouched"
+        assert same(weights(teacher), before[0])
+        assert same(weights(student), before[1])
+        assert not any(m.training for m in teacher.modules())
+        assert all(m.training for m in student.modules())
+        assert all(p.grad is None for p in [*teacher.parameters(), *student.parameters()])
+        for model in (teacher, student):
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        kept = [batch.images, batch.logits, *batch.losses.values()]
+        assert not any(t.requires_grad for t in kept)
+
+    @ALL
+    @pytest.mark.parametrize("stops", [(2,), (4,), (1, 5, 8, 11)])
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, wrn, tmp_path, make, stops):
+        def run(student, **options):
+            defenses = [
+                ShufflingVaccine(layers=3, warmup=0.3, sigma=0),
+                SelfRetrospection(start=0.6, inner_steps=1),
+            ]
+            return distill(wrn(seed=1), student, make(), defenses=defenses, device="cpu", **options)
+
+        whole, found = wrn(seed=2), {}
+        expected = {s.index: s.losses for s in run(whole)}
+        for stop in (*stops, 12):
+            student = wrn(seed=2)
+            stream = run(student, checkpoint=tmp_path / "run.safetensors")
+            for step in stream:
+                found[step.index] = step.losses
+                if step.index == stop:
+                    break
+            stream.close()
+        assert found == expected
+        assert same(weights(whole), weights(student))
+
+    @ALL
+    def test_the_same_seed_gives_the_same_images_and_another_does_not(self, wrn, make):
+        images = []
+        for seed in (0, 0, 1):
+            source = started(make(), wrn(seed=1), wrn(seed=2), seed)
+            images.append(source.batch().images)
+        assert torch.equal(images[0], images[1])
+        assert not torch.equal(images[0], images[2])
+
+    @ALL
+    def test_a_synthesis_that_is_not_finite_stops_the_run(self, teacher, student, make):
+        class Nan(Defense):
+            def synthesis_term(self, images, logits):
+                return images.mean() * float("nan")
+
+        with pytest.raises(Diverged, match="the loss 'nan_synthesis' is nan"):
+            next(distill(teacher, student, make(), defenses=[Nan()], device="cpu"))
+
+    @ALL
+    def test_a_teacher_without_batch_norm(self, student, make):
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        with pytest.raises(ValueError, match="has no batch norm with running statistics"):
+            next(distill(teacher, student, make(), device="cpu"))
+
+
+class TestErrors:
+    @POOLED
+    @pytest.mark.parametrize(
+        ("wrong", "match"),
+        [
+            ({"rounds": 0}, "rounds, synthesis_steps and kd_steps must be at least 1"),
+            ({"warmup": -1}, "warmup is a number of rounds, at least 0, not -1"),
+            ({"batch_size": 1}, "at least 2"),
+            ({"temperature": 0}, "temperature must be above 0"),
+            ({"width": 0}, "width must be at least 1"),
+        ],
+    )
+    def test_impossible_settings(self, make, wrong, match):
+        with pytest.raises(ValueError, match=match) as caught:
+            make(**wrong)
+        assert "\n" not in str(caught.value)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", ["fastdfkd"])
+    def test_a_run_and_images_of_it(self, digits, tmp_path, name):
+        sizes = {"rounds": 2, "synthesis_steps": 1, "kd_steps": 2, "batch_size": 4, "width": 4}
+        chosen = settings(
+            "quick/digits", {f"{name}.{k}": v for k, v in sizes.items()}, device="cpu"
+        )
+        teacher = chosen.teacher(digits).eval()
+        _, metrics = distilled(tmp_path, chosen, digits, teacher, name)
+        assert 0 <= metrics["acc"] <= 1
+        run = Run(tmp_path / "seed0" / name)
+        images = synthesize(run, chosen, digits, teacher, 6)
+        assert images.shape == (6, 1, 8, 8)
+        assert 0 <= images.min() < images.max() <= 1
