@@ -99,3 +99,37 @@ def fastdfkd_rounds(meta, teacher, student, rounds, steps, lr, noise_lr, weights
         kept.append(best[1])
         reports.append(best[2])
     return kept, reports
+
+
+def noisy_images(codes, labels, norm, maker, core, classes):
+    """NAYER: one image after the other through the noisy layer that is its own; every
+    ``classes`` images have one.
+    """
+    layers, order = maker.codes.shape[0], maker.codes.reshape(-1, codes.shape[1])
+    assert all(torch.equal(order[i], codes[label]) for i, label in enumerate(labels))
+    normed = norm.train()(order)  # over all codes of all layers, also those left over
+    embedded = []
+    for i in range(len(labels)):
+        layer = i // classes
+        assert layer < layers
+        embedded.append(normed[i] @ maker.weight[layer] + maker.bias[layer, 0])
+    return core(torch.stack(embedded))
+
+
+def nayer_round(maker, teacher, student, labels, past, steps, lr, weights, momentum):
+    """One batch of NAYER; the maker is changed in place.
+
+    Returns:
+        (the best images, their terms, the statistics remembered).
+    """
+    adam, tries = literal.Adam(maker.parameters(), betas=(0.5, 0.999)), []
+    for _ in range(steps):
+        images = maker()
+        terms, now = fast_terms(teacher, student, images, labels, past, weights, momentum)
+        total = sum(terms.values())
+        slopes = torch.autograd.grad(total, list(maker.parameters()))
+        tries.append((total.item(), images.detach(), {k: v.item() for k, v in terms.items()}))
+        adam.step(slopes, lr)
+    best = min(tries, key=lambda each: each[0])
+    now = {n: tuple(x.detach() for x in each) for n, each in now.items()}
+    return best[1], best[2], smoothed(past, now, momentum)

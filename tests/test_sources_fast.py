@@ -15,6 +15,7 @@ from abdlab.defenses import Defense
 from abdlab.runs import Run, distilled, synthesize
 from abdlab.sources.fastdfkd import FastDFKD
 from abdlab.sources.lasting import average
+from abdlab.sources.nayer import NAYER, label_codes
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -34,8 +35,14 @@ def fastdfkd(**options):
     return source
 
 
-POOLED = pytest.mark.parametrize("make", [fastdfkd])
-ALL = pytest.mark.parametrize("make", [fastdfkd])
+def nayer(**options):
+    source = NAYER((1, 8, 8), **{**SIZES, "width": 3, **options})
+    source.code, source.embedding, source.life = 12, 5, 2
+    return source
+
+
+POOLED = pytest.mark.parametrize("make", [fastdfkd, nayer])
+ALL = pytest.mark.parametrize("make", [fastdfkd, nayer])
 
 
 def started(source, teacher, student, seed=0):
@@ -74,20 +81,29 @@ class TestFastDFKD:
         source = started(fastdfkd(**options), teacher, student)
         meta, rng = copy.deepcopy(source.meta), source.rng.clone_state()
         kept, reports = [], []
-        for _ in range(3):
+        for _ in range(2):
             source._round([])
             kept.append(source.pool[-6:])
             reports.append({k: v.item() for k, v in source.losses.items()})
 
         rounds = []
-        for n in range(3):
+        for n in range(2):
             noise = torch.randn(6, 5, generator=rng)
             rounds.append((noise, torch.randint(3, (6,), generator=rng)))
             for _ in range(steps):  # views that change nothing draw all the same
                 random_views(torch.zeros(6, 1, 8, 8), rng)
             torch.randperm(6 * (n + 1), generator=rng)  # the pool's new order
         expected, terms = literal_fast.fastdfkd_rounds(
-            meta, teacher, student, rounds, steps, 5e-3, 0.015, (10.0, 0.4, 1.1), 1, 0.9
+            meta,
+            teacher,
+            student,
+            rounds,
+            steps,
+            5e-3,
+            0.015 if steps <= 2 else 0.01,
+            (10.0, 0.4, 1.1),
+            1,
+            0.9,
         )
         for found, wanted in zip(kept, expected, strict=True):
             assert torch.equal(found, wanted.mul(255).round().to(torch.uint8))
@@ -127,6 +143,72 @@ class TestFastDFKD:
         found = average(past, now, 0.75)
         assert [x.item() for x in found["a"]] == [1.5, 2.5]
         assert [x.item() for x in found["b"]] == [1.0, 1.0]
+
+
+class TestNAYER:
+    def test_codes_are_orthogonal_and_of_unit_length(self, double):
+        codes = label_codes(10, 12, torch.Generator().manual_seed(0))
+        assert codes.shape == (10, 12)
+        torch.testing.assert_close(codes @ codes.T, torch.eye(10))
+        assert label_codes(5, 3, torch.Generator()).shape == (5, 5)
+
+    def test_a_batch_has_every_class_alike_and_a_random_rest(self, teacher, student):
+        source, rests = started(nayer(batch_size=23), teacher, student), set()
+        for _ in range(5):
+            source.begin()
+            labels = source.targets()
+            counts = labels.bincount(minlength=10)
+            assert (len(labels), counts.min().item(), counts.max().item()) == (23, 2, 3)
+            rests.add(tuple(labels[20:].tolist()))
+        assert len(rests) > 1
+
+    def test_images_equal_literal(self, double, wrn):
+        source = started(nayer(batch_size=7), wrn(seed=1, classes=3), wrn(seed=2, classes=3))
+        maker, _ = source.begin()
+        labels, made = source.targets(), maker()
+        expected = literal_fast.noisy_images(
+            source.codes, labels, copy.deepcopy(source.norm), maker, source.core, 3
+        )
+        assert made.shape == (7, 1, 8, 8)
+        torch.testing.assert_close(made, expected)
+
+    def test_a_round_equals_literal(self, double, wrn):
+        teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
+        source = started(nayer(shift=0, flip=False, batch_size=7, warmup=0), teacher, student)
+        for _ in range(2):
+            source._round([])
+        reports = {k: v.item() for k, v in source.losses.items()}
+        twin = started(nayer(shift=0, flip=False, batch_size=7, warmup=0), teacher, student)
+        past = None
+        for _ in range(2):
+            maker, _ = twin.begin()
+            images, terms, past = literal_fast.nayer_round(
+                maker, teacher, student, twin.targets(), past, 2, 4e-3, (10.0, 0.5, 1.33), 0.9
+            )
+            for _ in range(2):
+                random_views(torch.zeros(7, 1, 8, 8), twin.rng)
+            twin.rounds_made += 1
+            torch.randperm(7 * twin.rounds_made, generator=twin.rng)
+        assert torch.equal(source.pool[-7:], images.mul(255).round().to(torch.uint8))
+        assert reports == pytest.approx(terms, rel=1e-6)
+
+    def test_the_generator_starts_anew_at_the_end_of_its_life(self, teacher, student):
+        source, cores = started(nayer(), teacher, student), []
+        for _ in range(4):
+            source._round([])
+            cores.append(source.core)
+        assert cores[0] is cores[1]
+        assert cores[1] is not cores[2]
+        assert cores[2] is cores[3]
+
+    def test_noisy_layers_and_generator_learn(self, teacher, student):
+        source = started(nayer(synthesis_steps=1), teacher, student)
+        maker, (adam,) = source.begin()
+        before = weights(maker)
+        maker().sum().backward()
+        adam.step()
+        for name in ("weight", "generator.layers.0.weight", "norm.weight"):
+            assert not torch.equal(before[name], weights(maker)[name]), name
 
 
 class TestPooled:
@@ -276,9 +358,16 @@ class TestErrors:
 
 
 class TestSettings:
-    @pytest.mark.parametrize("name", ["fastdfkd"])
+    @pytest.mark.parametrize("name", ["fastdfkd", "nayer"])
     def test_a_run_and_images_of_it(self, digits, tmp_path, name):
-        sizes = {"rounds": 2, "synthesis_steps": 1, "kd_steps": 2, "batch_size": 4, "width": 4}
+        sizes = {
+            "rounds": 2,
+            "warmup": 1,
+            "synthesis_steps": 1,
+            "kd_steps": 2,
+            "batch_size": 4,
+            "width": 4,
+        }
         chosen = settings(
             "quick/digits", {f"{name}.{k}": v for k, v in sizes.items()}, device="cpu"
         )

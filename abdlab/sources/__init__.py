@@ -8,6 +8,7 @@ from abdlab.sources.dfad import DFAD
 from abdlab.sources.dfq import DFQ
 from abdlab.sources.fastdfkd import FastDFKD
 from abdlab.sources.mixed import Mixed
+from abdlab.sources.nayer import NAYER
 from abdlab.sources.ood import OOD
 from abdlab.sources.source import Batch, Source
 from abdlab.sources.zskt import ZSKT
@@ -22,6 +23,7 @@ SOURCES = {
     "dfad": DFAD,
     "dfq": DFQ,
     "fastdfkd": FastDFKD,
+    "nayer": NAYER,
     "ood": OOD,
     "mixed": Mixed,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "DAFL",
     "DFAD",
     "DFQ",
+    "NAYER",
     "OOD",
     "SOURCES",
     "ZSKT",

@@ -47,7 +47,7 @@ class FastDFKD(Lasting):
         shape: (channels, height, width) of the images.
         rounds: with student steps. warmup: rounds before them.
         synthesis_steps, generator_lr: of the clone's Adam; the paper has 2 at 5e-3, 5
-            at 3e-3, 10 at 2e-3.
+            at 3e-3, 10 at 2e-3. The noise has .015 with up to 2 steps, else .01.
         kd_steps: student steps per round. batch_size: images per round, and per student
             step. The pool keeps all: (rounds + warmup) x batch_size images of 8 bits.
         lr: the student's SGD, cosine to 0 by step.
@@ -62,8 +62,6 @@ class FastDFKD(Lasting):
 
     #: noise dimensions
     z = 256
-    #: Adam's rate for the noise (the paper has .015 with 2 steps, else .01)
-    noise_lr = 0.015
 
     def __init__(
         self,
@@ -97,12 +95,10 @@ class FastDFKD(Lasting):
             one_hot=one_hot,
             adversarial=adversarial,
             temperature=temperature,
+            width=width,
             shift=shift,
             flip=flip,
         )
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
-        self.width = width
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -118,9 +114,10 @@ class FastDFKD(Lasting):
     def begin(self):
         z = deliver(torch.randn(self.synthesis_batch, self.z, generator=self.rng), self.device)
         clone = _Clone(copy.deepcopy(self.meta), z)
+        noise_lr = 0.015 if self.synthesis_steps <= 2 else 0.01
         groups = [
             {"params": clone.generator.parameters()},
-            {"params": [clone.z], "lr": self.noise_lr},
+            {"params": [clone.z], "lr": noise_lr},
         ]
         return clone, [Adam(groups, lr=self.generator_lr, betas=(0.5, 0.999), fused=True)]
 

@@ -90,11 +90,14 @@ class Lasting(Pooled):
         one_hot: float,
         adversarial: float,
         temperature: float,
+        width: int,
         shift: int,
         flip: bool,
     ):
         if warmup < 0:
             raise ValueError(f"warmup is a number of rounds, at least 0, not {warmup}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, not {width}")
         super().__init__(
             shape,
             rounds=rounds,
@@ -113,6 +116,7 @@ class Lasting(Pooled):
             flip=flip,
         )
         self.warmup, self.generator_lr, self.adversarial = warmup, generator_lr, adversarial
+        self.width = width
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)

@@ -193,14 +193,18 @@ class Pooled(Source):
         """
         return batch_norm_loss(self.teacher, inputs)
 
+    def targets(self) -> Tensor:
+        """The new round's classes (synthesis_batch,), at random, on the device."""
+        return deliver(
+            torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device
+        )
+
     def gather(self, maker: nn.Module) -> None:
         """Learn from the gradients that each synthesis step leaves on its maker."""
 
     def _round(self, defenses: Sequence) -> None:
         maker, optimizers = self.begin()
-        targets = deliver(
-            torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device
-        )
+        targets = self.targets()
         best, norm = None, torch.zeros((), device=self.device)
         for _ in range(self.synthesis_steps):
             images = maker()
