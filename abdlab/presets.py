@@ -69,6 +69,7 @@ SECTIONS: dict[str, list[str]] = {
     "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
     "fastdfkd": _free(SOURCES["fastdfkd"], *_AUGMENT),
     "nayer": _free(SOURCES["nayer"], *_AUGMENT),
+    "cgdfkd": _free(SOURCES["cgdfkd"]),
     "ood": _free(SOURCES["ood"], *_AUGMENT),
     "mixed": [
         "members",
@@ -451,6 +452,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sv": _PAPER_SV,
         "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
     },
+    # The paper's OOD rows are of trojan_wm and badnet_grid.
+    "paper/cifar10/ood": {
+        "data": {"name": "cifar10"},
+        "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
+        "teacher": _PAPER_TEACHER,
+        "student": {"model": "wrn-16-1"},  # [paper]
+        "ood": _PAPER_OOD,
+        "clean": _PAPER_CLEAN,
+        "sv": {
+            **_PAPER_SV,
+            "form": "weights",  # [paper] nothing is synthesised: suspicious samples are weighed
+            "ascent": False,  # [paper] by 1 - phi + phi / alpha
+            # ours: that alpha, by the form (10: the paper's .1 would strengthen them)
+            "kd_alpha": None,
+        },
+        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
+    },
     # The paper does not have FastDFKD: its networks and attack, FastDFKD's own settings.
     "paper/cifar10/fastdfkd": {
         "data": {"name": "cifar10"},
@@ -471,23 +489,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "clean": _PAPER_CLEAN,
         "sv": _PAPER_SV,
         "sr": _PAPER_SR,
-    },
-    # The paper's OOD rows are of trojan_wm and badnet_grid.
-    "paper/cifar10/ood": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "ood": _PAPER_OOD,
-        "clean": _PAPER_CLEAN,
-        "sv": {
-            **_PAPER_SV,
-            "form": "weights",  # [paper] nothing is synthesised: suspicious samples are weighed
-            "ascent": False,  # [paper] by 1 - phi + phi / alpha
-            # ours: that alpha, by the form (10: the paper's .1 would strengthen them)
-            "kd_alpha": None,
-        },
-        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
     },
     "paper/gtsrb/zskt": {
         "data": {"name": "gtsrb"},

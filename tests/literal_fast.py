@@ -133,3 +133,16 @@ def nayer_round(maker, teacher, student, labels, past, steps, lr, weights, momen
     best = min(tries, key=lambda each: each[0])
     now = {n: tuple(x.detach() for x in each) for n, each in now.items()}
     return best[1], best[2], smoothed(past, now, momentum)
+
+
+def cgdfkd_terms(teacher, student, images, asked, one_hot, batch_norm, adversarial, temperature):
+    """The conditional generator's weighed terms by name; ``asked`` holds one-hot classes."""
+    norms = norms_of(teacher)
+    logits, found = literal.layer_inputs(teacher, images, norms)
+    targets = torch.tensor([row.index(1) for row in asked])
+    answers = student(images)
+    return {
+        "one_hot": one_hot * literal.cross_entropy(logits, targets),
+        "batch_norm": batch_norm * off(teacher, {n: moments(found[n]) for n in norms}),
+        "adversarial": -adversarial * literal.mean_kl(logits, answers, temperature),
+    }

@@ -4,6 +4,7 @@ resuming.
 
 import copy
 
+import literal
 import literal_fast
 import pytest
 import torch
@@ -13,6 +14,7 @@ from abdlab import Diverged, SelfRetrospection, ShufflingVaccine, distill, setti
 from abdlab.data import random_views
 from abdlab.defenses import Defense
 from abdlab.runs import Run, distilled, synthesize
+from abdlab.sources.cgdfkd import CGDFKD
 from abdlab.sources.fastdfkd import FastDFKD
 from abdlab.sources.lasting import average
 from abdlab.sources.nayer import NAYER, label_codes
@@ -41,8 +43,13 @@ def nayer(**options):
     return source
 
 
+def cgdfkd(**options):
+    sizes = {"pseudo_batches": 12, "batch_size": 6, "student_steps": 2, "z": 5, "width": 3}
+    return CGDFKD((1, 8, 8), **{**sizes, **options})
+
+
 POOLED = pytest.mark.parametrize("make", [fastdfkd, nayer])
-ALL = pytest.mark.parametrize("make", [fastdfkd, nayer])
+ALL = pytest.mark.parametrize("make", [fastdfkd, nayer, cgdfkd])
 
 
 def started(source, teacher, student, seed=0):
@@ -209,6 +216,76 @@ class TestNAYER:
         adam.step()
         for name in ("weight", "generator.layers.0.weight", "norm.weight"):
             assert not torch.equal(before[name], weights(maker)[name]), name
+
+
+class TestCGDFKD:
+    def test_noise_carries_one_class_per_image(self, teacher, student):
+        source = started(cgdfkd(batch_size=200), teacher, student)
+        noise = source.noise()
+        classes = noise[:, 5:]
+        assert noise.shape == (200, 15)
+        assert classes.sum(1).eq(1).all()
+        assert set(classes.argmax(1).tolist()) == set(range(10))
+
+    def test_terms_equal_literal(self, double, wrn):
+        teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
+        options = {"one_hot": 0.7, "batch_norm": 2.0, "adversarial": 0.5, "temperature": 2.0}
+        source = started(cgdfkd(**options), teacher, student)
+        noise = source.noise()
+        images = source.generator(noise)
+        logits, losses = source.generator_terms(images, noise, [])
+        expected = literal_fast.cgdfkd_terms(
+            teacher, student, images, noise[:, 5:].tolist(), 0.7, 2.0, 0.5, 2.0
+        )
+        torch.testing.assert_close(logits, teacher(images))
+        assert losses.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name], value)
+
+    def test_the_student_learns_logits_and_attention(self, double, wrn):
+        teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
+        source = started(cgdfkd(temperature=2.0, attention=3.0), teacher, student)
+        batch = source.batch()
+        logits, kd, terms = source.student_loss(batch)
+        torch.testing.assert_close(kd.mean(), literal.mean_kl(batch.logits, logits, 2.0))
+        _, ours = literal.features(student, batch.images, student.stages)
+        _, theirs = literal.features(teacher, batch.images, teacher.stages)
+        wanted = 3 * sum(literal.attention_transfer(ours[n], theirs[n]) for n in ours)
+        torch.testing.assert_close(terms["attention"], wanted)
+
+    def test_the_generator_learns_the_classes_it_is_told(self, teacher, student):
+        options = {"adversarial": 0.0, "batch_norm": 0.0, "attention": 0.0, "generator_lr": 1e-2}
+        source = started(cgdfkd(batch_size=32, pseudo_batches=60, **options), teacher, student)
+        losses = [source.batch().losses["one_hot"].item() for _ in range(40)]
+        assert sum(losses[-5:]) < 0.93 * sum(losses[:5])
+
+    @pytest.mark.parametrize(
+        ("wrong", "match"),
+        [
+            ({"temperature": 0}, "temperature must be above 0"),
+            ({"batch_size": 1}, "batch_size at least 2"),
+            ({"student_steps": 0}, "student_steps must be at least 1"),
+        ],
+    )
+    def test_impossible_settings(self, wrong, match):
+        with pytest.raises(ValueError, match=match):
+            cgdfkd(**wrong)
+
+    def test_without_its_statistics_any_teacher_will_do(self, student):
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        source = started(cgdfkd(batch_norm=0.0, attention=0.0), teacher, student)
+        assert source.batch().losses.keys() == {"one_hot", "adversarial"}
+
+    def test_a_run_and_images_of_it(self, digits, tmp_path):
+        sizes = {"pseudo_batches": 2, "student_steps": 1, "batch_size": 4, "width": 4}
+        chosen = settings(
+            "quick/digits", {f"cgdfkd.{k}": v for k, v in sizes.items()}, device="cpu"
+        )
+        teacher = chosen.teacher(digits).eval()
+        _, metrics = distilled(tmp_path, chosen, digits, teacher, "cgdfkd")
+        assert 0 <= metrics["acc"] <= 1
+        images = synthesize(Run(tmp_path / "seed0" / "cgdfkd"), chosen, digits, teacher, 6)
+        assert images.shape == (6, 1, 8, 8)
 
 
 class TestPooled:

@@ -1,5 +1,6 @@
 """Where a student's inputs come from. A new source is one file and one line here."""
 
+from abdlab.sources.cgdfkd import CGDFKD
 from abdlab.sources.clean import CleanKD
 from abdlab.sources.cmi import CMI
 from abdlab.sources.dafl import DAFL
@@ -24,11 +25,13 @@ SOURCES = {
     "dfq": DFQ,
     "fastdfkd": FastDFKD,
     "nayer": NAYER,
+    "cgdfkd": CGDFKD,
     "ood": OOD,
     "mixed": Mixed,
 }
 
 __all__ = [
+    "CGDFKD",
     "CMI",
     "DAFL",
     "DFAD",

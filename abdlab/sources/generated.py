@@ -54,6 +54,8 @@ class Generated(Source):
     #: what stands at the generator's end, see
     #: :class:`~abdlab.sources.generator.Generator`
     output = "batchnorm"
+    #: numbers that the generator takes besides the noise, as :meth:`noise` appends them
+    conditions = 0
 
     def __init__(
         self,
@@ -86,7 +88,12 @@ class Generated(Source):
         mean, std = normalization(teacher, self.shape[0])
         with seeded(seed):
             self.generator = Generator(
-                self.shape, self.z, self.width, self.mean or mean, self.std or std, self.output
+                self.shape,
+                self.z + self.conditions,
+                self.width,
+                self.mean or mean,
+                self.std or std,
+                self.output,
             )
         self.generator.to(device, memory_format=memory_format(student)).train()
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
