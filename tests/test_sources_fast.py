@@ -3,6 +3,7 @@ resuming.
 """
 
 import copy
+from functools import partial
 
 import literal
 import literal_fast
@@ -10,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from abdlab import Diverged, SelfRetrospection, ShufflingVaccine, distill, settings
+from abdlab import (
+    DAFL,
+    DFAD,
+    DFQ,
+    ZSKT,
+    Diverged,
+    SelfRetrospection,
+    ShufflingVaccine,
+    distill,
+    settings,
+)
 from abdlab.data import random_views
 from abdlab.defenses import Defense
 from abdlab.runs import Run, distilled, synthesize
@@ -455,3 +466,83 @@ class TestSettings:
         images = synthesize(run, chosen, digits, teacher, 6)
         assert images.shape == (6, 1, 8, 8)
         assert 0 <= images.min() < images.max() <= 1
+
+
+def zskt(**options):
+    sizes = {"pseudo_batches": 12, "batch_size": 6, "student_steps": 2, "z": 5, "width": 3}
+    return ZSKT((1, 8, 8), **{**sizes, **options})
+
+
+def online(kind, **options):
+    sizes = {"pseudo_batches": 12, "batch_size": 6, "z": 5, "width": 3}
+    return kind((1, 8, 8), **{**sizes, **options})
+
+
+EMA = pytest.mark.parametrize(
+    "make",
+    [
+        zskt,
+        cgdfkd,
+        partial(online, DAFL),
+        partial(online, DFAD, generator_every=2),
+        partial(online, DFQ),
+    ],
+    ids=["zskt", "cgdfkd", "dafl", "dfad", "dfq"],
+)
+
+
+class TestMovingAverage:
+    @EMA
+    def test_its_weights_equal_literal(self, double, wrn, make):
+        source = started(make(ema=0.7), wrn(seed=1), wrn(seed=2))
+        average = [p.clone() for p in source.generator.parameters()]
+        for _ in range(3):
+            before = [p.clone() for p in source.generator.parameters()]
+            source.batch()
+            now = list(source.generator.parameters())
+            if not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+                average = [0.7 * a + 0.3 * p for a, p in zip(average, now, strict=True)]
+        for found, wanted in zip(source.shown.parameters(), average, strict=True):
+            torch.testing.assert_close(found, wanted)
+            assert not found.requires_grad
+
+    @EMA
+    def test_the_student_and_synthesize_see_its_images(self, teacher, student, make):
+        source = started(make(ema=0.999), teacher, student)
+        with torch.no_grad():
+            for p in source.shown.parameters():
+                p.zero_()
+        batch = source.batch()
+        assert batch.images.std(0).max() < 1e-4, "an average of zeros shows one image"
+        torch.testing.assert_close(batch.logits, teacher(batch.images))
+        assert source.synthesize(4).std(0).max() < 1e-4
+        assert not batch.images.requires_grad
+
+    # DAFL's and DFQ's student learns from the images before the generator's step
+    @pytest.mark.parametrize("make", [zskt, cgdfkd, partial(online, DFAD, generator_every=2)])
+    def test_without_a_memory_it_is_the_generator(self, wrn, make):
+        found = []
+        for ema in (None, 0.0):
+            steps = distill(wrn(seed=1), wrn(seed=2), make(ema=ema), device="cpu")
+            found.append([s.losses for s in steps])
+        assert found[0] == found[1]
+
+    @EMA
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, wrn, tmp_path, make):
+        def run(student, **options):
+            return distill(wrn(seed=1), student, make(ema=0.5), device="cpu", **options)
+
+        whole, student = wrn(seed=2), wrn(seed=2)
+        expected = [s.losses for s in run(whole)]
+        stream = run(student, checkpoint=tmp_path / "run.safetensors")
+        found = [next(stream).losses for _ in range(5)]
+        stream.close()
+        found += [s.losses for s in run(student, checkpoint=tmp_path / "run.safetensors")]
+        assert found == expected
+        assert same(weights(whole), weights(student))
+
+    @EMA
+    @pytest.mark.parametrize("ema", [-0.1, 1.0])
+    def test_an_impossible_one(self, make, ema):
+        with pytest.raises(ValueError, match=r"ema is a share in \[0, 1\)"):
+            make(ema=ema)

@@ -35,6 +35,8 @@ class CGDFKD(ZSKT):
         pseudo_batches, batch_size, student_steps, student_lr, generator_lr, z, width,
             temperature, attention: as for :class:`~abdlab.sources.zskt.ZSKT`.
         one_hot, batch_norm, adversarial: weights, see above.
+        ema: of the generator's weights, see
+            :class:`~abdlab.sources.generated.Generated`.
 
     Only the paper's abstract is known to us: a conditional generator learns preset
     labels, the student learns teacher feature maps, and training is adversarial. Ours
@@ -63,6 +65,7 @@ class CGDFKD(ZSKT):
         one_hot: float = 1.0,
         batch_norm: float = 1.0,
         adversarial: float = 1.0,
+        ema: float | None = None,
     ):
         super().__init__(
             shape,
@@ -76,6 +79,7 @@ class CGDFKD(ZSKT):
             temperature=temperature,
             class_mean=False,
             attention=attention,
+            ema=ema,
         )
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")

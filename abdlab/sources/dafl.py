@@ -59,6 +59,8 @@ class DAFL(Generated):
             code.
         mean, std: per channel, of the normalisation that the images are emitted in; by
             default the teacher's own.
+        ema: of the generator's weights, see
+            :class:`~abdlab.sources.generated.Generated`.
 
     The defaults are the official repository's CIFAR-10 command; the paper's text has 1,
     5 and .1 for the three weights, its MNIST settings. Deviations: the paper divides
@@ -93,6 +95,7 @@ class DAFL(Generated):
         clip: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        ema: float | None = None,
     ):
         super().__init__(
             shape,
@@ -104,6 +107,7 @@ class DAFL(Generated):
             clip=clip,
             mean=mean,
             std=std,
+            ema=ema,
         )
         self.student_lr, self.momentum, self.weight_decay = student_lr, momentum, weight_decay
         self.milestones = shares_of_run(milestones)
@@ -130,7 +134,8 @@ class DAFL(Generated):
         return optimizer, decay(optimizer, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        images = self.generator(self.noise())
+        noise = self.noise()
+        images = self.generator(noise)
         with record(self.teacher, self.read_by, inputs=True) as features:
             logits = self.teacher(images)
         losses = {
@@ -140,7 +145,7 @@ class DAFL(Generated):
         if self.read_by:
             losses["activation"] = self.activation * activation_loss(features[self.read_by[0]])
         losses = self.learn(images, logits, losses, defenses)
-        return Batch(images.detach(), logits.detach(), losses=losses)
+        return Batch(*self.seen(noise, images, logits), losses=losses)
 
     def student_loss(self, batch: Batch):
         logits = self.student(batch.images)

@@ -43,6 +43,8 @@ class DFAD(Generated):
             code.
         mean, std: per channel, of the normalisation that the images are emitted in; by
             default the teacher's own.
+        ema: of the generator's weights, see
+            :class:`~abdlab.sources.generated.Generated`.
 
     Deviations: the student's batch-norm statistics do not record the generator step's
     pass (the official loop lets them, so that 1 pass in 6 sees images that the student
@@ -70,6 +72,7 @@ class DFAD(Generated):
         clip: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        ema: float | None = None,
     ):
         super().__init__(
             shape,
@@ -81,6 +84,7 @@ class DFAD(Generated):
             clip=clip,
             mean=mean,
             std=std,
+            ema=ema,
         )
         if generator_every < 1:
             raise ValueError(
@@ -111,7 +115,7 @@ class DFAD(Generated):
                 losses["generator"] = -discrepancy(logits, self.student(images)).mean()
             losses = self.learn(images, logits, losses, defenses)
         with torch.no_grad():
-            images = self.generator(self.noise())
+            images = self.shown(self.noise())
             return Batch(images, self.teacher(images), losses=losses)
 
     def student_loss(self, batch: Batch):

@@ -51,6 +51,8 @@ class DFQ(Generated):
         adversarial, batch_norm, entropy, balance: weights of the four terms.
         temperature: of the student's loss (paper: 1; the re-implementation below: 20).
         clip: gradient norm of student and generator; None leaves both.
+        ema: of the generator's weights, see
+            :class:`~abdlab.sources.generated.Generated`.
 
     The paper's code is not public. The weights and sizes are those of the
     re-implementation that the authors of CMI compare with (arXiv 2105.08584).
@@ -87,6 +89,7 @@ class DFQ(Generated):
         balance: float = 20.0,
         temperature: float = 1.0,
         clip: float | None = None,
+        ema: float | None = None,
     ):
         super().__init__(
             shape,
@@ -98,6 +101,7 @@ class DFQ(Generated):
             clip=clip,
             mean=None,
             std=None,
+            ema=ema,
         )
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup is a share of the run in [0, 1), not {warmup}")
@@ -129,7 +133,8 @@ class DFQ(Generated):
         return optimizer, CosineAnnealingLR(optimizer, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        images = self.generator(self.noise())
+        noise = self.noise()
+        images = self.generator(noise)
         with norm_inputs(self.teacher) if self.batch_norm else nullcontext({}) as inputs:
             logits = self.teacher(images)
         losses = {
@@ -145,7 +150,7 @@ class DFQ(Generated):
                 )
         losses = self.learn(images, logits, losses, defenses)
         self.made += 1
-        return Batch(images.detach(), logits.detach(), losses=losses)
+        return Batch(*self.seen(noise, images, logits), losses=losses)
 
     def student_loss(self, batch: Batch):
         logits = self.student(batch.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,9 @@ class Generated(Source):
         mean, std: per channel, of the normalisation that the images are emitted in; by
             default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
             and 0.25. A generator that emits pixels does not use them.
+        ema: in [0, 1): the student and :meth:`synthesize` see images of a moving average
+            of the generator's weights, which keeps that share of itself in every step;
+            None shows the generator's own.
     """
 
     captures = True
@@ -69,6 +73,7 @@ class Generated(Source):
         clip: float | None,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
+        ema: float | None = None,
     ):
         self.shape = image_shape(shape)
         if min(pseudo_batches, z, width) < 1 or batch_size < 2:
@@ -76,6 +81,9 @@ class Generated(Source):
                 "pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch"
                 " norm)"
             )
+        if ema is not None and not 0 <= ema < 1:
+            raise ValueError(f"ema is a share in [0, 1), or None for no average, not {ema}")
+        self.ema = ema
         self.pseudo_batches, self.batch_size = pseudo_batches, batch_size
         self.generator_lr, self.z, self.width, self.clip = generator_lr, z, width, clip
         self.mean, self.std = mean, std
@@ -96,6 +104,10 @@ class Generated(Source):
                 self.output,
             )
         self.generator.to(device, memory_format=memory_format(student)).train()
+        #: what the student sees images of: the generator, or its moving average
+        self.shown = self.generator
+        if self.ema is not None:
+            self.shown = copy.deepcopy(self.generator).requires_grad_(False)
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
 
     def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:
@@ -160,7 +172,26 @@ class Generated(Source):
         self.norms["+".join(losses)] = take_step(
             [self.generator_optimizer], self.generator, self.clip
         )
+        self._follow()
         return {name: value.detach() for name, value in losses.items()}
+
+    def seen(self, noise: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, teacher's logits) for the student, detached: those that the generator
+        has just learnt from, or new ones of its moving average.
+        """
+        if self.shown is self.generator:
+            return images.detach(), logits.detach()
+        with torch.no_grad():
+            images = self.shown(noise)
+            return images, self.teacher(images)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The moving average's step after the generator's."""
+        if self.shown is not self.generator:
+            pairs = zip(self.shown.parameters(), self.generator.parameters(), strict=True)
+            for average, now in pairs:
+                average.lerp_(now, 1 - self.ema)
 
     def advance(self) -> None:
         """The step of the generator's schedule that follows each of :meth:`improve`."""
@@ -175,12 +206,14 @@ class Generated(Source):
         Leaves the run's own random numbers and the generator's statistics alone.
         """
         rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
-        with frozen(self.generator):
-            return torch.cat([self.generator(self.noise(rng)) for _ in range(count)])[:n]
+        with frozen(self.shown):
+            return torch.cat([self.shown(self.noise(rng)) for _ in range(count)])[:n]
 
     def state(self):
+        average = {} if self.shown is self.generator else {"average": self.shown.state_dict()}
         return {
             **super().state(),
+            **average,
             "generator": self.generator.state_dict(),
             "optimizer": self.generator_optimizer.state_dict(),
             "schedule": self.generator_schedule and self.generator_schedule.state_dict(),
@@ -189,6 +222,8 @@ class Generated(Source):
     def restore(self, state):
         super().restore(state)
         self.generator.load_state_dict(state["generator"])
+        if self.shown is not self.generator:
+            self.shown.load_state_dict(state["average"])
         load_optimizer(self.generator_optimizer, state["optimizer"])
         if self.generator_schedule is not None:
             self.generator_schedule.load_state_dict(state["schedule"])

@@ -71,6 +71,8 @@ class ZSKT(Generated):
         mean, std: per channel, of the normalisation that the images are emitted in; by
             default the teacher's own :class:`~abdlab.models.Normalize` layer, or 0.5
             and 0.25.
+        ema: of the generator's weights, see
+            :class:`~abdlab.sources.generated.Generated`.
 
     Deviation: the student's batch-norm statistics do not record the generator step's
     pass (the official loop lets them, so that 1 pass in 11 sees images that the student
@@ -99,6 +101,7 @@ class ZSKT(Generated):
         clip: float = 5.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        ema: float | None = None,
     ):
         super().__init__(
             shape,
@@ -110,6 +113,7 @@ class ZSKT(Generated):
             clip=clip,
             mean=mean,
             std=std,
+            ema=ema,
         )
         if student_steps < 1:
             raise ValueError(f"student_steps must be at least 1, not {student_steps}")
@@ -157,7 +161,7 @@ class ZSKT(Generated):
         logits, losses = self.generator_terms(images, noise, defenses)
         losses = self.improve(images, logits, losses, defenses)
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
-            images = self.generator(noise)
+            images = self.shown(noise)
             logits = self.teacher(images)
             maps = {
                 layer: attention(feature) for layer, feature in features.items()
