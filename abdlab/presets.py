@@ -321,14 +321,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "dfq": {"pseudo_batches": 400, "batch_size": 64, "width": 24, "z": 100},
         "fastdfkd": {
             "rounds": 20,
-            "warmup": 5,
-            "synthesis_steps": 5,
-            "generator_lr": 3e-3,
+            "warmup": 10,
+            "synthesis_steps": 10,
+            "generator_lr": 2e-3,
             "kd_steps": 20,
-            "batch_size": 64,
+            "batch_size": 32,
             "lr": 0.1,
             "width": 24,
         },
+        "nayer": {
+            "rounds": 10,
+            "warmup": 3,
+            "synthesis_steps": 15,
+            "kd_steps": 40,
+            "batch_size": 32,
+            "lr": 0.1,
+            "width": 24,
+        },
+        "cgdfkd": {"pseudo_batches": 160, "batch_size": 32, "width": 24, "attention": 0.0},
         # a photograph is far from digits: seed 0 ends at ACC 80 %, ASR 100 % after
         # 2,560 steps
         "ood": {
