@@ -65,6 +65,7 @@ SECTIONS: dict[str, list[str]] = {
     "dafl": _free(SOURCES["dafl"]),
     "dfad": _free(SOURCES["dfad"]),
     "dfq": _free(SOURCES["dfq"]),
+    "choi": _free(SOURCES["choi"]),
     "cmi": _free(SOURCES["cmi"], *_AUGMENT),
     "deepinversion": _free(SOURCES["deepinversion"], *_AUGMENT),
     "fastdfkd": _free(SOURCES["fastdfkd"], *_AUGMENT),
@@ -319,6 +320,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "clip": 5.0,
         },
         "dfq": {"pseudo_batches": 400, "batch_size": 64, "width": 24, "z": 100},
+        "choi": {"pseudo_batches": 160, "batch_size": 32, "width": 24},
         "fastdfkd": {
             "rounds": 20,
             "warmup": 10,

@@ -146,3 +146,24 @@ def cgdfkd_terms(teacher, student, images, asked, one_hot, batch_norm, adversari
         "batch_norm": batch_norm * off(teacher, {n: moments(found[n]) for n in norms}),
         "adversarial": -adversarial * literal.mean_kl(logits, answers, temperature),
     }
+
+
+def choi_terms(teacher, student, images, alpha):
+    """Choi et al.'s generator: -KL(T || S) + alpha x (divergence of Gaussians + instance
+    entropy - batch entropy), by name.
+    """
+    norms = norms_of(teacher)
+    logits, found = literal.layer_inputs(teacher, images, norms)
+    off = 0
+    for name, norm in norms.items():
+        for mean, variance, to_mean, to_variance in zip(
+            *moments(found[name]), norm.running_mean, norm.running_var, strict=True
+        ):
+            spread = (variance.sqrt() / to_variance.sqrt()).log()
+            off = off + ((mean - to_mean) ** 2 + variance) / (2 * to_variance) - spread - 0.5
+    return {
+        "entropy": alpha * literal.instance_entropy(logits),
+        "balance": -alpha * literal.batch_entropy(logits),
+        "batch_norm": alpha * off,
+        "adversarial": -literal.mean_kl(logits, student(images)),
+    }

@@ -26,6 +26,7 @@ from abdlab.data import random_views
 from abdlab.defenses import Defense
 from abdlab.runs import Run, distilled, synthesize
 from abdlab.sources.cgdfkd import CGDFKD
+from abdlab.sources.choi import Choi, gaussian_divergence
 from abdlab.sources.fastdfkd import FastDFKD
 from abdlab.sources.lasting import average
 from abdlab.sources.nayer import NAYER, label_codes
@@ -59,8 +60,13 @@ def cgdfkd(**options):
     return CGDFKD((1, 8, 8), **{**sizes, **options})
 
 
+def choi(**options):
+    sizes = {"pseudo_batches": 12, "batch_size": 6, "student_steps": 2, "z": 5, "width": 3}
+    return Choi((1, 8, 8), **{**sizes, **options})
+
+
 POOLED = pytest.mark.parametrize("make", [fastdfkd, nayer])
-ALL = pytest.mark.parametrize("make", [fastdfkd, nayer, cgdfkd])
+ALL = pytest.mark.parametrize("make", [fastdfkd, nayer, cgdfkd, choi])
 
 
 def started(source, teacher, student, seed=0):
@@ -299,6 +305,33 @@ class TestCGDFKD:
         assert images.shape == (6, 1, 8, 8)
 
 
+class TestChoi:
+    def test_the_divergence_by_hand(self):
+        # variance 4 against 1 at the same mean: (4 - 1 - log 4) / 2
+        found = gaussian_divergence(*(torch.tensor([x]) for x in (0.0, 4.0, 0.0, 1.0)))
+        assert found.item() == pytest.approx(0.806853, rel=1e-4)
+
+    def test_terms_equal_literal(self, double, wrn):
+        teacher, student = wrn(seed=1, classes=3), wrn(seed=2, classes=3)
+        source = started(choi(warmup=0.0, alpha=0.3), teacher, student)
+        images = copy.deepcopy(source.generator)(
+            torch.randn(6, 5, generator=source.rng.clone_state())
+        )
+        # the student's norms answer with the batch's own statistics, and record nothing
+        expected = literal_fast.choi_terms(teacher, copy.deepcopy(student), images, 0.3)
+        found = source.batch().losses
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+    def test_its_student_takes_all_steps_on_a_cosine(self, teacher, student):
+        source = started(choi(student_steps=3), teacher, student)
+        _, schedule = source.optimizer(student)
+        assert schedule.T_max == 36
+        with pytest.raises(ValueError, match="student_steps must be at least 1, not 0"):
+            choi(student_steps=0)
+
+
 class TestPooled:
     @POOLED
     def test_the_warm_up_makes_rounds_without_the_student(self, teacher, make):
@@ -486,8 +519,9 @@ EMA = pytest.mark.parametrize(
         partial(online, DAFL),
         partial(online, DFAD, generator_every=2),
         partial(online, DFQ),
+        choi,
     ],
-    ids=["zskt", "cgdfkd", "dafl", "dfad", "dfq"],
+    ids=["zskt", "cgdfkd", "dafl", "dfad", "dfq", "choi"],
 )
 
 

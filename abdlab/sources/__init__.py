@@ -1,6 +1,7 @@
 """Where a student's inputs come from. A new source is one file and one line here."""
 
 from abdlab.sources.cgdfkd import CGDFKD
+from abdlab.sources.choi import Choi
 from abdlab.sources.clean import CleanKD
 from abdlab.sources.cmi import CMI
 from abdlab.sources.dafl import DAFL
@@ -23,6 +24,7 @@ SOURCES = {
     "dafl": DAFL,
     "dfad": DFAD,
     "dfq": DFQ,
+    "choi": Choi,
     "fastdfkd": FastDFKD,
     "nayer": NAYER,
     "cgdfkd": CGDFKD,
@@ -41,6 +43,7 @@ __all__ = [
     "SOURCES",
     "ZSKT",
     "Batch",
+    "Choi",
     "CleanKD",
     "DeepInversion",
     "FastDFKD",

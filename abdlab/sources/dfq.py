@@ -54,8 +54,9 @@ class DFQ(Generated):
         ema: of the generator's weights, see
             :class:`~abdlab.sources.generated.Generated`.
 
-    The paper's code is not public. The weights and sizes are those of the
-    re-implementation that the authors of CMI compare with (arXiv 2105.08584).
+    :class:`~abdlab.sources.choi.Choi` has the form that the paper prints. Its code is
+    not public. The weights and sizes here are those of the re-implementation that the
+    authors of CMI compare with (arXiv 2105.08584).
     Deviations from the paper: one generator and one student; statistics are compared by
     the l2 norms of DeepInversion, as there, and not by the divergence of two Gaussians;
     the student learns during the warm-up too, so that a run has one kind of step. From
@@ -142,7 +143,7 @@ class DFQ(Generated):
             "balance": self.balance * class_balance(logits),
         }
         if self.batch_norm:
-            losses["batch_norm"] = self.batch_norm * batch_norm_loss(self.teacher, inputs)
+            losses["batch_norm"] = self.batch_norm * self.distance(inputs)
         if self.adversarial and self.made >= round(self.warmup * self.horizon):
             with frozen(self.student):
                 losses["adversarial"] = self.adversarial * disagreement(
@@ -151,6 +152,12 @@ class DFQ(Generated):
         losses = self.learn(images, logits, losses, defenses)
         self.made += 1
         return Batch(*self.seen(noise, images, logits), losses=losses)
+
+    def distance(self, inputs: dict[str, Tensor]) -> Tensor:
+        """How far the images' statistics, in what entered the teacher's batch norms, are
+        from the remembered ones; a scalar.
+        """
+        return batch_norm_loss(self.teacher, inputs)
 
     def student_loss(self, batch: Batch):
         logits = self.student(batch.images)
