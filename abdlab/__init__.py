@@ -41,17 +41,33 @@ from abdlab.runs import (
     vaccine_trials,
 )
 from abdlab.side_by_side import side_by_side
-from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
+from abdlab.sources import (
+    CGDFKD,
+    CMI,
+    DAFL,
+    DFAD,
+    DFQ,
+    NAYER,
+    OOD,
+    ZSKT,
+    Choi,
+    CleanKD,
+    DeepInversion,
+    FastDFKD,
+    Mixed,
+)
 from abdlab.train import train
 from abdlab.triggers import TRIGGERS, Trigger, trigger_from
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CGDFKD",
     "CMI",
     "DAFL",
     "DFAD",
     "DFQ",
+    "NAYER",
     "OOD",
     "PGD",
     "PRESETS",
@@ -60,11 +76,13 @@ __all__ = [
     "ZSKT",
     "Attack",
     "CheckpointError",
+    "Choi",
     "CleanKD",
     "Dataset",
     "DeepInversion",
     "Diverged",
     "Exam",
+    "FastDFKD",
     "Mixed",
     "Poisoned",
     "Run",
