@@ -313,6 +313,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "synthesis_batch": 64,  # [paper] 256
         },
         "zskt": {**_PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
+        # not yet measured at this size
         "fastdfkd": {
             **_FASTDFKD,
             "rounds": 40,  # its paper: 200
@@ -321,6 +322,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_size": 128,  # 256
             "lr": 0.1,  # .2
         },
+        # these three by analogy, as unmeasured
+        "nayer": {
+            "rounds": 20,  # its paper: 200
+            "warmup": 10,  # 200
+            "synthesis_steps": 15,  # 30
+            "kd_steps": 120,  # 200
+            "batch_size": 128,  # 400
+            "lr": 0.1,  # .2
+        },
+        "cgdfkd": {"pseudo_batches": 300},
+        "choi": {"pseudo_batches": 300, "batch_size": 128},
         "clean": {**_PAPER_CLEAN, "epochs": 30},  # ours: 200
         "sv": {**_PAPER_SV, "stop": 0.95},  # [paper] .99: where SR begins
         # the paper's delta within so few steps costs ACC and leaves the backdoor

@@ -363,6 +363,12 @@ class TestPooled:
         assert sizes == [12] * 12
 
     @POOLED
+    def test_one_that_holds_from_the_start_leaves_one_batch(self, teacher, student, make):
+        source = make(warmup=2)
+        stream = distill(teacher, student, source, defenses=[Holding(0)], device="cpu")
+        assert [len(source.pool) for _ in stream] == [6] * 12
+
+    @POOLED
     def test_without_an_adversarial_weight_the_student_is_spared(self, teacher, make):
         def fail(*args):
             raise AssertionError("the student was run")

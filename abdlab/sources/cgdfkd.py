@@ -1,5 +1,11 @@
 """Conditional generative data-free knowledge distillation (Yu et al., arXiv
 2112.15358): a generator that is told the class.
+
+Only the paper's abstract is known to us: a conditional generator learns preset labels,
+the student learns teacher feature maps, and training is adversarial. Ours are therefore
+all numbers (ZSKT's where it has them), the batch-norm term, one-hot labels as
+condition, and attention maps as feature knowledge, which fit networks of different
+widths.
 """
 
 from __future__ import annotations
@@ -34,11 +40,7 @@ class CGDFKD(ZSKT):
             width, attention, ema: see :class:`~abdlab.sources.zskt.ZSKT`.
         batch_norm, adversarial: weights, see above.
 
-    Only the paper's abstract is known to us: a conditional generator learns preset
-    labels, the student learns teacher feature maps, and training is adversarial. Ours
-    are therefore all numbers (ZSKT's where it has them), the batch-norm term, one-hot
-    labels as condition, and attention maps as feature knowledge, which fit networks of
-    different widths.
+    What is ours and not the paper's stands at the top of the file.
 
     Raises:
         ValueError: on :meth:`start`, when the networks' stages do not fit, or when

@@ -116,8 +116,9 @@ class Lasting(Pooled):
         self.rounds_made, self.past, self.now = 0, {}, {}
 
     def batch(self, defenses: Sequence = ()):
-        while self.made == 0 and self.rounds_made < self.warmup:
-            self._round(defenses)
+        if self.made == 0:
+            for _ in range(self.warmup):
+                self._round(defenses)
         return super().batch(defenses)
 
     def terms(self, images, targets):

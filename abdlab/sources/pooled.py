@@ -38,7 +38,7 @@ class Pooled(Source):
     loss was lowest. Then follow ``kd_steps`` student steps on batches of the pool, each
     a pseudo-batch. **The first one of a round runs the whole synthesis before it.** The
     losses of the kept batch stand in every Step of the round. The pool holds at most
-    ``pool`` images as 8-bit bytes; when it is full, the oldest make room.
+    ``pool`` images as 8-bit bytes; when full, the oldest make room.
 
     Subclasses define :meth:`begin` and :meth:`terms`.
 
