@@ -28,7 +28,21 @@ from abdlab.presets import PRESETS, SCALES
 from abdlab.runs import Run, folder_of, history, table
 from abdlab.settings import Settings, settings
 from abdlab.side_by_side import side_by_side
-from abdlab.sources import CMI, DAFL, DFAD, DFQ, OOD, ZSKT, CleanKD, DeepInversion, Mixed
+from abdlab.sources import (
+    CGDFKD,
+    CMI,
+    DAFL,
+    DFAD,
+    DFQ,
+    NAYER,
+    OOD,
+    ZSKT,
+    Choi,
+    CleanKD,
+    DeepInversion,
+    FastDFKD,
+    Mixed,
+)
 from abdlab.stream import Step, progress
 from abdlab.students import clean_teacher_control, distill_all, distillation, distilled
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher, prepare, ready_triggers
@@ -37,10 +51,12 @@ from abdlab.train import train
 __version__ = "0.1.0"
 
 __all__ = [
+    "CGDFKD",
     "CMI",
     "DAFL",
     "DFAD",
     "DFQ",
+    "NAYER",
     "OOD",
     "PGD",
     "PRESETS",
@@ -49,11 +65,13 @@ __all__ = [
     "ZSKT",
     "Attack",
     "CheckpointError",
+    "Choi",
     "CleanKD",
     "Dataset",
     "DeepInversion",
     "Diverged",
     "Exam",
+    "FastDFKD",
     "Mixed",
     "Poisoned",
     "Run",

@@ -103,6 +103,18 @@ _PAPER_CMI = {
     "contrastive": 0.8,  # [paper]
     "pool": None,  # [paper] the best batch of every round stays
 }
+# FastDFKD's own paper (Fang et al., AAAI 2022, arXiv 2112.06253), whose networks are
+# WRN-40-2 to WRN-16-1.
+_FASTDFKD = {
+    "rounds": 200,
+    "warmup": 20,
+    "synthesis_steps": 5,  # of its 2, 5 and 10
+    "generator_lr": 3e-3,  # as it has with 5
+    "kd_steps": 400,
+    "batch_size": 256,
+    "lr": 0.2,  # SGD, cosine
+    "adversarial": 1.1,
+}
 _PAPER_OOD = {
     "image": "china",  # ours: which photograph the paper has is not known to us
     "patches": 50_000,  # [code]
@@ -197,6 +209,27 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "clip": 5.0,
         },
         "dfq": {"pseudo_batches": 400, "batch_size": 64, "width": 24, "z": 100},
+        "choi": {"pseudo_batches": 160, "batch_size": 32, "width": 24},
+        "fastdfkd": {
+            "rounds": 20,
+            "warmup": 10,
+            "synthesis_steps": 10,
+            "generator_lr": 2e-3,
+            "kd_steps": 20,
+            "batch_size": 32,
+            "lr": 0.1,
+            "width": 24,
+        },
+        "nayer": {
+            "rounds": 10,
+            "warmup": 3,
+            "synthesis_steps": 15,
+            "kd_steps": 40,
+            "batch_size": 32,
+            "lr": 0.1,
+            "width": 24,
+        },
+        "cgdfkd": {"pseudo_batches": 160, "batch_size": 32, "width": 24, "attention": 0.0},
         # a photograph is far from digits: seed 0 ends at ACC 80 %, ASR 100 % after
         # 2,560 steps
         "ood": {
@@ -280,6 +313,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "synthesis_batch": 64,  # [paper] 256
         },
         "zskt": {**_PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
+        # not yet measured at this size
+        "fastdfkd": {
+            **_FASTDFKD,
+            "rounds": 40,  # its paper: 200
+            "warmup": 10,  # 20
+            "kd_steps": 60,  # 400
+            "batch_size": 128,  # 256
+            "lr": 0.1,  # .2
+        },
+        # these three by analogy, as unmeasured
+        "nayer": {
+            "rounds": 20,  # its paper: 200
+            "warmup": 10,  # 200
+            "synthesis_steps": 15,  # 30
+            "kd_steps": 120,  # 200
+            "batch_size": 128,  # 400
+            "lr": 0.1,  # .2
+        },
+        "cgdfkd": {"pseudo_batches": 300},
+        "choi": {"pseudo_batches": 300, "batch_size": 128},
         "clean": {**_PAPER_CLEAN, "epochs": 30},  # ours: 200
         "sv": {**_PAPER_SV, "stop": 0.95},  # [paper] .99: where SR begins
         # the paper's delta within so few steps costs ACC and leaves the backdoor
@@ -320,6 +373,27 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "kd_alpha": None,
         },
         "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
+    },
+    # The paper does not have FastDFKD: its networks and attack, FastDFKD's own settings.
+    "paper/cifar10/fastdfkd": {
+        "data": {"name": "cifar10"},
+        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 0},  # [paper]
+        "teacher": _PAPER_TEACHER,
+        "student": {"model": "wrn-16-1"},  # [paper]
+        "fastdfkd": _FASTDFKD,
+        "clean": _PAPER_CLEAN,
+        "sv": _PAPER_SV,
+        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
+    },
+    "paper/gtsrb/fastdfkd": {
+        "data": {"name": "gtsrb"},
+        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 1},  # [paper]
+        "teacher": _PAPER_TEACHER,
+        "student": {"model": "wrn-16-1"},  # [paper]
+        "fastdfkd": _FASTDFKD,  # as for CIFAR-10: ours
+        "clean": _PAPER_CLEAN,
+        "sv": _PAPER_SV,
+        "sr": _PAPER_SR,
     },
     "paper/gtsrb/zskt": {
         "data": {"name": "gtsrb"},
@@ -379,6 +453,12 @@ ABOUT: dict[str, About] = {
     ),
     "paper/cifar10/ood": About(
         "the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, patches of one photograph"
+    ),
+    "paper/cifar10/fastdfkd": About(
+        "the paper's CIFAR-10 networks and attack, WRN-16-2 to WRN-16-1, FastDFKD"
+    ),
+    "paper/gtsrb/fastdfkd": About(
+        "the paper's GTSRB networks and attack, WRN-16-2 to WRN-16-1, FastDFKD"
     ),
     "paper/gtsrb/zskt": About("the paper's GTSRB setting, WRN-16-2 to WRN-16-1, ZSKT"),
 }

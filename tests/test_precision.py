@@ -27,11 +27,17 @@ SHORT = {
     "dafl.pseudo_batches": 4,
     "dfad.pseudo_batches": 4,
     "dfq.pseudo_batches": 4,
+    "choi.pseudo_batches": 4,
+    "cgdfkd.pseudo_batches": 4,
+    "fastdfkd.rounds": 2,
+    "fastdfkd.warmup": 1,
+    "nayer.rounds": 2,
+    "nayer.warmup": 1,
     "cmi.rounds": 2,
     "deepinversion.rounds": 2,
     **{
         f"{pooled}.{steps}": 3
-        for pooled in ("cmi", "deepinversion")
+        for pooled in ("cmi", "deepinversion", "fastdfkd", "nayer")
         for steps in ("synthesis_steps", "kd_steps")
     },
     "ood.epochs": 1,

@@ -679,7 +679,6 @@ def test_impossible_sizes_are_refused(kind, wrong):
     [
         (DFAD, {"generator_every": 0}),
         (DFAD, {"milestones": (0.5, 1.5)}),
-        (DAFL, {"milestones": (0,)}),
         (DFQ, {"warmup": 1}),
         (DFQ, {"temperature": 0}),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from abdlab.features import full, last_linear, module_at, record
-from abdlab.optim import decay, sgd, shares_of_run
+from abdlab.optim import decay, sgd
 from abdlab.sources.generated import Generated
 from abdlab.sources.objectives import class_balance, one_hot
 from abdlab.sources.source import Batch
@@ -47,10 +47,9 @@ class DAFL(Generated):
     student, which learns KL(T || S), summed over classes.
 
     Args:
-        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+        shape, pseudo_batches, batch_size, generator_lr, z, width, ema: see
             :class:`~abdlab.sources.generated.Generated`. Adam, constant.
-        student_lr: of the student's SGD.
-        milestones: shares of the run, in (0, 1], after which it is x0.1.
+        student_lr: of the student's SGD, x0.1 after each of :attr:`milestones`.
         one_hot, activation, balance: weights of the three terms.
         layer: name of the teacher's layer whose input is the penultimate features;
             None: its last nn.Linear.
@@ -72,11 +71,12 @@ class DAFL(Generated):
     output = "tanh"
     #: of the student's SGD
     weight_decay = 5e-4
+    #: shares of the run, in (0, 1]
+    milestones = (0.4, 0.8)
 
     pseudo_batches: int = 240_000
     batch_size: int = 1024
     student_lr: float = 0.1
-    milestones: Sequence[float] = (0.4, 0.8)
     generator_lr: float = 0.02
     z: int = 1000
     width: int = 64
@@ -84,10 +84,6 @@ class DAFL(Generated):
     activation: float = 0.01
     balance: float = 5.0
     layer: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.milestones = shares_of_run(self.milestones)
 
     def start(self, teacher, student, device, seed):
         super().start(teacher, student, device, seed)
@@ -105,7 +101,8 @@ class DAFL(Generated):
         return optimizer, decay(optimizer, self.milestones, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        images = self.generator(self.noise())
+        noise = self.noise()
+        images = self.generator(noise)
         with record(self.teacher, self.read_by, inputs=True) as features:
             logits = self.teacher(images)
         losses = {
@@ -115,4 +112,4 @@ class DAFL(Generated):
         if self.read_by:
             losses["activation"] = self.activation * activation_loss(features[self.read_by[0]])
         losses = self.learn(images, logits, losses, defenses)
-        return Batch(images.detach(), logits.detach(), losses=losses)
+        return Batch(*self.seen(noise, images, logits), losses=losses)

@@ -30,7 +30,7 @@ class DFAD(Generated):
     Steps only. Both distances are the mean over batch and classes.
 
     Args:
-        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+        shape, pseudo_batches, batch_size, generator_lr, z, width, ema: see
             :class:`~abdlab.sources.generated.Generated`. Adam.
         generator_every: student steps per generator step.
         student_lr: of the student's SGD.
@@ -96,7 +96,7 @@ class DFAD(Generated):
                 losses["generator"] = -discrepancy(logits, self.student(images)).mean()
             losses = self.learn(images, logits, losses, defenses)
         with torch.no_grad():
-            images = self.generator(self.noise())
+            images = self.shown(self.noise())
             return Batch(images, self.teacher(images), losses=losses)
 
     def student_loss(self, batch: Batch):

@@ -1,8 +1,9 @@
 """DFQ's source: Data-Free Network Quantization With Adversarial Knowledge Distillation
 (Choi et al., CVPR-W 2020, arXiv 2005.04136), less the quantization.
 
-The paper's code is not public. The weights and sizes are those of the re-implementation
-that the authors of CMI compare with (arXiv 2105.08584).
+The paper's code is not public; :class:`~abdlab.sources.choi.Choi` has the form that the
+paper prints. The weights and sizes here are those of the re-implementation that the
+authors of CMI compare with (arXiv 2105.08584).
 
 Deviations from the paper: one generator and one student; statistics are compared by the
 l2 norms of DeepInversion, as there, and not by the divergence of two Gaussians; the
@@ -48,7 +49,7 @@ class DFQ(Generated):
     T^2 x KL(T || S) at ``temperature``, summed over classes.
 
     Args:
-        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+        shape, pseudo_batches, batch_size, generator_lr, z, width, ema: see
             :class:`~abdlab.sources.generated.Generated`. Adam, betas .5 and .999,
             constant.
         warmup: share of the run, in [0, 1), at whose start the generator learns without
@@ -111,7 +112,8 @@ class DFQ(Generated):
         return optimizer, CosineAnnealingLR(optimizer, len(self))
 
     def batch(self, defenses: Sequence = ()) -> Batch:
-        images = self.generator(self.noise())
+        noise = self.noise()
+        images = self.generator(noise)
         with norm_inputs(self.teacher) if self.batch_norm else nullcontext({}) as inputs:
             logits = self.teacher(images)
         losses = {
@@ -119,7 +121,7 @@ class DFQ(Generated):
             "balance": self.balance * class_balance(logits),
         }
         if self.batch_norm:
-            losses["batch_norm"] = self.batch_norm * batch_norm_loss(self.teacher, inputs)
+            losses["batch_norm"] = self.batch_norm * self.distance(inputs)
         if self.adversarial and self.made >= round(self.warmup * self.horizon):
             with frozen(self.student):
                 losses["adversarial"] = self.adversarial * disagreement(
@@ -127,7 +129,13 @@ class DFQ(Generated):
                 )
         losses = self.learn(images, logits, losses, defenses)
         self.made += 1
-        return Batch(images.detach(), logits.detach(), losses=losses)
+        return Batch(*self.seen(noise, images, logits), losses=losses)
+
+    def distance(self, inputs: dict[str, Tensor]) -> Tensor:
+        """How far the images' statistics, in what entered the teacher's batch norms, are
+        from the remembered ones; a scalar.
+        """
+        return batch_norm_loss(self.teacher, inputs)
 
     def state(self):
         return {**super().state(), "made": self.made}

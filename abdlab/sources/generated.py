@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,9 @@ class Generated(Source):
         generator_lr: of the optimiser that :meth:`optimize_generator` makes.
         z: noise dimensions. width: of the generator, see
             :class:`~abdlab.sources.generator.Generator`.
+        ema: in [0, 1): the student and :meth:`synthesize` see images of a moving
+            average of the generator's weights, which keeps that share of itself in
+            every step; None shows the generator's own.
 
     ``clip``, a constant of the class, bounds the gradient norms of student and
     generator.
@@ -55,6 +59,8 @@ class Generated(Source):
     #: what stands at the generator's end, see
     #: :class:`~abdlab.sources.generator.Generator`
     output = "batchnorm"
+    #: numbers that the generator takes besides the noise, as :meth:`noise` appends them
+    conditions = 0
     #: of a student's SGD, where the source has one
     momentum = 0.9
 
@@ -64,6 +70,7 @@ class Generated(Source):
     generator_lr: float
     z: int
     width: int
+    ema: float | None = None
 
     def __post_init__(self):
         self.shape = image_shape(self.shape)
@@ -72,6 +79,8 @@ class Generated(Source):
                 "pseudo_batches, z and width must be at least 1, batch_size at least 2 (for batch"
                 " norm)"
             )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a share in [0, 1), or None for no average, not {self.ema}")
 
     def __len__(self) -> int:
         return self.pseudo_batches
@@ -80,8 +89,14 @@ class Generated(Source):
         super().start(teacher, student, device, seed)
         mean, std = normalization(teacher, self.shape[0])
         with seeded(seed):
-            self.generator = Generator(self.shape, self.z, self.width, mean, std, self.output)
+            self.generator = Generator(
+                self.shape, self.z + self.conditions, self.width, mean, std, self.output
+            )
         self.generator.to(device, memory_format=memory_format(student)).train()
+        #: what the student sees images of: the generator, or its moving average
+        self.shown = self.generator
+        if self.ema is not None:
+            self.shown = copy.deepcopy(self.generator).requires_grad_(False)
         self.generator_optimizer, self.generator_schedule = self.optimize_generator()
 
     def optimize_generator(self) -> tuple[Optimizer, LRScheduler | None]:
@@ -146,7 +161,26 @@ class Generated(Source):
         self.norms["+".join(losses)] = take_step(
             [self.generator_optimizer], self.generator, self.clip
         )
+        self._follow()
         return {name: value.detach() for name, value in losses.items()}
+
+    def seen(self, noise: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, teacher's logits) for the student, detached: those that the generator
+        has just learnt from, or new ones of its moving average.
+        """
+        if self.shown is self.generator:
+            return images.detach(), logits.detach()
+        with torch.no_grad():
+            images = self.shown(noise)
+            return images, self.teacher(images)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The moving average's step after the generator's."""
+        if self.shown is not self.generator:
+            pairs = zip(self.shown.parameters(), self.generator.parameters(), strict=True)
+            for average, now in pairs:
+                average.lerp_(now, 1 - self.ema)
 
     def advance(self) -> None:
         """The step of the generator's schedule that follows each of :meth:`improve`."""
@@ -161,12 +195,14 @@ class Generated(Source):
         Leaves the run's own random numbers and the generator's statistics alone.
         """
         rng, count = torch.Generator().manual_seed(seed), -(-n // self.batch_size)
-        with frozen(self.generator):
-            return torch.cat([self.generator(self.noise(rng)) for _ in range(count)])[:n]
+        with frozen(self.shown):
+            return torch.cat([self.shown(self.noise(rng)) for _ in range(count)])[:n]
 
     def state(self):
+        average = {} if self.shown is self.generator else {"average": self.shown.state_dict()}
         return {
             **super().state(),
+            **average,
             "generator": self.generator.state_dict(),
             "optimizer": self.generator_optimizer.state_dict(),
             "schedule": self.generator_schedule and self.generator_schedule.state_dict(),
@@ -175,6 +211,8 @@ class Generated(Source):
     def restore(self, state):
         super().restore(state)
         self.generator.load_state_dict(state["generator"])
+        if self.shown is not self.generator:
+            self.shown.load_state_dict(state["average"])
         load_optimizer(self.generator_optimizer, state["optimizer"])
         if self.generator_schedule is not None:
             self.generator_schedule.load_state_dict(state["schedule"])

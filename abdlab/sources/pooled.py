@@ -38,7 +38,7 @@ class Pooled(Source):
     loss was lowest. Then follow ``kd_steps`` student steps on batches of the pool, each
     a pseudo-batch. **The first one of a round runs the synthesis before it.** The
     losses of the kept batch stand in every Step of the round. The pool holds at most
-    ``pool`` images as 8-bit bytes; when it is full, the oldest make room.
+    ``pool`` images as 8-bit bytes; when full, the oldest make room.
 
     Subclasses define :meth:`begin` and :meth:`terms`.
 
@@ -173,16 +173,29 @@ class Pooled(Source):
         with norm_inputs(self.teacher) as inputs:
             logits = self.teacher(view)
         losses = {
-            "batch_norm": self.batch_norm * batch_norm_loss(self.teacher, inputs),
+            "batch_norm": self.batch_norm * self.distance(inputs),
             "one_hot": self.one_hot * one_hot(logits, targets),
         }
         return logits, inputs, losses
 
-    def _round(self, defenses: Sequence) -> None:
-        maker, optimizers = self.begin()
-        targets = deliver(
+    def distance(self, inputs: dict[str, Tensor]) -> Tensor:
+        """How far the images' statistics, in what entered the teacher's batch norms, are
+        from the remembered ones; a scalar.
+        """
+        return batch_norm_loss(self.teacher, inputs)
+
+    def targets(self) -> Tensor:
+        """The new round's classes (synthesis_batch,), at random, on the device."""
+        return deliver(
             torch.randint(self.classes, (self.synthesis_batch,), generator=self.rng), self.device
         )
+
+    def gather(self, maker: nn.Module) -> None:
+        """Learn from the gradients that each synthesis step leaves on its maker."""
+
+    def _round(self, defenses: Sequence) -> None:
+        maker, optimizers = self.begin()
+        targets = self.targets()
         best, norm = None, torch.zeros((), device=self.device)
         for _ in range(self.synthesis_steps):
             images = maker()
@@ -204,6 +217,7 @@ class Pooled(Source):
                 optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = norm + take_step(optimizers, maker, None)
+            self.gather(maker)
         self.norms["+".join(losses)] = norm
         self.losses = dict(zip(losses, best[2:], strict=False))
         self.pool = latest(

@@ -29,7 +29,7 @@ class ZSKT(Generated):
     noise. One teacher pass serves all of them: the official loop's updates, for less.
 
     Args:
-        shape, pseudo_batches, batch_size, generator_lr, z, width: see
+        shape, pseudo_batches, batch_size, generator_lr, z, width, ema: see
             :class:`~abdlab.sources.generated.Generated`. Adam, cosine to 0.
         student_steps: on each pseudo-batch.
         student_lr: Adam, cosine to 0.
@@ -99,17 +99,25 @@ class ZSKT(Generated):
     def _make(self, noise: Tensor, defenses: Sequence) -> Batch:
         """The generator's step and the batch that follows it, of noise that is drawn."""
         images = self.generator(noise)
-        with frozen(self.student):
-            logits = self.ask(images, defenses)
-            losses = {"generator": -self._kd(logits, self.student(images)).mean()}
+        logits, losses = self.generator_terms(images, noise, defenses)
         losses = self.improve(images, logits, losses, defenses)
         with torch.no_grad(), record(self.teacher, list(self.pairs)) as features:
-            images = self.generator(noise)
+            images = self.shown(noise)
             logits = self.teacher(images)
             maps = {
                 layer: attention(feature) for layer, feature in features.items()
             }  # once, for all student steps
         return Batch(images, logits, maps, losses=losses)
+
+    def generator_terms(
+        self, images: Tensor, noise: Tensor, defenses: Sequence
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the teacher's logits, what the generator minimises by name) on what it made of
+        the noise.
+        """
+        with frozen(self.student):
+            logits = self.ask(images, defenses)
+            return logits, {"generator": -self._kd(logits, self.student(images)).mean()}
 
     def student_loss(self, batch: Batch):
         with record(self.student, list(self.pairs.values())) as features:
