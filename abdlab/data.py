@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abdlab.errors import did_you_mean
+from abdlab.home import at_home
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 
@@ -106,7 +107,8 @@ def load(
     Args:
         name: ``digits`` is embedded in scikit-learn and needs no file. ``folder:PATH``
             reads PATH/train/CLASS/* and PATH/test/CLASS/*.
-        root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB.
+        root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB. It, and PATH, lie
+            below :func:`abdlab.home.home` when relative.
         size: resize to size x size pixels; by default 16 for digits, 32 for the others.
         download: let torchvision download what is missing or damaged. It unpacks over
             what is there, and only an archive whose checksum is right; a download that
@@ -127,7 +129,7 @@ def load(
             "folder: needs a path, as in folder:data/cifar10 (with train/CLASS/* and test/CLASS/*)"
         )
     reader, shift, flip = DATASETS[kind]
-    train, test, classes = reader(Path(path or root).expanduser(), size, download)
+    train, test, classes = reader(at_home(path or root), size, download)
     for split, (images, _) in {"train": train, "test": test}.items():
         if len(images) == 0:
             raise ValueError(f"{name} has no images in its {split} split")

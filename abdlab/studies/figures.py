@@ -17,18 +17,18 @@ from abdlab.plots import _axes, color_of
 from abdlab.studies.tables import _models, pareto_front
 
 
-def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
+def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
     """ASR (ACC below it) in percent, triggers against sources, before and after a
-    defence; empty cells were not run.
+    defense; empty cells were not run.
 
     Args:
         results: what :func:`abdlab.studies.results.results` returns.
-        defence: by default the one with the most parts among those that were run.
+        defense: by default the one with the most parts among those that were run.
     """
     students = _models(results[~results["source"].isin(["teacher", "clean"])])
-    defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
-    defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
-    shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
+    defended = [d for d in dict.fromkeys(students["defense"]) if d != "none"]
+    defense = defense or max(defended, key=_parts, default=None)
+    shown = [("undefended", "none")] + ([(f"with {defense.upper()}", defense)] if defense else [])
     triggers, sources = (
         sorted(students["trigger"].dropna().unique()),
         list(dict.fromkeys(students["source"])),
@@ -36,7 +36,7 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
     size = (2.0 + 1.3 * len(sources) * len(shown) + 1.2, 1.4 + 0.7 * len(triggers))
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, key) in zip(axes[0], shown, strict=True):
-        part = students[students["defence"] == key]
+        part = students[students["defense"] == key]
         asr, acc = (
             100
             * part.pivot_table(index="trigger", columns="source", values=v, aggfunc="mean").reindex(
@@ -68,8 +68,14 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
     return figure
 
 
+def _parts(defense: str) -> int:
+    """How many parts a study's column "defense" names: 2 in "sv+sr", and in "bounded/tc"."""
+    purifiers, _, after = defense.rpartition("/")
+    return sum(len(names.split("+")) for names in (purifiers, after) if names)
+
+
 def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """ACC against ASR in percent, one point per job's student (colour: defence, marker:
+    """ACC against ASR in percent, one point per job's student (colour: defense, marker:
     source), and the Pareto front.
 
     The front joins the students that no other one beats in both ACC and ASR: down and

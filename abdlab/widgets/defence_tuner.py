@@ -25,6 +25,7 @@ from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
 from abdlab.defenses import DEFENSES
 from abdlab.defenses.plans import plan_of, steps_of, then, until
+from abdlab.home import at_home
 from abdlab.labels import name_of
 from abdlab.runs import Run
 from abdlab.settings import Settings, keyword_default, settings
@@ -92,7 +93,7 @@ class DefenceTuner(w.VBox):
         exams: int = 20,
         needs_page: bool = True,
     ):
-        self._top, self.exams, self._data, self.needs_page = Path(root), exams, data, needs_page
+        self._top, self.exams, self._data, self.needs_page = at_home(root), exams, data, needs_page
         self._chosen = settings() if chosen is None else chosen
         self.going: Distillation | None = None
         self.worker: Worker | None = None

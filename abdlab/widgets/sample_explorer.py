@@ -23,6 +23,7 @@ from abdlab.checkpoint import CheckpointError, load_model, load_state, save_stat
 from abdlab.data import Dataset
 from abdlab.defenses import suspicion
 from abdlab.evaluate import predict
+from abdlab.home import at_home
 from abdlab.inspection import vaccine_of
 from abdlab.labels import name_of
 from abdlab.losses import kl
@@ -82,7 +83,7 @@ class SampleExplorer(w.VBox):
     enlarged = t.Int(None, allow_none=True)
 
     def __init__(self, root: str | Path = "runs/walk", device: str = "auto"):
-        self.root, self.device = Path(root), device
+        self.root, self.device = at_home(root), device
         self.known: _Known | None = None
         self._datasets: dict[str, Dataset | None] = {}
         self._quiet, self._points, self._mapped = False, None, np.array([], int)
