@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ SHAPES = {"digits": (1, 16, 10), "cifar10": (3, 32, 10), "gtsrb": (3, 32, 43)}
 SEEDS = range(2**32 - 2_000_000)
 
 #: what passed before: the jobs of a study differ little
-_PASSED: set[tuple[str, ...]] = set()
+_PASSED: set[str] = set()
 
 #: what dotted names without an annotated home take
 _OWN = {
@@ -67,11 +67,23 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
     for section, values in chosen.values.items():
         for key, value in values.items():
             check_value(f"{section}.{key}", value)
-    with _one_sentence("these settings"):
-        key = (json.dumps(chosen.values, sort_keys=True), *map(str, labels := [*labels]))
-    if key not in _PASSED:
-        _check_parts(chosen, labels)
-        _PASSED.add(key)
+    data = stand_in(chosen)
+    with _once("attack", data.name, data.shape, chosen.values["attack"]) as new:
+        if new:
+            _check_attacks(chosen, data)
+    for role in ("teacher", "student"):
+        _check_model(chosen, role, data)
+    with _one_sentence("a teacher with these settings"):
+        _check_training(chosen, data)
+    for text in labels:
+        label = Label.parse(text)
+        parts = [*chosen.sections(label.source), *label.defenses, *label.purifiers]
+        models = [_network(chosen, role) for role in ("teacher", "student")]
+        used = {part: chosen.values.get(part) for part in parts}
+        more = (data.name, data.shape, models, chosen.distilling())
+        with _once("label", str(label), used, more) as new, _one_sentence(f"a student {label}"):
+            if new:
+                _check_label(chosen, label, data)
 
 
 def check_seed(name: str, seed: Any) -> None:
@@ -108,6 +120,7 @@ def check_overrides(given: Mapping[str, Any]) -> None:
             check_value(name, value)
 
 
+@lru_cache(maxsize=1024)
 def _kind(section: str, key: str) -> tuple[Any, Any]:
     """(annotation, default) of a setting, off the signature that it is handed to."""
     if (name := f"{section}.{key}") in _OWN:
@@ -120,7 +133,7 @@ def _kind(section: str, key: str) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _one_sentence(what: str):
+def _one_sentence(what: str) -> Iterator[None]:
     """Whatever an impossible value makes a constructor raise, as a ValueError."""
     try:
         yield
@@ -140,16 +153,13 @@ def _check_device(device: str) -> None:
         raise ValueError(did_you_mean("device", device, known)) from None
 
 
-def _check_parts(chosen: Settings, labels: list[str]) -> None:
-    data = stand_in(chosen)
-    _check_attacks(chosen, data)
-    for role in ("teacher", "student"):
-        _check_model(chosen, role, data)
-    with _one_sentence("a teacher with these settings"):
-        _check_training(chosen, data)
-    for label in labels:
-        with _one_sentence(f"a student {label}"):
-            _check_label(chosen, Label.parse(label), data)
+@contextmanager
+def _once(*key: Any) -> Iterator[bool]:
+    """Whether the block has not yet passed with this key of plain values."""
+    with _one_sentence("these settings"):
+        text = json.dumps(key, sort_keys=True)
+    yield text not in _PASSED
+    _PASSED.add(text)
 
 
 def stand_in(chosen: Settings) -> Dataset:
@@ -303,8 +313,7 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
         raise ValueError(f"{label} has no step to train: make {label.source} longer")
     defenses = chosen.defenses(*label.defenses)
     teacher, student = (
-        shell(chosen.values[role]["model"], chosen.values[role].get("width"), 10, data.shape)
-        for role in ("teacher", "student")
+        shell(*_network(chosen, role), 10, data.shape) for role in ("teacher", "student")
     )
     names = dict(teacher.named_modules())
     for defense in defenses:
@@ -319,5 +328,13 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
             raise ValueError(f"{label}: these settings make no purifiers, only source+defense")
         making(*label.purifiers)
     if getattr(source, "attention", 0) and hasattr(source, "_pairs"):
-        source.device = torch.device("meta")
-        source._pairs(teacher, student)
+        networks = [_network(chosen, role) for role in ("teacher", "student")]
+        with _once("pairs", source.name, source.attention_layers, networks, data.shape) as new:
+            if new:
+                source.device = torch.device("meta")
+                source._pairs(teacher, student)
+
+
+def _network(chosen: Settings, role: str) -> tuple[str, int | None]:
+    values = chosen.values[role]
+    return values["model"], values.get("width")

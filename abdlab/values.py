@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import functools
 import inspect
 import math
 import types
@@ -120,6 +121,7 @@ def check_plain(name: str, value: Any, depth: int = 0) -> None:
         )
 
 
+@functools.cache
 def hints(function: Callable) -> dict[str, Any]:
     """The annotations of a function, or of the class that it makes, by parameter."""
     makes = function.__init__ if inspect.isclass(function) else function
