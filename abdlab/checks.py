@@ -75,6 +75,10 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
         _check_model(chosen, role, data)
     with _one_sentence("a teacher with these settings"):
         _check_training(chosen, data)
+    for name in DEFENSES:  # also of those that no label names: a trunk asks where they begin
+        with _once("defense", name, chosen.values[name]) as new, _one_sentence(name):
+            if new:
+                chosen.defenses(name)
     for text in labels:
         label = Label.parse(text)
         parts = [*chosen.sections(label.source), *label.defenses, *label.purifiers]
@@ -173,13 +177,13 @@ def stand_in(chosen: Settings) -> Dataset:
     if kind == "folder" and not path:
         raise ValueError("folder: needs a path, as in folder:data/mine")
     channels, side, classes = SHAPES.get(kind, (3, 32, None))
-    side = values.get("size") or side
-    if values.get("size", side) is not None and not 1 <= values.get("size", side) <= 4096:
-        raise ValueError(f"data.size is pixels a side, 1 to 4096, not {values['size']}")
+    side = side if values.get("size") is None else values["size"]
+    if not 1 <= side <= 2048:
+        raise ValueError(f"data.size is pixels a side, 1 to 2048, not {side}")
     if classes is None:
         classes = _folders(at_home(path) / "train") or 2**31
     _, shift, flip = DATASETS[kind]
-    images = torch.zeros(4, channels, side, side)
+    images = torch.zeros(1, 1, 1, 1).expand(4, channels, side, side)
     return Dataset(
         name=values["name"],
         train_images=images,
