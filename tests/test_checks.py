@@ -4,12 +4,8 @@ one sentence.
 
 import contextlib
 import io
-import json
-import os
-import subprocess
 import sys
 from datetime import date
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,8 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import abdlab
-from abdlab import batch, checks, cli, studies
+from abdlab import batch, checks, cli
 from abdlab.data import load
 from abdlab.presets import PRESETS
 from abdlab.settings import SECTIONS, settings
@@ -27,6 +22,11 @@ from abdlab.values import merged, read
 
 QUICK = "quick/digits"
 LABELS = ["clean", "zskt", "zskt+sv+sr", "cmi+sv", "dafl", "dfad", "dfq", "ood", "mixed+sr"]
+
+
+def check(override, labels):
+    checks.check_overrides(override)
+    checks.check(settings(QUICK, override), labels)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -74,8 +74,7 @@ def test_the_stand_in_has_the_shape_of_the_data():
 )
 def test_what_could_not_run_is_one_sentence(override, labels, sentence):
     with pytest.raises(ValueError, match=r".+") as caught:
-        checks.check_overrides(override)
-        checks.check(settings(QUICK, override), labels)
+        check(override, labels)
     assert sentence in str(caught.value)
     assert len(str(caught.value)) <= 300
 
@@ -92,8 +91,7 @@ def test_what_could_not_run_is_one_sentence(override, labels, sentence):
     ],
 )
 def test_what_can_run_passes(override):
-    checks.check_overrides(override)
-    checks.check(settings(QUICK, override), ["zskt+sv+sr", "ood"])
+    check(override, ["zskt+sv+sr", "ood"])
 
 
 def test_none_is_a_value_and_preset_is_the_presets():
@@ -123,7 +121,10 @@ def test_a_notebooks_knobs_leave_what_is_none_to_the_preset():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ('{"a": false, \'b\': None, "c": [null, True]}', {"a": False, "b": None, "c": [None, True]}),
+        (
+            '{"a": false, \'b\': None, "c": [null, True]}',
+            {"a": False, "b": None, "c": [None, True]},
+        ),
         ("[[0, 1e-3], [5, -2]]", [[0, 1e-3], [5, -2]]),
         ("TRUE", True),
         ("null", None),
@@ -142,7 +143,15 @@ def test_a_key_that_stands_twice_is_refused(text):
 # --- any study, any -p ----------------------------------------------------------------
 
 KINDS = [None, True, False, "5", 5, -1, 0, 0.5, 10**12, "preset", "none", [], [1, 2], {}, ["zskt"]]
-KINDS += ["wrn-16-1", "zskt+sv", [[0, 1], [5, 2]], {"size": 3}, float("nan"), date(2026, 1, 2), "\n"]
+KINDS += [
+    "wrn-16-1",
+    "zskt+sv",
+    [[0, 1], [5, 2]],
+    {"size": 3},
+    float("nan"),
+    date(2026, 1, 2),
+    "\n",
+]
 KINDS += [{"sv.alpha": 1}, {"sv.alhpa": 1}, [{"trigger": "blend"}], {1: 2}, "blend", "quick/digits"]
 NAMES = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
 NAMES += ["seed", "methods", "label", "preset", "overrides", "sv_alpha", "source", "zskt.", "."]
@@ -200,8 +209,17 @@ SLOW = hypothesis_settings(
 )
 
 
+#: one setting in one axis, the rest right: what is checked last is reached too
+ONE = st.builds(
+    lambda notebook, name, value: {"notebook": notebook, "grid": {name: [value]}},
+    st.sampled_from(["00", "02", "05"]),
+    st.sampled_from(NAMES),
+    VALUES | PLAIN,
+)
+
+
 @SLOW
-@given(STUDIES)
+@given(STUDIES | ONE)
 def test_any_study_is_a_plan_or_a_sentence(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("any")
     (folder / "s.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
