@@ -1,5 +1,6 @@
 """The command line as a user sees it: exit codes, one clear sentence, no traceback."""
 
+import inspect
 import json
 import os
 import signal
@@ -361,6 +362,11 @@ def test_home_is_the_clone_the_variable_or_the_working_directory(tmp_path, monke
     (deep / "seen").mkdir()
     assert there("seen") == deep / "seen"  # what a command names is what the shell sees
     assert there("runs/x") == tmp_path / "mine" / "runs" / "x"
+
+
+def test_the_demo_lies_where_the_workbench_looks():
+    out = inspect.signature(cli.demo).parameters["out"].default
+    assert str(out) == batch.parameters("00")["run"]["default"]
 
 
 def test_parameters_are_typed_by_the_notebooks_own_defaults():

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from abdlab.labels import name_of
 from abdlab.plots import _axes, color_of
+from abdlab.studies.job import label_of
 from abdlab.studies.tables import _models, pareto_front
 
 
@@ -26,8 +27,12 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
         defense: by default the one with the most parts among those that were run.
     """
     students = _models(results[~results["source"].isin(["teacher", "clean"])])
+    parts = {
+        defense: len(label_of(label).parts)
+        for defense, label in zip(students["defense"], students["label"], strict=True)
+    }
     defended = [d for d in dict.fromkeys(students["defense"]) if d != "none"]
-    defense = defense or max(defended, key=_parts, default=None)
+    defense = defense or max(defended, key=parts.get, default=None)
     shown = [("undefended", "none")] + ([(f"with {defense.upper()}", defense)] if defense else [])
     triggers, sources = (
         sorted(students["trigger"].dropna().unique()),
@@ -66,12 +71,6 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
         ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
         ax.tick_params(axis="y", labelrotation=0)  # turned names run into each other
     return figure
-
-
-def _parts(defense: str) -> int:
-    """How many parts a study's column "defense" names: 2 in "sv+sr", and in "bounded/tc"."""
-    purifiers, _, after = defense.rpartition("/")
-    return sum(len(names.split("+")) for names in (purifiers, after) if names)
 
 
 def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
