@@ -47,6 +47,7 @@ from abdlab.stream import Step, progress
 from abdlab.students import clean_teacher_control, distill_all, distillation, distilled
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher, prepare, ready_triggers
 from abdlab.train import train
+from abdlab.values import merged
 
 __version__ = "0.1.0"
 
@@ -99,6 +100,7 @@ __all__ = [
     "history",
     "load",
     "load_model",
+    "merged",
     "optimize",
     "pick_device",
     "poison",

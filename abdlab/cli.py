@@ -5,24 +5,24 @@ sentence on standard error and exit code 2.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from abdlab import batch
-from abdlab.errors import did_you_mean
+from abdlab import batch, cli_report
+from abdlab.cli_report import number
+from abdlab.errors import did_you_mean, short
+from abdlab.home import at_home, there
 
 app = typer.Typer(
     add_completion=False,
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=(
-        "Data-free distillation from poisoned teachers, and the defence ABD: notebooks, run"
+        "Data-free distillation from poisoned teachers, and the defense ABD: notebooks, run"
         " headlessly."
     ),
 )
@@ -46,14 +46,23 @@ def _clear_errors(command: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, FileNotFoundError) as error:
-            print(f"abdlab: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            print(f"abdlab: {one_sentence(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except batch.NotebookFailed as error:
             print(f"abdlab: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def one_sentence(error: Exception, longest: int = 300) -> str:
+    """An error's text in one line of at most so many characters, cut where it is
+    longest: what was wrong stands first, and what would be right last.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    half = longest // 2 - 3
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 @app.command()
@@ -83,15 +92,28 @@ def run(
         Path | None,
         typer.Option("--output", "-o", help="The executed notebook; default: in its run's folder."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the parameters, and start nothing.")
+    ] = False,
 ) -> None:
     """Run one notebook headlessly; its progress goes to the terminal."""
     path = batch.find_notebook(notebook)
-    given = batch.check_parameters(path, _pairs(p or []))
-    if output is None:
-        folder = given.get("run") or batch.parameters(path).get("run", {}).get("default", "runs")
-        output = Path(folder) / path.name
-    done = batch.execute(path, output, given)
-    console.print(f"executed notebook: {done}", highlight=False)
+    known = batch.parameters(path)
+    given = batch.check(path, _pairs(p or []), known)
+    named = {"run": "runs", **{name: entry["default"] for name, entry in known.items()}, **given}
+    folder = at_home(str(named["run"]))
+    output = folder / path.name if output is None else output
+    _say(f"results: {folder}")
+    if dry_run:
+        for name, value in given.items():
+            _say(f"{name}: {short(value, 200)}")
+        _say(f"{path.stem} can run with these; nothing was started")
+        return
+    try:
+        done = batch.execute(path, output, given)
+    except KeyboardInterrupt:
+        _stopped(folder)
+    _say(f"executed notebook: {done}")
 
 
 @app.command()
@@ -145,7 +167,8 @@ def sweep(
     planned = studies.read_study(study)
     if timeout is not None:
         planned = replace(planned, timeout=timeout)
-    out = out or Path("runs/sweeps") / study.stem
+    out = at_home(out or Path("runs/sweeps") / study.stem)
+    _say(f"results: {out}")
     if dry_run:
         _plan(planned, out, slots or engines.default_slots())
         return
@@ -167,11 +190,9 @@ def sweep(
                     # a file or a pipe gets one line per change
                     if row["state"] in ("done", "failed") and seen.get(row["name"]) != row["state"]:
                         numbers = {
-                            name: _number(row[name.lower()], 1, 100) for name in ("ACC", "ASR")
+                            name: number(row[name.lower()], 1, 100) for name in ("ACC", "ASR")
                         }
-                        scores = "".join(
-                            f" {name} {number}" for name, number in numbers.items() if number
-                        )
+                        scores = "".join(f" {name} {n}" for name, n in numbers.items() if n)
                         print(
                             f"{row['state']}: {row['name']}{scores} {row['error'] or ''}".rstrip(),
                             flush=True,
@@ -182,8 +203,7 @@ def sweep(
                 planned, out, place, tell=tell, shipped=engine == "ray" and not place.shared
             )
     except KeyboardInterrupt:
-        print(f"abdlab: stopped; the same command goes on where it was ({out})", file=sys.stderr)
-        raise typer.Exit(130) from None
+        _stopped(out)
     failed = frame[frame["state"] != "done"]
     console.print(f"{len(frame) - len(failed)} of {len(frame)} jobs done: {out}", highlight=False)
     if len(failed):
@@ -199,12 +219,23 @@ def sweep(
         raise typer.Exit(1)
 
 
+def _say(text: str) -> None:
+    """One line, as it is, however wide the terminal."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stopped(folder: Path) -> NoReturn:
+    """End after Ctrl-C with how to go on."""
+    print(f"abdlab: stopped; the same command goes on where it was ({folder})", file=sys.stderr)
+    raise typer.Exit(130) from None
+
+
 def _plan(study, out: Path, slots: int) -> None:
     """What a sweep would do."""
     from abdlab.studies.job import status_of
     from abdlab.studies.sweep import estimate
 
-    grid = Table(title=study.title, title_justify="left", box=None)
+    grid = Table(title=escape(study.title), title_justify="left", box=None)
     for heading in ("job", "notebook", "state"):
         grid.add_column(heading, overflow="fold")
     for job in study.all_jobs:
@@ -239,7 +270,7 @@ def report(
         typer.Option(
             "--matrix",
             help=(
-                "A study as ACC/ASR, triggers and defences against sources; means over seeds and"
+                "A study as ACC/ASR, triggers and defenses against sources; means over seeds and"
                 " all other axes."
             ),
         ),
@@ -256,118 +287,35 @@ def report(
     """
     if against not in (None, "paper"):
         raise ValueError(did_you_mean("reference", against, ["paper"]))
+    asked, folder = folder, there(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
+        raise ValueError(f"there is no folder {asked}")
     study = (folder / "study.json").is_file()
     if against and matrix:
         raise ValueError("--matrix and --against are two tables: ask for one of them")
     if (html or matrix) and not study:
         option = "--html" if html else "--matrix"
         raise ValueError(
-            f"{option} is the report of a study, and {folder} holds none (no study.json): see"
+            f"{option} is the report of a study, and {asked} holds none (no study.json): see"
             " abdlab sweep"
         )
     if against == "paper":
-        table = _beside_the_paper(folder)
+        table = cli_report.beside_the_paper(console, folder)
     elif study:
-        table = _study_cells(folder, matrix)
+        table = cli_report.study_cells(console, folder, matrix)
     else:
-        table = _runs(folder)
+        table = cli_report.runs(console, folder)
     if csv:
-        _export(csv, table.to_csv(index=False))
+        cli_report.export(csv, table.to_csv(index=False))
     if latex:
-        _export(latex, table.to_latex(index=False, na_rep=""))
+        cli_report.export(latex, table.to_latex(index=False, na_rep=""))
     if markdown:
-        _export(markdown, _markdown(table))
+        cli_report.export(markdown, cli_report.markdown(table))
     if html:
         from abdlab.studies.results import report as study_report
 
         study_report(folder, html)
         console.print(f"report: {html}", highlight=False)
-
-
-def _export(path: Path, text: str) -> None:
-    from abdlab.checkpoint import write_atomically
-
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _grid(table, **look) -> Table:
-    """A data frame for the terminal: text to the left, numbers to the right, nothing
-    where there is none.
-    """
-    from pandas.api.types import is_numeric_dtype
-
-    grid = Table(title_justify="left", **look)
-    for heading in table.columns:
-        grid.add_column(
-            heading,
-            justify="right" if is_numeric_dtype(table[heading]) else "left",
-            overflow="fold",
-        )
-    for row in table.to_dict("records"):
-        grid.add_row(
-            *("" if value != value or value is None else str(value) for value in row.values())
-        )
-    return grid
-
-
-def _markdown(table) -> str:
-    page = Console(file=io.StringIO(), width=sys.maxsize)  # a row is a line, whatever the terminal
-    page.print(_grid(table, box=MARKDOWN), markup=False)
-    return page.file.getvalue().strip() + "\n"
-
-
-def _study_cells(folder: Path, matrix: bool = False):
-    """Print a study's cells and its failures; the cells as a table."""
-    from abdlab import studies
-    from abdlab.studies.tables import study_matrix, study_summary
-
-    state, results = studies.status(folder), studies.results(folder)
-    if results.empty:
-        raise ValueError(f"no job of the study in {folder} is done yet: there is nothing to report")
-    cells = (study_matrix if matrix else study_summary)(results).reset_index()
-    counts = ", ".join(f"{n} {name}" for name, n in state["state"].value_counts().items())
-    # a narrow terminal breaks lines there
-    shown = cells.replace("/", " / ", regex=True) if matrix else cells
-    look = {"box": None, "pad_edge": False, "collapse_padding": True}
-    console.print(
-        _grid(shown, title=f"{studies.open_study(folder).title}: {counts}", **look), markup=False
-    )
-    for row in state[state["state"] == "failed"].to_dict("records"):
-        console.print(f"failed: {row['name']}: {row['error']}", markup=False, highlight=False)
-    return cells
-
-
-def _runs(folder: Path):
-    """Print every run below a folder; them as a table."""
-    from abdlab.runs import table
-
-    found = table(folder)
-    if found.empty:
-        raise ValueError(
-            f"{folder} holds no finished run (no metrics.json): run a notebook first, for example"
-            " abdlab demo"
-        )
-    grid = Table(title=str(folder), title_justify="left", box=None)
-    for heading in ("run", "method", "seed", "ACC (%)", "ASR (%)", "seconds"):
-        grid.add_column(
-            heading, justify="left" if heading in ("run", "method") else "right", overflow="fold"
-        )
-    shown = found[found["acc"].notna()] if "acc" in found else found.iloc[:0]
-    for row in shown.to_dict("records"):
-        cells = [
-            row["run"],
-            row.get("label", ""),
-            _number(row.get("seed"), 0),
-            _number(row["acc"], 1, 100),
-        ]
-        grid.add_row(*cells, _number(row.get("asr"), 1, 100), _number(row.get("seconds"), 0))
-    console.print(grid, markup=False)
-    return shown
 
 
 @app.command()
@@ -432,27 +380,31 @@ def book(
 @_clear_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Where notebooks, figures and metrics go.")] = Path(
-        "runs/demo"
+        "runs/walk"
     ),
     preset: Annotated[str, typer.Option(help="The settings to run.")] = "quick/digits",
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
     """Run the whole walk, 01 to 05, on the digits data, and print the comparison."""
-    began = time.perf_counter()
+    began, out = time.perf_counter(), at_home(out)
+    _say(f"results: {out}")
     walk = [
         path
         for name, path in batch.notebooks().items()
         if name[:2] in ("01", "02", "03", "04", "05")
     ]
-    for number, path in enumerate(walk, start=1):
-        console.rule(f"{number}/{len(walk)}  {path.stem}", align="left")
+    for count, path in enumerate(walk, start=1):
+        console.rule(f"{count}/{len(walk)}  {path.stem}", align="left")
         given = {
             "run": str(out),
             "preset": preset,
             **({"seeds": [seed]} if path.stem.startswith("05") else {"seed": seed}),
         }
         started = time.perf_counter()
-        batch.execute(path, out / path.name, given)
+        try:
+            batch.execute(path, out / path.name, given)
+        except KeyboardInterrupt:
+            _stopped(out)
         console.print(f"{path.stem}: {time.perf_counter() - started:.0f} s", highlight=False)
     metrics = json.loads((out / "05_abd_ablation" / "metrics.json").read_text())
     console.rule("result", align="left")
@@ -463,7 +415,7 @@ def demo(
     grid.add_column("ACC", justify="right")
     grid.add_column("ASR", justify="right")
     for row in metrics["rows"]:
-        grid.add_row(row["name"], _number(row["acc"], 1, 100), _number(row["asr"], 1, 100))
+        grid.add_row(row["name"], number(row["acc"], 1, 100), number(row["asr"], 1, 100))
     console.print(grid)
     for note in metrics["notes"]:
         console.print(note, markup=False, highlight=False)
@@ -474,115 +426,16 @@ def demo(
     )
 
 
-def _beside_the_paper(folder: Path):
-    """Print one table per data set, trigger and teacher, each with what differs from
-    the paper's settings, numbered; all as one table.
-    """
-    from abdlab.studies.paper import SOURCE, TOLERANCE, compare
-
-    found = compare(folder)
-    if found.empty:
-        raise ValueError(
-            f"{folder} holds no finished run (no metrics.json beside a config.json): run a notebook"
-            " first"
-        )
-    double = found.duplicated(
-        ["data", "teacher", "student", "trigger", "method", "runs"], keep=False
-    )
-    for (data, trigger, teacher), rows in found.assign(double=double).groupby(
-        ["data", "trigger", "teacher"], sort=False
-    ):
-        students = sorted(set(rows["student"]) - {"-"})
-        title = f"{data}, {trigger}, teacher {teacher}" + (
-            f", student {students[0]}" if len(students) == 1 else ""
-        )
-        grid = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for heading in (
-            "method",
-            "seeds",
-            "ACC (%)",
-            "paper",
-            "",
-            "ASR (%)",
-            "paper",
-            "",
-            "settings",
-        ):
-            left = heading in ("method", "", "settings")
-            grid.add_column(
-                heading,
-                justify="left" if left else "right",
-                overflow="fold",
-                no_wrap=heading != "settings",
-            )
-        notes: dict[str, int] = {}
-        for row in rows.to_dict("records"):
-            method = (
-                f"{row['method']} ({row['student']})"
-                if len(students) > 1 and row["student"] != "-"
-                else row["method"]
-            )
-            if row["double"]:  # the paper has two numbers for this cell
-                method += f" ({row['part']})"
-            cells = [method, str(row["n"])]
-            for kind in TOLERANCE:
-                spread = _number(row[f"{kind}_std"], 1)
-                ours = _number(row[kind], 1) + (f" ± {spread}" if spread else "")
-                cells += [ours, _number(row[f"paper_{kind}"], 1), row[f"{kind}_is"]]
-            grid.add_row(*cells, _mark(row, notes))
-        console.print(grid, markup=False)
-        for note, number in notes.items():
-            console.print(f"({number}) {note}", markup=False, highlight=False)
-        console.print()
-    acc, asr = TOLERANCE["acc"], TOLERANCE["asr"]
-    console.print(
-        f"Ours: mean ± sample standard deviation over seeds. The paper: {SOURCE}; it prints no"
-        " spread and disagrees with itself by up to 10 points of ASR. within: ours differs by at"
-        f" most 2 of our standard deviations, or {acc:g} points of ACC, {asr:g} of ASR. settings:"
-        " the same as in the paper's preset (abdlab presets), or not. A shortened or changed run"
-        " is no reproduction.",
-        markup=False,
-        highlight=False,
-    )
-    return found
-
-
-def _mark(row: dict, notes: dict[str, int]) -> str:
-    """How a run's settings relate to the paper's; what differs gets a number in
-    ``notes``.
-    """
-    if row["part"] != row["part"]:
-        return "no such cell in the paper"
-    if not isinstance(row["shortened"], str):
-        return "no preset to compare with"
-    note = "; ".join(f"{word}: {row[word]}" for word in ("shortened", "changed") if row[word])
-    if not note:
-        return "the same"
-    return (
-        f"{'shortened' if row['shortened'] else 'changed'}"
-        f" ({notes.setdefault(note, len(notes) + 1)})"
-    )
-
-
 def _pairs(words: list[str]) -> dict[str, str]:
     pairs = {}
     for word in words:
         key, mark, value = word.partition("=")
         if not mark:
             raise ValueError(f"-p takes a name and a value, as in -p seed 1; {word!r} has no value")
+        if key in pairs:
+            raise ValueError(f"-p names {key} twice: keep one of {pairs[key]!r} and {value!r}")
         pairs[key] = value
     return pairs
-
-
-def _number(value, digits: int, scale: float = 1) -> str:
-    return "" if value is None or value != value else f"{scale * value:.{digits}f}"
 
 
 def _join_pairs(arguments: list[str]) -> list[str]:

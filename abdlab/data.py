@@ -23,6 +23,7 @@ from torch import Tensor
 from abdlab.augment import augment, deliver, random_views, resized_crops
 from abdlab.errors import did_you_mean
 from abdlab.folders import decode, read_folder, some
+from abdlab.home import at_home
 
 __all__ = [
     "DATASETS",
@@ -110,7 +111,8 @@ def load(
             reads PATH/train/CLASS/* and PATH/test/CLASS/*, subfolders included, as
             three channels (see :mod:`abdlab.folders` for deep grey, EXIF and alpha). A
             warning says how many files were left out, and why.
-        root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB.
+        root: where torchvision keeps (or downloads) CIFAR-10 and GTSRB. It, and PATH,
+            lie below :func:`abdlab.home.home` when relative.
         size: resize to size x size pixels; by default 16 for digits, 32 for the others.
         download: let torchvision download what is missing or damaged. It unpacks over
             what is there, and only an archive whose checksum is right; a download that
@@ -134,7 +136,7 @@ def load(
             "folder: needs a path, as in folder:data/cifar10 (with train/CLASS/* and test/CLASS/*)"
         )
     reader, shift, flip = DATASETS[kind]
-    train, test, classes = reader(Path(path or root).expanduser(), size, download)
+    train, test, classes = reader(at_home(path or root), size, download)
     for split, (images, _) in {"train": train, "test": test}.items():
         if len(images) == 0:
             raise ValueError(f"{name} has no images in its {split} split")

@@ -20,12 +20,29 @@ class Diverged(RuntimeError):
     """
 
 
+#: a list of known names that is longer (characters) is cut to the nearest ones
+_LONGEST = 180
+
+
+def short(value: Any, longest: int = 60) -> str:
+    """A value as a sentence quotes it, in one line and cut to so many characters."""
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    text = repr(text) if isinstance(value, str) else text
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."
+
+
 def did_you_mean(what: str, given: str, known: Iterable[str]) -> str:
-    """One sentence for an unknown name: the nearest known one, then all of them."""
+    """One sentence for an unknown name: the nearest known one, then all of them, or of
+    very many those that are nearest.
+    """
     known = [str(k) for k in known]
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(given), known, n=4, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {given!r}: {hint}known are {', '.join(known)}"
+    told = ", ".join(known)
+    if len(told) > _LONGEST:
+        some = near[:4] or known[:4]
+        told = f"{', '.join(some)} and {len(known) - len(some)} more"
+    return f"unknown {what} {short(given)}: {hint}known are {told}"
 
 
 def check_keys(what: str, given: Mapping | Iterable[str], known: Iterable[str]) -> None:

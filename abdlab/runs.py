@@ -29,6 +29,7 @@ import pandas as pd
 from torch import Tensor
 
 from abdlab.checkpoint import load_state, save_state, write_atomically
+from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.settings import Settings
 from abdlab.stream import Step, progress
@@ -41,7 +42,8 @@ class Run:
     """One folder of results; every file in it is written atomically.
 
     Args:
-        path: the folder, made when missing.
+        path: the folder, made when missing; a relative one lies below
+            :func:`abdlab.home.home`.
         config: plain values, written to config.json when given.
 
     Raises:
@@ -50,7 +52,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, config: dict | None = None):
-        self.path = Path(path)
+        self.path = at_home(path)
         try:
             if config is not None:
                 self._check(json.loads(json.dumps(config)))
@@ -241,8 +243,8 @@ def table(root: str | Path) -> pd.DataFrame:
     """Every run below ``root`` as one row: its folder and the plain values of its
     metrics.json.
     """
-    rows = []
-    for path in sorted(Path(root).rglob("metrics.json")):
+    root, rows = at_home(root), []
+    for path in sorted(root.rglob("metrics.json")):
         values = json.loads(path.read_text())
         plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float)) or v is None}
         rows.append({"run": str(path.parent.relative_to(root)), **plain})

@@ -31,6 +31,7 @@ from abdlab.purifiers import PURIFIERS, Purifier
 from abdlab.registry import imported
 from abdlab.sources import SOURCES, Source
 from abdlab.train import train
+from abdlab.values import as_dict
 
 _MODEL = ["model", "width"]
 #: what an import path in a label may name
@@ -114,7 +115,7 @@ class Settings:
             f"{s}.{k}": v
             for s, values in self.values.items()
             for k, v in values.items()
-            if plain[s].get(k) != v
+            if plain[s].get(k, ...) != v
         }
         # naming a trigger brings what the preset recommends for it
         again = settings(self.preset, changed).values
@@ -122,7 +123,7 @@ class Settings:
             f"{s}.{k}": v
             for s, values in self.values.items()
             for k, v in values.items()
-            if again[s].get(k) != v
+            if again[s].get(k, ...) != v
         }
 
     @classmethod
@@ -317,7 +318,8 @@ def settings(
     Args:
         preset: a name of :data:`PRESETS`.
         overrides: values by dotted name, such as ``{"zskt.pseudo_batches": 100,
-            "sv.alpha": None}``; None keeps the preset's value. Naming another
+            "sv.cap": None}``, or the text of such a dict. The text "preset" stands for
+            the preset's value; None is a value like any other. Naming another
             ``attack.trigger`` drops the preset's ``attack.params`` and takes what
             :data:`ATTACKS` recommends for it with this preset, as does a trigger in
             ``attack.more``.
@@ -333,12 +335,13 @@ def settings(
     if preset not in PRESETS:
         raise ValueError(did_you_mean("preset", preset, PRESETS))
     values = copy.deepcopy(PRESETS[preset])
+    overrides = as_dict("overrides", overrides or {})
     known = dict(SECTIONS)
-    named = {name.rpartition(".")[0] for name in overrides or {}}
+    named = {name.rpartition(".")[0] for name in overrides}
     known |= {section: keys_of(section) for section in named if ":" in section}
     every = [f"{section}.{key}" for section, keys in known.items() for key in keys]
-    check_keys("setting", overrides or {}, every)
-    overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    check_keys("setting", overrides, every)
+    overrides = {key: value for key, value in overrides.items() if value != "preset"}
     attack, advised = values.setdefault("attack", {}), ATTACKS.get(preset, {})
     if (trigger := overrides.get("attack.trigger", attack.get("trigger"))) != attack.get("trigger"):
         attack.pop("params", None)

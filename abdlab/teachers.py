@@ -17,6 +17,7 @@ from abdlab.checkpoint import load_model, save_model, write_atomically
 from abdlab.data import Dataset
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
+from abdlab.home import at_home
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.stream import Step
@@ -139,7 +140,7 @@ def _optimised(
     options = options_of(trigger, **options)
     request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
     stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
-    path = Path(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
+    path = at_home(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
     model, _ = clean_teacher(root, chosen, data)
     if not path.exists():
         images, labels = data.train_images, data.train_labels

@@ -1,13 +1,20 @@
 """The command line as a user sees it: exit codes, one clear sentence, no traceback."""
 
+import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
 from abdlab import batch, cli
+from abdlab.home import home, there
 from abdlab.presets import ABOUT, PRESETS
 from abdlab.runs import Run
 from abdlab.settings import SECTIONS, settings
@@ -186,6 +193,180 @@ def test_every_table_that_is_printed_can_be_exported(here, tmp_path):
         lines = files["markdown"].read_text().splitlines()
         assert lines[0].startswith(f"| {first} ")
         assert len(lines) == 2 + len(table)  # a row is a line, however narrow the terminal
+
+
+def test_a_report_loads_no_plotting_library(tmp_path):
+    _write(tmp_path, "zskt+sv", 0, 0.72, 0.88)
+    look = (
+        "import sys\nfrom abdlab.cli import main\ntry: main()\n"
+        "finally: print([m for m in ('matplotlib', 'seaborn') if m in sys.modules])"
+    )
+    for words in ([], ["--against", "paper"]):
+        done = subprocess.run(
+            [sys.executable, "-c", look, "report", str(tmp_path), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip().endswith("[]"), done.stdout[-200:]
+        assert "zskt+sv" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["02", "-p", "overrides", '{"sr.hold": false, "sv.cap": null}'], "'sv.cap': None"),
+        (["02", "-p", "overrides", "{'sr.hold': False}"], "'sr.hold': False"),
+        (["05", "-p", "control", "true", "-p", "methods", '["zskt"]'], "control: True"),
+        (["01", "-p", "trigger_params", '{"size": 4}'], "'size': 4"),
+    ],
+)
+def test_json_is_understood_as_python_is(here, words, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = here("run", *words, "--dry-run", columns=200)
+    assert code == 0, err
+    assert shown in out
+    assert f"results: {tmp_path}/runs/walk" in out.splitlines()[0]
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["02", "-p", "seed", "1", "-p", "seed", "2"], "-p names seed twice"),
+        (["02", "-p", "overrides", '{"sv.k": 1, "sv.k": 2}'], "stands twice"),
+        (["02", "-p", "overrides", '{"sv.alhpa": 1}'], "did you mean 'sv.alpha'"),
+        (["02", "-p", "source", "zsk"], "did you mean 'zskt'"),
+        (["02", "-p", "sr_start", "1.5"], "start is a share"),
+        (["03", "-p", "label", "zskt+rs"], "unknown defen"),
+        (["01", "-p", "target", "11"], "attack.target is a class from 0 to 9"),
+        (["05", "-p", "seeds", "[0, '1']"], "each of seeds is a whole number"),
+        (["02", "-p", "run", "a\0b"], "null"),
+        (["x" * 5000], "unknown notebook"),
+    ],
+)
+def test_what_could_not_run_does_not_start(here, words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batch, "run_kernel", lambda *_: pytest.fail("a kernel was started"))
+    code, _, err = here("run", *words)
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 320
+
+
+def test_the_temporary_folders_of_killed_runs_are_swept_up():
+    kill = (
+        "import os, sys\nfrom abdlab.batch import own_folder\n"
+        "with own_folder('x-') as folder: print(folder, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", kill], capture_output=True, text=True)
+    left = Path(done.stdout.strip())
+    assert left.is_dir()
+    with batch.own_folder() as mine:
+        assert not left.exists()
+        with batch.own_folder() as other:  # one that is in use is let alone
+            assert mine.is_dir()
+            assert other.is_dir()
+    assert not mine.exists()
+
+
+@pytest.fixture
+def sleeper(tmp_path):
+    """A notebook that writes its process's number, and then waits for a minute."""
+    cells = [
+        'run = "runs/here"  # folder',
+        "import os, pathlib, time, abdlab\n"
+        'book = abdlab.Run(run)\nprint(f"results: {book.path}")\n'
+        'book.file("pid").write_text(str(os.getpid()))',
+        "time.sleep(float(os.environ['SECONDS']))",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
+    book.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(book, path := tmp_path / "sleeper.ipynb")
+    return path
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_sentence_and_leaves_nothing_behind(sleeper, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from abdlab.cli import main; main()", "run", str(sleeper)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "SECONDS": "60", "TMPDIR": str(tmp_path)},
+        # tests that run in the background inherit a deaf ear for interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    pid = tmp_path / "runs" / "here" / "pid"
+    end = time.time() + 90
+    while not pid.exists() or not pid.read_text():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    folder = tmp_path / "runs" / "here"
+    told = [line for line in err.splitlines() if not line.startswith("results: ")]
+    assert told == [f"abdlab: stopped; the same command goes on where it was ({folder})"]
+    assert not batch.alive(int(pid.read_text()))
+    assert not [*tmp_path.glob("abdlab-*")]
+    assert "results: " in (folder / "sleeper.ipynb").read_text()  # kept, up to that cell
+
+
+@pytest.mark.slow
+def test_every_launcher_writes_to_the_same_folder(sleeper, tmp_path):
+    """The command line in a clone, a kernel in its notebooks/, papermill, and a study's
+    job whose working directory is elsewhere.
+    """
+    clone = tmp_path / "clone"
+    (clone / "notebooks").mkdir(parents=True)
+    (clone / "pyproject.toml").write_text('[project]\nname = "abdlab"\n')
+    inside = clone / "notebooks" / sleeper.name
+    sleeper.rename(inside)
+    env = {k: v for k, v in os.environ.items() if k != "ABDLAB_HOME"}
+    env |= {"SECONDS": "0", "PYTHONPATH": str(Path(batch.__file__).parents[1])}
+    main = [sys.executable, "-c", "from abdlab.cli import main; main()"]
+    mill = [sys.executable, "-m", "papermill", "--kernel", "python3", "--language", "python"]
+    for cwd, words in {
+        clone: [*main, "run", "notebooks/sleeper.ipynb"],
+        clone / "notebooks": [*mill, "sleeper.ipynb", "out.ipynb"],
+    }.items():
+        done = subprocess.run(
+            words, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (clone / "runs" / "here" / "pid").exists()
+        (clone / "runs" / "here" / "pid").unlink()
+        assert not (clone / "notebooks" / "runs").exists()
+        if words[:3] == main:
+            assert done.stdout.splitlines()[0] == f"results: {clone}/runs/here"
+        else:
+            assert f"results: {clone}/runs/here" in (cwd / "out.ipynb").read_text()
+
+
+def test_home_is_the_clone_the_variable_or_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("ABDLAB_HOME", raising=False)
+    deep = tmp_path / "clone" / "notebooks" / "studies"
+    deep.mkdir(parents=True)
+    (tmp_path / "clone" / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    monkeypatch.chdir(deep)
+    assert home() == deep
+    (tmp_path / "clone" / "pyproject.toml").write_text('[project]\nname = "abdlab"\n')
+    assert home() == tmp_path / "clone"
+    assert Run("runs/x").path == tmp_path / "clone" / "runs" / "x"
+    assert Run(tmp_path / "y").path == tmp_path / "y"
+    monkeypatch.setenv("ABDLAB_HOME", str(tmp_path / "mine"))
+    assert Run("runs/x").path == tmp_path / "mine" / "runs" / "x"
+    (deep / "seen").mkdir()
+    assert there("seen") == deep / "seen"  # what a command names is what the shell sees
+    assert there("runs/x") == tmp_path / "mine" / "runs" / "x"
+
+
+def test_the_demo_lies_where_the_workbench_looks():
+    out = inspect.signature(cli.demo).parameters["out"].default
+    assert str(out) == batch.parameters("00")["run"]["default"]
 
 
 def test_parameters_are_typed_by_the_notebooks_own_defaults():

@@ -190,3 +190,18 @@ def test_every_figure_is_shown_once(walk):
             if "image/png" in o.get("data", {})
         ]
         assert len(pictures) == len(figures), name
+
+
+@pytest.mark.parametrize("name", ["01", "02", "05"])
+def test_papermills_own_overrides_are_a_text(name, tmp_path):
+    """Its first cells run with what papermill -p hands over, which is a text."""
+    book = nbformat.read(batch.find_notebook(name), 4)
+    first = [cell for cell in book.cells if cell.cell_type == "code"][:2]
+    lines = "".join(first[1].source.partition("data = chosen.dataset()")[0])
+    lines = lines.replace("for seed in seeds:", "for seed in [0]:")
+    scope = {}
+    exec(first[0].source, scope)
+    scope |= {"run": str(tmp_path), "overrides": '{"sr.hold": false, "sv.cap": null}'}
+    exec(lines, scope)
+    assert scope["chosen"].values["sr"]["hold"] is False
+    assert scope["chosen"].values["sv"]["cap"] is None

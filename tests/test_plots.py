@@ -189,17 +189,17 @@ def study_results():
     for source in ("zskt", "cmi"):
         for trigger in ("badnet_sq", "blend"):
             for seed in (0, 1):
-                for defence, asr in (("none", 0.8 + 0.1 * seed), ("sv+sr", 0.2 + 0.2 * seed)):
+                for defense, asr in (("none", 0.8 + 0.1 * seed), ("sv+sr", 0.2 + 0.2 * seed)):
                     for alpha in (0.1, 0.5):
-                        label = source if defence == "none" else f"{source}+{defence}"
+                        label = source if defense == "none" else f"{source}+{defense}"
                         model = f"{label} {trigger} {seed}" + (
-                            f" {alpha}" if defence != "none" else ""
+                            f" {alpha}" if defense != "none" else ""
                         )
                         rows.append(
                             {
                                 "label": label,
                                 "source": source,
-                                "defence": defence,
+                                "defense": defense,
                                 "trigger": trigger,
                                 "seed": seed,
                             }
@@ -221,7 +221,7 @@ def test_a_matrix_has_a_row_per_trigger_and_defense_and_a_column_per_source():
     frame = study_results()
     frame.loc[frame["label"] == "zskt", "acc"] = 0.875
     teacher = dict.fromkeys(("label", "source", "model"), "teacher") | {
-        "defence": "none",
+        "defense": "none",
         "trigger": "badnet_sq",
         "acc": 1.0,
     }
@@ -249,7 +249,7 @@ def test_heatmaps_before_and_after():
 
 def test_a_clean_teacher_is_no_student_in_a_studys_table_and_figures():
     twin = dict.fromkeys(("label", "source", "model"), "clean_teacher") | {
-        "defence": "none",
+        "defense": "none",
         "trigger": "blend",
         "acc": 1.0,
     }

@@ -253,10 +253,10 @@ class TestOverrides:
         assert chosen.target == 3
         assert repr(PRESETS) == before
 
-    def test_none_keeps_the_presets_value(self):
-        assert settings(QUICK, {"zskt.pseudo_batches": None, "attack.trigger": None}) == settings(
-            QUICK
-        )
+    def test_preset_keeps_the_presets_value(self):
+        assert settings(
+            QUICK, {"zskt.pseudo_batches": "preset", "attack.trigger": "preset"}
+        ) == settings(QUICK)
 
     @pytest.mark.parametrize("value", [0, 0.0, False])
     def test_nought_is_a_value(self, value):

@@ -182,7 +182,23 @@ def test_dotted_names_are_settings_and_teachers_are_shared():
         ),
         ({"parameters": {"run": "here"}}, "run is set by the sweep"),
         ({"timeout": 0}, "timeout is seconds above 0"),
+        ({"timeout": float("inf")}, "timeout is seconds above 0"),
         ({"retries": -1}, "retries is a whole number of at least 0"),
+        ({"threads": True}, "threads is a whole number of at least 1"),
+        ({"exclude": {"x": 1}}, "exclude is a list of names and values"),
+        ({"title": ["a"]}, "title is a text"),
+        ({"grid": {"x": [float("nan")]}}, "which is no finite number"),
+        ({"parameters": {"mode": {1: 2}}}, "names its values by texts, not by 1"),
+        ({"grid": {"x": [*range(200)], "seed": [*range(200)]}}, "the axes make 40,000 jobs"),
+        ({"notebook": "02", "grid": {"source": ["zsktt"]}}, "did you mean 'zskt'"),
+        ({"notebook": "02", "grid": {"defenses": [["sv", "rs"]]}}, "unknown defen"),
+        ({"notebook": "05", "grid": {"methods": [["zskt", "cmi+sw"]]}}, "did you mean 'sv'"),
+        ({"notebook": "03", "grid": {"label": ["zskt+"]}}, "a method is"),
+        ({"notebook": "02", "grid": {"sr.hold": ["yes"]}}, "sr.hold takes True or False"),
+        ({"notebook": "02", "grid": {"dfad.width": ["24"]}}, "dfad.width takes a whole number"),
+        ({"notebook": "05", "grid": {"teacher.model": ["vgg-12"]}}, "did you mean 'vgg-1"),
+        ({"notebook": "01", "grid": {"target": [10]}}, "attack.target is a class from 0 to 9"),
+        ({"notebook": "05", "seeds": [-1]}, "each of seeds is a whole number from 0"),
         (
             {"notebook": "02_distillation", "grid": {"sv.alpa": [1]}},
             "unknown setting 'sv.alpa': did you mean 'sv.alpha'",
@@ -201,6 +217,84 @@ def test_a_wrong_study_is_one_sentence_before_anything_starts(
         studies.read_study(study_file(tmp_path, **content))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seeds: [0]\nseeds: [1]", "line 3: 'seeds' stands twice, first in line 2"),
+        ("grid:\n  x: [1]\n  mode: [ok]\n  x: [2, 3]", "line 5: 'x' stands twice"),
+        ("list: [{x: 1, 'x': 2}]", "line 2: 'x' stands twice"),
+        ("parameters: {overrides: {sv.k: 1, sv.k: 2}}", "line 2: 'sv.k' stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_line(notebook, tmp_path, text, sentence):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"notebook: trivial.ipynb\n{text}\n")
+    with pytest.raises(ValueError, match=r"^study\.yaml, line") as caught:
+        studies.read_study(path)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [("2026-11-26", "2026-11-26"), ("05", "05"), ("1.10", "1.10"), ("no", "no"), ("~", "study")],
+)
+def test_a_title_is_a_text_however_it_looks(notebook, tmp_path, text, title):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"notebook: trivial.ipynb\ntitle: {text}\n")
+    study = studies.read_study(path)
+    assert study.title == title
+    studies.write_study(study, tmp_path / "out")
+    assert studies.open_study(tmp_path / "out").title == title
+
+
+@pytest.mark.parametrize("name", ["05", "5", "02_distillation", "2"])
+def test_a_notebook_by_its_number(tmp_path, name):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"notebook: {name}\n")
+    if len(name) > 1:
+        assert studies.read_study(path).jobs[0].notebook.startswith(name)
+    else:
+        with pytest.raises(ValueError, match=f"unknown notebook '{name}'"):
+            studies.read_study(path)
+    assert studies.make_study(5).jobs[0].notebook == "05_abd_ablation"
+
+
+def test_a_date_is_a_text(notebook, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("notebook: trivial.ipynb\ngrid: {mode: [2026-11-26, 2026-11-26 10:00:00]}\n")
+    assert [job.axes["mode"] for job in studies.read_study(path).jobs] == [
+        "2026-11-26",
+        "2026-11-26 10:00:00",
+    ]
+
+
+def test_preset_in_an_axis_is_the_job_without_it_and_null_is_none():
+    study = studies.make_study("05", grid={"sv.cap": ["preset", None, 2]})
+    assert [job.parameters["overrides"] for job in study.jobs] == [
+        {},
+        {"sv.cap": None},
+        {"sv.cap": 2},
+    ]
+    assert study.jobs[0].axes == {"sv.cap": "preset"}
+    plain = studies.make_study("05", parameters={"overrides": {}})
+    assert study.jobs[0].key == plain.jobs[0].key
+
+
+def test_a_notebook_that_lacks_a_kernelspec_or_the_tag(notebook, tmp_path):
+    book = nbformat.read(notebook, 4)
+    del book.metadata["kernelspec"]
+    nbformat.write(book, notebook)
+    assert len(studies.make_study(notebook, grid={"x": [1, 2]}).jobs) == 2
+    book.cells[0].metadata["tags"] = []
+    nbformat.write(book, notebook)
+    with pytest.raises(ValueError, match="tag the cell that sets them with parameters"):
+        studies.make_study(notebook, grid={"x": [1, 2]})
+    assert len(studies.make_study(notebook).jobs) == 1
+    notebook.write_text("no notebook")
+    with pytest.raises(ValueError, match=r"trivial\.ipynb is not a notebook"):
+        studies.make_study(notebook)
 
 
 def test_a_file_that_is_no_study(tmp_path):
@@ -251,7 +345,7 @@ def test_failures_are_told_apart_and_tried_again_where_that_helps(notebook, tmp_
     found = studies.results(out)
     assert sorted(found["mode"]) == ["kernel dies once", "ok", "worker dies once"]
     assert set(found["source"]) == {"zskt"}
-    assert set(found["defence"]) == {"none"}
+    assert set(found["defense"]) == {"none"}
 
 
 @pytest.mark.slow
@@ -494,7 +588,7 @@ def test_the_report_reads_without_the_code(by_local, html):
     }  # no numeric axis, no line
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["done"], metrics["jobs"], metrics["failed"]) == (3, 3, [])
-    mine = {(c["source"], c["defence"]): c for c in metrics["cells"]}
+    mine = {(c["source"], c["defense"]): c for c in metrics["cells"]}
     assert set(mine) == {("teacher", "none"), ("zskt", "none"), ("zskt", "sv")}
     assert all(c["n"] == 1 for c in mine.values())  # two jobs share the teacher: it counts once
     (acc,) = {acc for label, _, acc, _ in numbers(by_local) if label == "zskt"}
@@ -517,7 +611,7 @@ def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, he
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in page.read_text().splitlines()
     )
-    assert heading == ["trigger", "defence", "teacher", "zskt"]
+    assert heading == ["trigger", "defense", "teacher", "zskt"]
     assert {character for cell in rule for character in cell} == {"-"}
     assert rows == [
         ["badnet_sq", "none", score["teacher"], score["zskt"]],
@@ -534,6 +628,7 @@ def test_the_command_line_prints_a_study_as_a_matrix_and_exports_it(by_local, he
         (["clean", "teacher"], "clean"),
         (["clean_teacher", "teacher"], "teacher"),
         (["clean", "teacher", "zskt", "zskt+sr", "zskt+sv+sr"], "zskt+sv+sr"),
+        (["zskt+sv", "bounded+unlearn,zskt+sv", "zskt+sv+sr"], "bounded+unlearn,zskt+sv"),
     ],
 )
 def test_a_job_shows_its_most_defended_student(tmp_path, labels, shown):
@@ -541,9 +636,16 @@ def test_a_job_shows_its_most_defended_student(tmp_path, labels, shown):
         folder = tmp_path / "seed0" / label
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(
-            json.dumps({"label": label, "seed": 0, "acc": number / 10, "asr": number / 20})
+            json.dumps(
+                {
+                    "label": label.replace(",", "/"),
+                    "seed": 0,
+                    "acc": number / 10,
+                    "asr": number / 20,
+                }
+            )
         )
-    at = labels.index(shown)
+    at, shown = labels.index(shown), shown.replace(",", "/")
     assert scores_of_folder(tmp_path) == {"label": shown, "acc": at / 10, "asr": at / 20}
 
 

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms import v2
 
 from abdlab.data import augment, deliver
+from abdlab.home import at_home
 from abdlab.losses import kl
 from abdlab.models import seeded
 from abdlab.sources.source import Batch, Source
@@ -45,14 +46,14 @@ def photograph(image: str | Path) -> Tensor:
         from sklearn.datasets import load_sample_image
 
         pixels = load_sample_image(f"{image}.jpg")
-    elif not Path(image).is_file():
+    elif not (file := at_home(image)).is_file():
         raise FileNotFoundError(
             f"there is no image {str(image)!r}: name a file, or an embedded photograph:"
             f" {', '.join(EMBEDDED)}"
         )
     else:
         try:
-            with Image.open(image) as opened:
+            with Image.open(file) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{image} is not a readable image: {error}") from error

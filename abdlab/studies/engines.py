@@ -5,7 +5,6 @@ schedule by themselves; we only submit.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import tempfile
 import threading
@@ -22,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from pebble import ProcessPool
 
+from abdlab.batch import own_folder
 from abdlab.studies.job import run_job
 
 #: files that a job leaves on the worker: only a run that goes on needs them
@@ -215,8 +215,7 @@ def _ray_job(spec: Mapping[str, Any]) -> dict:
                 " shared=False"
             )
         return run_job(spec)
-    folder = Path(tempfile.mkdtemp(prefix="abdlab-job-"))
-    try:
+    with own_folder("job-") as folder:
         result = run_job({**spec, "folder": str(folder)})
         files = {
             str(p.relative_to(folder)): p.read_bytes()
@@ -224,5 +223,3 @@ def _ray_job(spec: Mapping[str, Any]) -> dict:
             if p.is_file() and p.name not in _STAYS
         }
         return {**result, "files": files}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

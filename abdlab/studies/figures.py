@@ -15,21 +15,26 @@ from matplotlib.figure import Figure
 from abdlab.labels import name_of
 from abdlab.plots.colors import axes_of as _axes
 from abdlab.plots.colors import color_of
+from abdlab.studies.job import label_of
 from abdlab.studies.tables import _models, pareto_front
 
 
-def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
+def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
     """ASR (ACC below it) in percent, triggers against sources, before and after a
-    defence; empty cells were not run.
+    defense; empty cells were not run.
 
     Args:
         results: what :func:`abdlab.studies.results.results` returns.
-        defence: by default the one with the most parts among those that were run.
+        defense: by default the one with the most parts among those that were run.
     """
     students = _models(results[~results["source"].isin(["teacher", "clean"])])
-    defended = [d for d in dict.fromkeys(students["defence"]) if d != "none"]
-    defence = defence or max(defended, key=lambda d: d.count("+"), default=None)
-    shown = [("undefended", "none")] + ([(f"with {defence.upper()}", defence)] if defence else [])
+    parts = {
+        defense: len(label_of(label).parts)
+        for defense, label in zip(students["defense"], students["label"], strict=True)
+    }
+    defended = [d for d in dict.fromkeys(students["defense"]) if d != "none"]
+    defense = defense or max(defended, key=parts.get, default=None)
+    shown = [("undefended", "none")] + ([(f"with {defense.upper()}", defense)] if defense else [])
     triggers, sources = (
         sorted(students["trigger"].dropna().unique()),
         list(dict.fromkeys(students["source"])),
@@ -37,7 +42,7 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
     size = (2.0 + 1.3 * len(sources) * len(shown) + 1.2, 1.4 + 0.7 * len(triggers))
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, key) in zip(axes[0], shown, strict=True):
-        part = students[students["defence"] == key]
+        part = students[students["defense"] == key]
         asr, acc = (
             100
             * part.pivot_table(index="trigger", columns="source", values=v, aggfunc="mean").reindex(
@@ -70,7 +75,7 @@ def study_heatmaps(results: pd.DataFrame, defence: str | None = None) -> Figure:
 
 
 def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """ACC against ASR in percent, one point per job's student (colour: defence, marker:
+    """ACC against ASR in percent, one point per job's student (colour: defense, marker:
     source), and the Pareto front.
 
     The front joins the students that no other one beats in both ACC and ASR: down and

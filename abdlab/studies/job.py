@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import nbformat
 import pandas as pd
 from filelock import FileLock
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from abdlab.batch import run_kernel
+from abdlab.batch import as_notebook, run_kernel
 from abdlab.checkpoint import write_atomically
+from abdlab.labels import Label
 from abdlab.runs import table as runs_table
 from abdlab.studies.study import Job
 
@@ -80,7 +80,7 @@ def _execute(spec: Mapping[str, Any], folder: Path) -> dict:
     for name, data in spec.get("files", {}).items():
         write_atomically(folder / name, data)
     given = {**spec["parameters"], **({"run": str(folder)} if spec["takes_run"] else {})}
-    notebook = nbformat.reads(spec["text"], as_version=4)
+    notebook = as_notebook(spec["notebook"], spec["text"])
     output = folder / f"{spec['notebook']}.ipynb"
     try:
         with (
@@ -95,6 +95,7 @@ def _execute(spec: Mapping[str, Any], folder: Path) -> dict:
                 log,
                 spec["threads"],
                 spec["cwd"] if Path(spec["cwd"]).is_dir() else folder,
+                spec.get("home"),
             )
     except PapermillExecutionError as error:
         write_atomically(folder / "traceback.txt", str(error).encode())
@@ -155,8 +156,8 @@ def _deadline(seconds: float | None) -> Iterator[None]:
 
 
 def _scores(folder: Path) -> dict:
-    """ACC and ASR of the job's most defended student, the last one with most defences;
-    of its teacher when it has no student.
+    """ACC and ASR of the job's most defended student, the last one with most defenses
+    and purifiers; of its teacher when it has no student.
     """
     found = runs_table(folder)
     if found.empty or not {"label", "acc"} <= set(found.columns):
@@ -164,17 +165,30 @@ def _scores(folder: Path) -> dict:
     found = found[found["label"].notna() & found["acc"].notna()]
     if found.empty:
         return {}
-    rank = found["label"].map(
-        {"teacher": -1, "clean_teacher": -2}
-    )  # the latter is what an attack was optimised against
-    defences = rank.fillna(found["label"].str.count(r"\+"))
-    row = found.loc[defences.sort_values(kind="stable").index[-1]]
+    rank = found["label"].map(_rank)
+    row = found.loc[rank.sort_values(kind="stable").index[-1]]
     asr = row.get("asr")
     return {
         "label": row["label"],
         "acc": float(row["acc"]),
         "asr": None if pd.isna(asr) else float(asr),
     }
+
+
+def _rank(label: str) -> int:
+    """How much a model defends: a teacher less than any student, and the clean one,
+    against which an attack was optimised, less than that.
+    """
+    below = {"teacher": -1, "clean_teacher": -2}
+    return below[label] if label in below else len(label_of(label).parts) - 1
+
+
+def label_of(text: str) -> Label:
+    """A metrics.json's label; one that a notebook made up is a source of its own."""
+    try:
+        return Label.parse(text)
+    except ValueError:
+        return Label(str(text))
 
 
 def _read_json(path: Path) -> dict:

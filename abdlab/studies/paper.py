@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from abdlab.defenses import DEFENSES
+from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.presets import PRESETS
 from abdlab.settings import defaults
@@ -185,7 +186,8 @@ def runs(root: str | Path) -> pd.DataFrame:
         ValueError: for a file that is no JSON.
     """
     rows = []
-    for path in sorted(Path(root).rglob("metrics.json")):
+    root = at_home(root)
+    for path in sorted(root.rglob("metrics.json")):
         metrics = _read(path)
         if metrics.get("acc") is None or not path.with_name("config.json").exists():
             continue  # a notebook's own folder

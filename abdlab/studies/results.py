@@ -14,10 +14,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from abdlab.batch import execute
+from abdlab.batch import alive, execute
 from abdlab.checkpoint import write_atomically
+from abdlab.home import at_home
 from abdlab.runs import table as runs_table
-from abdlab.studies.job import _read_json, status_of
+from abdlab.studies.job import _read_json, label_of, status_of
 from abdlab.studies.study import Study, open_study
 
 
@@ -28,7 +29,7 @@ def status(out: str | Path) -> pd.DataFrame:
     Raises:
         ValueError: when the folder holds no study.
     """
-    study = open_study(out)
+    out, study = at_home(out), open_study(out)
     return _frame(
         study,
         {
@@ -40,13 +41,14 @@ def status(out: str | Path) -> pd.DataFrame:
 
 def results(out: str | Path) -> pd.DataFrame:
     """Every model of every finished job, one row each: the job's axes, then label,
-    source, defence, seed, acc, asr (shares).
+    source, defense, seed, acc, asr (shares).
 
-    ``source`` is the first part of the label (zskt), ``defence`` the rest ("none" when
-    there is none). ``model`` is equal for models that several jobs trained alike
-    (undefended students, above all), so that a mean can count each one once.
+    ``source`` is where the images came from (zskt), ``defense`` all of the label that
+    defends ("sv+sr"; "none" where nothing does). ``model`` is equal for models that
+    several jobs trained alike (undefended students, above all), so that a mean can
+    count each one once.
     """
-    study, frames = open_study(out), []
+    out, study, frames = at_home(out), open_study(out), []
     triggers = {teacher.key: teacher.axes["attack.trigger"] for teacher in study.teachers}
     for job in study.jobs:
         if status_of(Path(out), job)["state"] != "done":
@@ -55,8 +57,9 @@ def results(out: str | Path) -> pd.DataFrame:
         if found.empty or not {"label", "acc"} <= set(found.columns):
             continue
         found = found[found["label"].notna() & found["acc"].notna()].copy()
-        parts = [label.partition("+") for label in found["label"]]
-        found["source"], found["defence"] = [p[0] for p in parts], [p[2] or "none" for p in parts]
+        parsed = [label_of(label) for label in found["label"]]
+        found["source"] = [label.source for label in parsed]
+        found["defense"] = [label.defense or "none" for label in parsed]
         found["trigger"] = triggers.get(job.needs[0]) if job.needs else None
         for name, value in job.axes.items():
             if name not in ("seed", "seeds"):
@@ -82,6 +85,7 @@ def report(out: str | Path, html: str | Path | None = None) -> Path:
     Raises:
         ValueError: when the folder holds no study, or none of its jobs is done yet.
     """
+    out = at_home(out)
     if results(out).empty:
         raise ValueError(f"no job of the study in {out} is done yet: there is nothing to report")
     done = execute(
@@ -117,7 +121,7 @@ def _live(folder: Path) -> dict:
     entry = _read_json(folder / "status.json")
     if entry.get("state") != "running":
         return {}
-    if entry["host"] == os.uname().nodename and not _alive(entry["pid"]):
+    if entry["host"] == os.uname().nodename and not alive(entry["pid"]):
         return {**entry, "state": "stopped"}
     histories = sorted(folder.glob("seed*/*/history.jsonl"), key=lambda p: p.stat().st_mtime)
     for line in reversed(histories[-1].read_text().splitlines() if histories else []):
@@ -126,16 +130,6 @@ def _live(folder: Path) -> dict:
             entry |= {"label": row["label"], "acc": row["acc"], "asr": row.get("asr")}
             break
     return {**entry, "seconds": round(time.time() - entry["started"], 1)}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def render(frame: pd.DataFrame, title: str, lines: int = 12) -> Table:
@@ -149,7 +143,7 @@ def render(frame: pd.DataFrame, title: str, lines: int = 12) -> Table:
     ]
     told = [text for text in told if not text.startswith("0 ") or text.endswith(" done")]
     grid = Table(
-        title=f"{title}: {', '.join(told)} of {len(frame)}{_time_left(frame)}",
+        title=f"{escape(title)}: {', '.join(told)} of {len(frame)}{_time_left(frame)}",
         title_justify="left",
         box=None,
         pad_edge=False,

@@ -5,20 +5,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from abdlab.batch import check_parameters, find_notebook, parameters
+from abdlab.batch import (
+    as_notebook,
+    check,
+    check_parameters,
+    find_notebook,
+    parameters,
+    parameters_of,
+)
 from abdlab.checkpoint import write_atomically
-from abdlab.errors import check_keys
+from abdlab.checks import check_overrides
+from abdlab.errors import check_keys, short
+from abdlab.home import at_home
 from abdlab.settings import settings
+from abdlab.values import check_plain, fits
 
 #: what a study's YAML file may say
 KEYS = (
@@ -35,6 +48,12 @@ KEYS = (
     "threads",
 )
 
+
+#: more than these are rather a slip than a plan
+MOST_JOBS = 10_000
+
+#: seconds that a timer can wait for at most, and some
+_WEEKS = 1e7
 
 #: sections of the settings on which a poisoned teacher depends
 TEACHER_SECTIONS = ("data", "attack", "teacher")
@@ -93,9 +112,44 @@ class Study:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values; also 1e-3, as everybody writes it, is a number, which YAML
-    1.1 takes for a text.
+    """YAML's plain values, with what misleads mended.
+
+    1e-3, as everybody writes it, is a number, which YAML 1.1 takes for a text. A date
+    is a text, and so are a notebook and a title, however they look (05, 2026-11-26). A
+    key that stands twice is an error, where YAML lets the last one win.
     """
+
+    def get_single_data(self) -> Any:
+        """The file's one document; its notebook and title as they are written."""
+        node = self.get_single_node()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            plain = isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null"
+            if plain and getattr(key, "value", None) in ("notebook", "title"):
+                value.tag = "tag:yaml.org,2002:str"
+        return None if node is None else self.construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            name, line = key.value, key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                name = self.construct_object(key)
+                if name in seen:
+                    raise ValueError(
+                        f"line {line}: {short(name)} stands twice, first in line {seen[name]}: keep"
+                        " one"
+                    )
+                seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def read_study(path: str | Path) -> Study:
@@ -121,8 +175,10 @@ def read_study(path: str | Path) -> Study:
         )
     try:
         given = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name}, {error}") from None
     if not isinstance(given, dict):
         raise ValueError(
             f"{path} must hold keys and values ({', '.join(KEYS)}), not {type(given).__name__}"
@@ -133,8 +189,12 @@ def read_study(path: str | Path) -> Study:
             f"{path.name} does not say which notebook to run: add, for example, notebook:"
             " 02_distillation"
         )
-    beside = path.parent / str(given["notebook"])
-    notebook = find_notebook(beside if beside.is_file() else given["notebook"])
+    notebook = given["notebook"]
+    if not isinstance(notebook, str):
+        raise ValueError(f"notebook is a name or a path, not {short(notebook)}")
+    with suppress(OSError, ValueError):  # a name that no file can have
+        notebook = path.parent / notebook if (path.parent / notebook).is_file() else notebook
+    notebook = find_notebook(notebook)
     return make_study(
         notebook, **{k: v for k, v in given.items() if k != "notebook"}, default_title=path.stem
     )
@@ -157,12 +217,15 @@ def make_study(
 ) -> Study:
     """The same from Python, see :func:`read_study`."""
     path = find_notebook(notebook)
-    known, text = _parameters_of(path), path.read_text()
-    if timeout is not None and not (_is_number(timeout) and timeout > 0):
-        raise ValueError(f"timeout is seconds above 0 per job, not {timeout!r}")
+    text = path.read_text()
+    known = parameters_of(as_notebook(path.name, text))
+    if timeout is not None and not (fits(timeout, float) and 0 < timeout < _WEEKS):
+        raise ValueError(f"timeout is seconds above 0 per job, not {short(timeout)}")
+    if title is not None and not isinstance(title, str | int | float | date):
+        raise ValueError(f"title is a text, not {short(title)}")
     for name, value, least in (("retries", retries, 0), ("threads", threads, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
+        if type(value) is not int or not least <= value < 10_000:
+            raise ValueError(f"{name} is a whole number of at least {least}, not {short(value)}")
     base = _mapping("parameters", parameters)
     choices, axes = [], {}
     for name, values in _mapping("grid", grid).items():
@@ -181,10 +244,13 @@ def make_study(
             raise ValueError(f"{path.stem} has no parameter seed or seeds: leave seeds out")
         one = "seed" in known
         choices.append([{"seed": s} if one else {"seeds": [s]} for s in _axis("seeds", seeds)])
-    jobs, teachers, out = {}, {}, [_mapping("an entry of exclude", e) for e in exclude or []]
+    jobs, teachers, out = {}, {}, [_mapping("an entry of exclude", e) for e in _excluded(exclude)]
     named = {name for group in choices for entry in group for name in entry}
     for entry in out:
         check_keys("name in exclude", entry, {*named, *base})
+    count = math.prod(len(group) for group in choices)
+    if count > MOST_JOBS:
+        raise ValueError(f"the axes make {count:,} jobs, and a study has at most {MOST_JOBS:,}")
     for parts in itertools.product(*choices):
         names = [name for part in parts for name in part]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -213,7 +279,7 @@ def make_study(
     if teachers:
         texts["01_poisoning"] = find_notebook("01_poisoning").read_text()
     return Study(
-        title or default_title,
+        default_title if title is None else str(title),
         tuple(jobs.values()),
         tuple(teachers.values()),
         texts,
@@ -228,7 +294,7 @@ def write_study(study: Study, out: str | Path) -> None:
     """Make the folder and its study.json. Raises ValueError when that cannot be done,
     or less than 50 MB are free.
     """
-    out = Path(out)
+    out = at_home(out)
     content = {
         "title": study.title,
         "axes": study.axes,
@@ -254,7 +320,7 @@ def open_study(out: str | Path) -> Study:
     """The study that a folder holds, without its notebooks' texts. Raises ValueError
     when it holds none.
     """
-    path = Path(out) / "study.json"
+    path = at_home(out) / "study.json"
     if not path.is_file():
         raise ValueError(
             f"{out} holds no study (no study.json): run abdlab sweep STUDY.yaml --out {out} first"
@@ -271,7 +337,7 @@ def _teachers(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) -
     """The poisoned teachers that a job of this notebook will look for, as runs of
     01_poisoning.
     """
-    own = _parameters_of(find_notebook("01_poisoning"))
+    own = parameters(find_notebook("01_poisoning"))
     common = {"run", "preset", "seed", "device", "overrides"}
     if (
         path.stem == "01_poisoning"
@@ -290,12 +356,8 @@ def _teachers(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) -
             "overrides": overrides,
         }
         key = _key(find_notebook("01_poisoning").read_text(), values)
-        axes = {
-            "attack.trigger": overrides.get(
-                "attack.trigger", settings(full["preset"]).values["attack"]["trigger"]
-            ),
-            "seed": seed,
-        }
+        trigger = settings(full["preset"], overrides).values["attack"]["trigger"]
+        axes = {"attack.trigger": trigger, "seed": seed}
         out.append(Job(f"teachers/{_slug(axes)}-{key}", key, "01_poisoning", values, axes))
     return out
 
@@ -318,14 +380,15 @@ def _checked(path: Path, given: Mapping[str, Any], known: Mapping[str, dict]) ->
         )
     checked = check_parameters(path, plain, known)
     if "overrides" in known and (dotted or "overrides" in checked):
-        checked["overrides"] = {
+        together = {
             **known["overrides"]["default"],
             **checked.get("overrides", {}),
             **dotted,
         }
-    if {"preset", "overrides"} <= known.keys():
-        settings(checked.get("preset", known["preset"]["default"]), checked.get("overrides", {}))
-    return checked
+        # "preset" is what a setting is without being named: the same job
+        checked["overrides"] = {k: v for k, v in together.items() if v != "preset"}
+        check_overrides(checked["overrides"])
+    return check(path, checked, known)
 
 
 def _key(notebook: str, values: Mapping[str, Any]) -> str:
@@ -344,11 +407,6 @@ def code_version() -> str:
     return total.hexdigest()[:12]
 
 
-@cache
-def _parameters_of(path: Path) -> dict[str, dict]:
-    return parameters(path)
-
-
 def _slug(values: Mapping[str, Any]) -> str:
     """File-name text for a job's axes, at most 80 characters."""
     words = []
@@ -358,9 +416,16 @@ def _slug(values: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w=+.,-]+", "_", ",".join(words))[:80].strip("_.,") or "job"
 
 
+def _excluded(entries: Any) -> Sequence:
+    if entries is not None and not isinstance(entries, (list, tuple)):
+        raise ValueError(f"exclude is a list of names and values, not {short(entries)}")
+    return entries or []
+
+
 def _axis(name: str, values: Any) -> list:
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"the axis {name} is a list of values, not {values!r}")
+        raise ValueError(f"the axis {name} is a list of values, not {short(values)}")
+    check_plain(f"the axis {name}", values)
     if not values:
         raise ValueError(f"the axis {name} is empty: give at least one value, or leave it out")
     return [*values]
@@ -370,7 +435,8 @@ def _mapping(what: str, value: Any) -> dict:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{what} holds names and values, not {value!r}")
+        raise ValueError(f"{what} holds names and values, not {short(value)}")
+    check_plain(what, value)
     return {str(k): v for k, v in value.items()}
 
 
@@ -384,7 +450,3 @@ def _matches(value: Any, wanted: Any) -> bool:
         and not isinstance(value, (list, tuple))
         and value in wanted
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -15,9 +15,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cache
@@ -26,10 +24,12 @@ from typing import Protocol
 
 import pandas as pd
 
+from abdlab.batch import as_notebook, parameters_of
 from abdlab.checkpoint import write_atomically
+from abdlab.home import at_home, home
 from abdlab.studies.job import _read_json, _write_status, status_of
 from abdlab.studies.results import _frame, _live
-from abdlab.studies.study import Job, Study, _Loader, write_study
+from abdlab.studies.study import Job, Study, write_study
 
 #: what jobs that share a teacher take over from it
 _HANDED_ON = ("config.json", "history.jsonl", "metrics.json")
@@ -47,11 +47,6 @@ class Engine(Protocol):
 
     def close(self, now: bool = False) -> None:
         """Let the workers end; ``now`` does not wait for their jobs."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def sweep(
@@ -80,7 +75,7 @@ def sweep(
     Raises:
         ValueError: when the folder cannot be written to, or its disk is full.
     """
-    out = Path(out)
+    out = at_home(out)
     write_study(study, out)
     rows = {job.key: status_of(out, job) for job in study.all_jobs}
     waiting = [job for job in study.all_jobs if rows[job.key]["state"] != "done"]
@@ -156,7 +151,7 @@ def estimate(study: Study, out: str | Path, slots: int) -> tuple[int, float | No
     """(jobs still to run, seconds that they will take in ``slots`` at a time), from the
     jobs of the same notebook that the folder, or a sister folder, has done; None when
     there is none."""
-    out = Path(out)
+    out = at_home(out)
     todo = [job for job in study.all_jobs if status_of(out, job)["state"] != "done"]
     past: dict[str, list[float]] = {}
     for path in sorted(out.parent.glob("*/*/*/status.json")) if out.parent.is_dir() else []:
@@ -186,25 +181,19 @@ def _spec(study: Study, job: Job, out: Path, attempt: int) -> dict:
         "notebook": job.notebook,
         "text": study.notebooks[job.notebook],
         "parameters": job.parameters,
-        "takes_run": "run" in _parameters_of_text(study.notebooks[job.notebook]),
+        "takes_run": _takes_run(job.notebook, study.notebooks[job.notebook]),
         "threads": study.threads,
         "timeout": study.timeout,
         "attempt": attempt,
         "cwd": os.getcwd(),
+        "home": str(home()),
         "copies": copies,
     }
 
 
 @cache
-def _parameters_of_text(text: str) -> set[str]:
-    cells = [
-        c
-        for c in json.loads(text)["cells"]
-        if "parameters" in c.get("metadata", {}).get("tags", [])
-    ]
-    return set(
-        re.findall(r"^(\w+)\s*[:=]", "".join("".join(c["source"]) for c in cells), re.MULTILINE)
-    )
+def _takes_run(name: str, text: str) -> bool:
+    return "run" in parameters_of(as_notebook(name, text))
 
 
 def _unpack(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -62,7 +62,7 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
         results: what :func:`abdlab.studies.results.results` returns.
     """
     once = _models(results)
-    out = once.groupby(["trigger", "source", "defence"], dropna=False, sort=False)[
+    out = once.groupby(["trigger", "source", "defense"], dropna=False, sort=False)[
         ["acc", "asr"]
     ].agg(["mean", "std", "count"])
     columns = {}
@@ -82,17 +82,17 @@ def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:
 
 
 def study_matrix(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC/ASR in percent as text, means over models: a row per trigger and defence, a
+    """ACC/ASR in percent as text, means over models: a row per trigger and defense, a
     column per source, in the study's order.
 
     A cell that was not run is empty, and "-" stands for the ASR of a model without
-    attack. The teacher is a source without a defence; its clean twin, on which triggers
+    attack. The teacher is a source without a defense; its clean twin, on which triggers
     are optimised, is left out, since triggers share it.
 
     Args:
         results: what :func:`abdlab.studies.results.results` returns; each model counts once.
     """
-    rows = ["trigger", "defence"]
+    rows = ["trigger", "defense"]
     once = _models(results)
     means = 100 * once.groupby([*rows, "source"], dropna=False, sort=False)[
         ["acc", "asr"]

@@ -84,7 +84,7 @@ class DefenseTuner(w.VBox):
         exams: int = 20,
         needs_page: bool = True,
     ):
-        self._top, self.exams, self._data, self.needs_page = Path(root), exams, data, needs_page
+        self._top, self.exams, self._data, self.needs_page = at_home(root), exams, data, needs_page
         self._chosen = settings() if chosen is None else chosen
         self.going: Distillation | None = None
         self.worker: Worker | None = None

@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as w
 import pandas as pd
 
+from abdlab.home import at_home
 from abdlab.labels import Label, in_order, name_of
 from abdlab.plots import color_of, loss_curves, training_curves
 from abdlab.runs import Run
@@ -34,7 +35,7 @@ def runs_below(root: str | Path) -> list[dict[str, Any]]:
     there; label is "" where it names no method (a notebook's own folder).
     """
     found = []
-    root = Path(root)
+    root = at_home(root)
     folders = (
         {path.parent for name in ("config.json", "metrics.json") for path in root.rglob(name)}
         if root.is_dir()
@@ -107,7 +108,7 @@ class RunBrowser(w.VBox):
     """
 
     def __init__(self, root: str | Path = "runs/walk"):
-        self.root = Path(root)
+        self.root = at_home(root)
         self.found: list[dict[str, Any]] = []
         layout = w.Layout(width="230px")
         self.text = w.Text(

@@ -17,6 +17,7 @@ import traitlets as t
 from abdlab import plots
 from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
+from abdlab.home import at_home
 from abdlab.inspection import Known, inspect_run, map_points
 from abdlab.widgets import looks
 from abdlab.widgets.sample_figures import box_of, draw_detail, draw_map, draw_scores
@@ -57,7 +58,7 @@ class SampleExplorer(w.VBox):
     enlarged = t.Int(None, allow_none=True)
 
     def __init__(self, root: str | Path = "runs/walk", device: str = "auto"):
-        self.root, self.device = Path(root), device
+        self.root, self.device = at_home(root), device
         self.known: Known | None = None
         self._datasets: dict[str, Dataset | None] = {}
         self._quiet, self._points, self._mapped = False, None, np.array([], int)

@@ -23,6 +23,7 @@ from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset, load
 from abdlab.errors import keywords
 from abdlab.evaluate import trigger_size
+from abdlab.home import at_home
 from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
 
@@ -77,7 +78,7 @@ class TriggerDesigner(w.VBox):
         data: Dataset | None = None,
     ):
         chosen = settings() if chosen is None else chosen
-        self.root, self.device, self.data, self._quiet = Path(root), chosen.device, data, False
+        self.root, self.device, self.data, self._quiet = at_home(root), chosen.device, data, False
         self._data_values = dict(chosen.values["data"])
         self._preset = chosen.preset
         #: (place, trigger) -> the parameters that it was left with
