@@ -14,6 +14,7 @@ import traitlets as t
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
 from abdlab.defenses.plans import tune
+from abdlab.home import at_home
 from abdlab.presets import METHOD
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
