@@ -21,9 +21,10 @@ from abdlab.data import deliver
 from abdlab.errors import check_keys
 from abdlab.features import frozen, mode
 
-#: A class is a suspect when its :func:`outlier_index` exceeds this. Calibrated on
-#: teachers of digits without a backdoor, see notebooks/studies/tuning_purifiers.md.
-THRESHOLD = 0.35
+#: A class is a suspect when its :func:`outlier_index` exceeds this. Of six digits
+#: teachers (seed 0), true targets that were found had .64 to 2.51, and the largest of
+#: any other class was .29, on the clean one: notebooks/studies/tuning_purifiers.md.
+THRESHOLD = 0.45
 
 
 @dataclass(frozen=True)

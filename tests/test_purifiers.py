@@ -24,7 +24,7 @@ from abdlab.purifiers import (
     save_purified,
     synthetic_pool,
 )
-from abdlab.purifiers.bounded import agreement_curve, choose_k, statistics
+from abdlab.purifiers.bounded import AFTER, ALONE, agreement_curve, choose_k, statistics
 from abdlab.purifiers.clipped import margins
 from abdlab.purifiers.clp import channel_lipschitz, pairs
 from abdlab.purifiers.unlearn import unlearning_loss
@@ -126,6 +126,15 @@ def test_choose_k_and_the_curve(teacher, pool):
     assert 1.5 <= report["k"] <= 5.0
 
 
+def test_a_bound_is_looser_after_another_purifier(teacher, pool):
+    alone = Bounded().purify(teacher, SHAPE, pool=pool)
+    after = purify(teacher, [CLP(), Bounded()], SHAPE, pool=pool)
+    curve = agreement_curve(teacher, pool)
+    assert alone.purified[-1]["k"] == round(choose_k(curve, ALONE), 2)
+    assert after.purified[-1]["k"] == round(choose_k(curve, AFTER), 2)  # CLP pruned nothing
+    assert after.purified[0] == {"name": "clp", "u": 3.0, "pruned": 0}
+
+
 def test_the_teacher_stays_as_it_is(teacher, pool):
     before = copy.deepcopy(teacher.state_dict())
     for name in PURIFIERS:
@@ -143,7 +152,7 @@ def test_a_purifier_that_works_in_place_is_an_error(teacher, pool):
     class Bad(Purifier):
         def clean(self, model, origin, pool, rng):
             with torch.no_grad():
-                origin.fc.weight += 1
+                teacher.fc.weight += 1
             return {}
 
     with pytest.raises(RuntimeError, match="bad changed the teacher"):

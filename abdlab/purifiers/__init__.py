@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def purify(
     """
     steps = [PURIFIERS.find(p)() if isinstance(p, str) else p for p in purifiers]
     if pool is None and any(step.needs_pool for step in steps):
-        pool = synthetic_pool(teacher.to(device), shape, device=device, seed=seed)
+        own = copy.deepcopy(teacher).to(device)
+        pool = synthetic_pool(own, shape, device=device, seed=seed)
     model = teacher
     for step in steps:
         model = step.purify(model, shape, pool=pool, origin=teacher, device=device, seed=seed)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from abdlab.features import frozen, mode
 from abdlab.purifiers.pool import synthetic_pool
 
 
@@ -36,9 +35,9 @@ class Purifier:
         place; returns the report.
 
         Args:
-            origin: the teacher as it was before any purifier, to be asked, never
-                changed. pool: (N, C, H, W) synthetic images of it; may be
-                None where :attr:`needs_pool` says so.
+            origin: a frozen copy of the teacher as it was before any purifier.
+            pool: (N, C, H, W) synthetic images of it; may be None where
+                :attr:`needs_pool` says so.
             rng: draws all random numbers.
         """
         raise NotImplementedError
@@ -68,18 +67,18 @@ class Purifier:
         Raises:
             RuntimeError: when the teacher's weights changed: a purifier's error.
         """
-        origin = teacher if origin is None else origin
-        before = [value.clone() for m in (teacher, origin) for value in m.state_dict().values()]
+        before = {key: value.clone() for key, value in teacher.state_dict().items()}
+        origin = copy.deepcopy(teacher if origin is None else origin).to(device)
+        origin.requires_grad_(False).eval()
         model = copy.deepcopy(teacher).to(device)
         model.purified = list(getattr(teacher, "purified", ()))
         model.requires_grad_(True).eval()
         if pool is None and self.needs_pool:
             pool = synthetic_pool(origin, shape, device=device, seed=seed)
         rng = torch.Generator().manual_seed(seed)
-        with mode(origin, training=False), frozen(origin):
-            self.report = self.clean(model, origin, None if pool is None else pool.to(device), rng)
-        after = [value for m in (teacher, origin) for value in m.state_dict().values()]
-        if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        self.report = self.clean(model, origin, None if pool is None else pool.to(device), rng)
+        after = teacher.state_dict()
+        if not all(torch.equal(value, after[key]) for key, value in before.items()):
             raise RuntimeError(f"{self.name} changed the teacher that it was to copy")
         model.purified = [*model.purified, {"name": self.name, **self.report}]
         return model.eval().requires_grad_(False)
