@@ -60,7 +60,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 #: there is one global generator, whichever thread draws from it
-_SEEDED = threading.RLock()
+GLOBAL_RANDOMNESS = threading.RLock()
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def seeded(seed: int) -> Iterator[None]:
 
     Other threads wait with blocks of their own.
     """
-    with _SEEDED:
+    with GLOBAL_RANDOMNESS:
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         try:

@@ -46,7 +46,10 @@ def test_auto_is_the_accelerator(teacher, student):
 
 def test_a_defended_pseudo_batch_is_close_to_the_cpus(teacher, student):
     here, there = copy.deepcopy(student), copy.deepcopy(student)
-    (cpu,), (gpu,) = list(defended(teacher, here, "cpu")), list(defended(teacher, there, "auto"))
+    (cpu,) = list(defended(teacher, here, "cpu"))
+    # Adam's first steps follow the sign of a gradient, so that TF32's round-off moves delta
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        (gpu,) = list(defended(teacher, there, "auto"))
     assert (
         cpu.losses.keys()
         == gpu.losses.keys()

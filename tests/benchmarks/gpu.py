@@ -686,7 +686,7 @@ def purified_of(stage: Stage, teacher):
         known = inspect.signature(purify).parameters
         more = {"device": stage.device, "seed": 0}
         found = purify(
-            teacher, ["bounded", "unlearn"], stage.shape, **{k: more[k] for k in more if k in known}
+            teacher, ["unlearn", "bounded"], stage.shape, **{k: more[k] for k in more if k in known}
         )
         return (found if hasattr(found, "state_dict") else found[0]), None
     except Exception as error:
