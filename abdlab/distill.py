@@ -264,14 +264,15 @@ def distill(
 
 
 def _example(source: Source, device: torch.device) -> Tensor | None:
-    """Two grey images (2, C, H, W) as the source makes them; None for a source that does
-    not say their shape.
+    """Two images (2, C, H, W) of noise, of the source's shape; None where it does not say
+    which.
     """
     for part in (source, *getattr(source, "members", ())):
         images = getattr(part, "images", None)
         shape = images.shape[1:] if isinstance(images, Tensor) else getattr(part, "shape", None)
         if shape is not None:
-            return torch.full((2, *shape), 0.5, device=device)
+            noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+            return noise.to(device)
     return None
 
 
