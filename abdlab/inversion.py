@@ -359,7 +359,7 @@ def outlier_index(table: Tensor) -> Tensor:
     Below 0 for a class that is the cheapest in no family. A factor of two is .69.
 
     >>> outlier_index(torch.tensor([[1.0, 4.0], [2.0, 1.0], [2.0, 2.0]]))
-    tensor([0.6931, 0.6931, -0.6931])
+    tensor([ 0.6931,  0.6931, -0.6931])
     """
     logs = table.clamp_min(1e-6).log()
     low, second = logs.topk(2, dim=0, largest=False).values
