@@ -284,7 +284,8 @@ def _read_safetensors(path: Path, device: str | torch.device) -> tuple[dict[str,
     card = read_card(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, card  # noqa: SIM118 (a safe_open cannot be iterated)
+            # a safe_open cannot be iterated
+            return {key: file.get_tensor(key) for key in file.keys()}, card  # noqa: SIM118
     except (SafetensorError, AttributeError, KeyError) as error:
         raise CheckpointError(
             f"{path} holds a tensor that torch cannot take: {first_line(error)}"

@@ -127,17 +127,16 @@ class SelfRetrospection(Late, Captured):
         per: the sum over these images is divided by the number of "perturbed" ones or of
             the "batch". The official code: ``fraction=2/128, per="batch"``.
         lr: of the fresh Adam (paper: 1e-4 to 5e-4); None keeps the source's.
-        inner_lr, penalty: of delta's Adam, in normalised units.
+        inner_lr, penalty: of delta, in normalised units.
         init_std: of delta's Gaussian start; 0 is the official code's.
         perturb: whose answer delta changes: "student" (paper), "teacher" (official code).
         order: 2 adds the gradient through delta, in ``implicit_steps`` iterations.
         anchor: KL is from "student" (paper), its "detached" answer or "teacher" (ours).
-        statistics: of batch norm in the perturbed pass: "batch" (official code),
-            "running", or "mixed" (ours): clean and perturbed images as one batch.
+        statistics: of batch norm in that pass: "batch" (official code), "running", or
+            "mixed" (ours): clean and perturbed images as one batch.
 
     Raises:
-        ValueError: for a value outside its range, or order 2 with what has no implicit
-            gradient.
+        ValueError: for a value outside its range, or where order 2 has no meaning.
 
     >>> SelfRetrospection(start=0.5, inner_steps=10).first_of(80_000)
     40000

@@ -60,11 +60,11 @@ class ShufflingVaccine(Defense, Captured):
         layers: names of the shuffled convolutions, or how many of the last ones.
         alpha: weight of the synthesis term; may be a plan.
         per, class_mean, reverse, cap, ascent: see the module's head.
-        form: "auto", as above; "synthesis" or "weights" is that one alone.
+        form: "auto", as above; or "synthesis" or "weights" alone.
         kd_alpha: alpha of the weights; None takes
             :data:`~abdlab.defenses.sample_weights.KD_ALPHA`.
-        warmup: undefended share of the run whose images fill the verification pool.
-        stop: share of the run after which it is off (the paper's lambda).
+        warmup: share of the run whose images fill the verification pool.
+        stop: share after which it is off (the paper's lambda).
         tries, sigma, threshold: the first of so many shuffles is used with which more than
             ``threshold`` of the pool scores below mean - sigma x std.
         pool: images kept for that.
@@ -74,7 +74,7 @@ class ShufflingVaccine(Defense, Captured):
         ValueError: for a value outside its range.
 
     Warns:
-        VaccineNotFound: when no shuffle verifies; the vaccine is then off.
+        VaccineNotFound: when no shuffle verifies; it is then off.
 
     >>> from abdlab import build
     >>> ShufflingVaccine(layers=2).layer_names(build("wrn-10-1"))

@@ -37,30 +37,31 @@ def suspicious(logits: Tensor, cleaned: Tensor, targets: Sequence[int]) -> Tenso
 
 
 class TriggerConsistency(Defense):
-    """KL(T(x) || S(A(x))) besides the source's own loss, A one of the triggers that the
-    teacher showed when they were inverted, x what it takes for no target; and images of
-    a target that a purified teacher takes for something else are left out of KD.
+    """From the first step, the student answers images that carry the teacher's inverted
+    triggers as the teacher answers them without.
 
-    Before the first student step it makes a pool of synthetic images, finds the target,
-    inverts triggers and purifies a copy of the teacher (10 to 20 seconds on digits); a
-    resumed run has them in its checkpoint. Where no class is suspicious it does
-    nothing, and says so in its report.
+    ``weight`` x mean KL(T(x) || S(A(x))) over the images x that the teacher predicts as no
+    target, A drawn from a bank of triggers. Images of a target that a purified teacher
+    predicts as something else are left out of KD. The first pseudo-batch makes pool,
+    targets, triggers and purified teacher (10 to 40 seconds on digits); a checkpoint keeps
+    them. Where no class is suspicious it does nothing, and its report says so.
 
     Args:
-        weight: of the consistency term; can be a plan
-            (:mod:`abdlab.defenses.plans`).
-        purifiers: what the copy goes through, by name or made. "unlearn" must be among
-            them: it finds the targets and the triggers.
-        images: synthetic ones, which all of this is done on; most of the time goes
-            into making them.
-        filter: leave suspicious images out of KD.
-        cleaned: "filter" uses the purified teacher for that alone; "teach" also takes
-            its answers in place of the teacher's.
-        renew_every: pseudo-batches between new triggers, inverted on the student, which
-            join the bank. None inverts none.
-        size: at most so many triggers are kept; the oldest renewed ones go first.
-        without: the source's student terms that end, such as attention transfer, which
-            copies where the teacher looks on triggered images.
+        weight: may be a plan.
+        purifiers: names or made ones; "unlearn" among them finds targets and triggers.
+        images: synthetic ones that all of this is done on.
+        filter: leave suspicious images out.
+        cleaned: the purified teacher only filters, or also "teach"es: its answers replace
+            the teacher's.
+        renew_every: pseudo-batches between new triggers, inverted on the student.
+        size: triggers kept at most.
+        without: the source's student terms that end.
+
+    Raises:
+        ValueError: for a value outside its range, or purifiers without "unlearn".
+
+    >>> TriggerConsistency(weight=0.5, purifiers=["unlearn"]).dropped()
+    ()
     """
 
     tunable = ("weight",)
@@ -94,6 +95,7 @@ class TriggerConsistency(Defense):
         self.filter, self.cleaned = filter, cleaned
         self.renew_every, self.size, self.without = renew_every, size, tuple(without)
         self.given: tuple[nn.Module, Bank] | None = None
+        self.purified, self.bank = None, None
 
     def give(self, purified: nn.Module, bank: Bank) -> TriggerConsistency:
         """Use a purified teacher and triggers that are there already, in place of
