@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import dataclasses
 import functools
 import inspect
 import math
@@ -125,6 +126,8 @@ def check_plain(name: str, value: Any, depth: int = 0) -> None:
 def hints(function: Callable) -> dict[str, Any]:
     """The annotations of a function, or of the class that it makes, by parameter."""
     makes = function.__init__ if inspect.isclass(function) else function
+    if dataclasses.is_dataclass(function):  # fields of a base are annotated in its module
+        makes = function
     found = typing.get_type_hints(makes)
     return {name: found[name] for name in inspect.signature(function).parameters if name in found}
 

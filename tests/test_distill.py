@@ -48,7 +48,7 @@ def zskt(**settings):
 
 
 def abd():
-    """Both defences: the vaccine verifies (half of any pool is below its mean) before
+    """Both defenses: the vaccine verifies (half of any pool is below its mean) before
     the fourth step, SR begins at the seventh.
     """
     return [
@@ -170,7 +170,7 @@ def test_the_stream(fresh):
     assert steps[0].seconds > 0
 
 
-def test_defences_report_their_terms_and_events(fresh):
+def test_defenses_report_their_terms_and_events(fresh):
     steps = list(fresh(defenses=abd())[1])
     assert ["sv_synthesis" in s.losses for s in steps] == [False] * 3 + [True] * 7
     assert ["sr" in s.losses for s in steps] == [False] * 6 + [True] * 4

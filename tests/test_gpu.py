@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu
 
 
 def defended(teacher, student, device, length=1, **settings):
-    """A run with both defences from its first step on."""
+    """A run with both defenses from its first step on."""
     source = ZSKT((1, 8, 8), pseudo_batches=length, batch_size=32, student_steps=1, z=5, width=8)
     defenses = [
         ShufflingVaccine(layers=3, warmup=0, verify=False),
@@ -245,7 +245,7 @@ def test_the_host_waits_once_per_pseudo_batch(teacher, student, monkeypatch, gra
     stream = begun(teacher, student, ("sv", "sr"), graphs=graphs)
     list(
         itertools.islice(stream, 17)
-    )  # both defences have begun, and with graphs their pieces are captured
+    )  # both defenses have begun, and with graphs their pieces are captured
     monkeypatch.setattr(module, "_read", waits)
     torch.cuda.set_sync_debug_mode("error")
     try:

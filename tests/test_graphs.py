@@ -132,7 +132,7 @@ def test_a_pseudo_batch_reads_from_the_device_once(wrn, monkeypatch, sr, precisi
         precision=precision,
         device="cpu",
     )
-    for step in itertools.islice(stream, 8):  # both defences have begun, and know the images' scale
+    for step in itertools.islice(stream, 8):  # both defenses have begun, and know the images' scale
         assert step.losses
     with Looks() as looks, Reads() as reads:
         step = next(stream)
@@ -373,7 +373,6 @@ NONE, SV, SR = list, lambda: abd()[:1], lambda: abd()[1:]
         (abd, 6),
         (lambda: abd(order=2), 6),
     ],
-    ids=["plain", "SV", "SR", "SV and SR", "delta every second step", "order 2"],
 )
 def test_replayed_pieces_compute_what_python_does(double, wrn, taped, defenses, captures):
     plain, replayed = both(wrn, lambda: zskt(pseudo_batches=20), defenses)
@@ -452,15 +451,15 @@ def test_what_cannot_be_captured_runs_without_and_says_so(wrn, taped):
     plain, replayed = both(wrn, zskt, stamps)
     assert_alike(plain, replayed)
     events = {s.index: s.events[-1] for s in replayed[0] if s.events}
-    assert events == {7: "CUDA graphs: off from pseudo-batch 6, sr cannot be captured"}
+    assert events == {7: "CUDA graphs: off from pseudo-batch 6, tu cannot be captured"}
     assert len(taped) == 2
 
 
 class Unknown(Defense):
-    """A defence that nobody said can be captured."""
+    """A defense that nobody said can be captured."""
 
 
-def test_a_defence_that_says_nothing_is_not_captured(wrn, taped):
+def test_a_defense_that_says_nothing_is_not_captured(wrn, taped):
     steps = list(
         distill(wrn(seed=1), wrn(seed=2), zskt(), defenses=[Unknown()], graphs=True, device="cpu")
     )
@@ -558,6 +557,6 @@ def test_a_pools_teacher_is_replayed_too(wrn, taped, defenses, monkeypatch):
     monkeypatch.setattr("abdlab.optim.fusable", lambda model: True)  # as on CUDA
     sizes = {"rounds": 4, "synthesis_steps": 2, "kd_steps": 6, "synthesis_batch": 8}
     assert_alike(*both(wrn, lambda: DeepInversion(SHAPE, **sizes, batch_size=8), defenses))
-    # the teacher's answers, and the student's steps, anew for each defence
+    # the teacher's answers, and the student's steps, anew for each defense
     assert len(taped) >= 2
     assert max(taped) == 4 * 6 - graphs.WARM

@@ -1,5 +1,5 @@
 """Memory stays flat over 300 steps, with every source that keeps a pool and every
-defence that keeps images; a leak is seen.
+defense that keeps images; a leak is seen.
 """
 
 import gc

@@ -298,7 +298,7 @@ class TestCompare:
         row = only(paper.compare(tmp_path))
         assert (row.n, row.trigger, row.paper_asr, row.changed) == (2, "trojan_3x3", 96.8, "")
 
-    def test_the_order_of_the_defences_is_no_other_method(self, tmp_path):
+    def test_the_order_of_the_defenses_is_no_other_method(self, tmp_path):
         write(tmp_path, "zskt+sr+sv", 0, 0.683, 0.007)
         assert only(paper.compare(tmp_path)).method == "zskt+sv+sr"
 

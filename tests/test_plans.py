@@ -1,4 +1,4 @@
-"""A defence's weights that change between pseudo-batches: asked for while the run goes
+"""A defense's weights that change between pseudo-batches: asked for while the run goes
 on, or planned beforehand.
 """
 
@@ -13,7 +13,7 @@ def source():
     return ZSKT((1, 8, 8), pseudo_batches=6, batch_size=8, student_steps=2, z=5, width=4)
 
 
-def defences(alpha=0.5, weight=1.0):
+def defenses(alpha=0.5, weight=1.0):
     sv = ShufflingVaccine(layers=3, warmup=0, verify=False, alpha=alpha)
     return [sv, SelfRetrospection(start=0.5, inner_steps=2, weight=weight)]
 
@@ -33,7 +33,7 @@ def same(one, other):
 
 
 def test_what_was_asked_for_equals_what_was_planned(wrn):
-    asked = defences()
+    asked = defenses()
 
     def ask(step):
         if step.index == 2:
@@ -47,22 +47,22 @@ def test_what_was_asked_for_equals_what_was_planned(wrn):
         "sr: weight 1 -> 3 from pseudo-batch 4 on",
     ]
     assert plans(asked[0]) == {"alpha": [(0, 0.5), (2, 0.1)]}
-    planned = defences([[0, 0.5], [2, 0.1]], [[0, 1.0], [4, 3.0]])
+    planned = defenses([[0, 0.5], [2, 0.1]], [[0, 1.0], [4, 3.0]])
     again = run(wrn, planned)
     assert again[0] == events
     assert same(again[1], live)
-    assert not same(run(wrn, defences())[1], live)
+    assert not same(run(wrn, defenses())[1], live)
 
 
 def test_a_plan_is_followed_after_a_resume(wrn, tmp_path):
-    events, whole = run(wrn, defences([[0, 0.5], [2, 0.1], [4, 0.9]]))
+    events, whole = run(wrn, defenses([[0, 0.5], [2, 0.1], [4, 0.9]]))
     assert events[1] == "sv: alpha 0.1 -> 0.9 from pseudo-batch 4 on"
     student, path = wrn(seed=2), tmp_path / "run.safetensors"
     stream = distill(
         wrn(seed=1),
         student,
         source(),
-        defenses=defences([[0, 0.5], [2, 0.1], [4, 0.9]]),
+        defenses=defenses([[0, 0.5], [2, 0.1], [4, 0.9]]),
         device="cpu",
         checkpoint=path,
     )
@@ -70,29 +70,29 @@ def test_a_plan_is_followed_after_a_resume(wrn, tmp_path):
         if step.index == 3:
             break
     stream.close()
-    rest, weights = run(wrn, defences([[0, 0.5], [2, 0.1], [4, 0.9]]), checkpoint=path)
+    rest, weights = run(wrn, defenses([[0, 0.5], [2, 0.1], [4, 0.9]]), checkpoint=path)
     assert rest == events[1:]
     assert same(weights, whole)
 
 
 def test_an_attribute_that_nobody_plans_stays_a_plain_one(wrn):
-    active = defences()
+    active = defenses()
 
     def ask(step):
         active[1].weight = 5.0
 
-    assert not same(run(wrn, active, ask)[1], run(wrn, defences())[1])
+    assert not same(run(wrn, active, ask)[1], run(wrn, defenses())[1])
     assert active[1].weight == 5.0
 
 
 def test_asking_for_the_same_value_is_no_change(wrn):
-    active = defences()
+    active = defenses()
     assert run(wrn, active, lambda step: tune(active[0], alpha=0.5))[0] == []
     assert plans(active[0])["alpha"] == [(0, 0.5)]
 
 
 def test_only_what_is_tunable_can_be_asked_for():
-    sv, sr = defences()
+    sv, sr = defenses()
     with pytest.raises(ValueError, match="did you mean 'alpha'"):
         tune(sv, alfa=1)
     with pytest.raises(ValueError, match="unknown tunable setting of sr 'start'"):

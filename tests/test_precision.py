@@ -13,8 +13,8 @@ from abdlab import (
     ShufflingVaccine,
     build,
     distill,
+    distillation,
     load,
-    runs,
     train,
 )
 from abdlab.features import full, precision
@@ -108,7 +108,7 @@ def test_bf16_learns_digits_as_float32_does(digits):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_with_both_defences_trains_in_bf16_with_float32_losses(digits, source):
+def test_every_source_with_both_defenses_trains_in_bf16_with_float32_losses(digits, source):
     chosen = settings("quick/digits", SHORT, device="cpu")
     teacher, student, src = (
         chosen.teacher(digits),
@@ -193,7 +193,7 @@ def test_the_vaccine_still_finds_its_one_pass_in_bf16(digits):
 )
 def test_a_run_computes_in_the_precision_of_its_settings(digits, tmp_path, overrides, dtype):
     chosen, inside = settings("quick/digits", {**SHORT, **overrides}, device="cpu"), set()
-    going = runs.distillation(tmp_path, chosen, digits, chosen.teacher(digits), "zskt")
+    going = distillation(tmp_path, chosen, digits, chosen.teacher(digits), "zskt")
     stage = going.student.get_submodule(going.student.stages[0])
     handle = stage.register_forward_hook(
         lambda module, args, output: inside.add(output.dtype) if torch.is_grad_enabled() else None

@@ -54,14 +54,14 @@ class TestEveryPreset:
         assert exam.target == chosen.target
         assert len(exam.triggered) == (data.test_labels != chosen.target).sum()
 
-    def test_builds_its_sources_and_defences(self, preset):
+    def test_builds_its_sources_and_defenses(self, preset):
         chosen = settings(preset, device="cpu")
         data = stand_in(chosen.values["data"]["name"])
         for name in SOURCES:
             assert isinstance(chosen.source(name, data), SOURCES[name])
             assert len(chosen.source(name, data)) > 0
-        defences = chosen.defenses(*DEFENSES)
-        assert [type(d) for d in defences] == list(DEFENSES.values())
+        defenses = chosen.defenses(*DEFENSES)
+        assert [type(d) for d in defenses] == list(DEFENSES.values())
         # binding checks every keyword; nothing runs until the first step
         stream = train(
             chosen.teacher(data), data.train_images, data.train_labels, **chosen.training(data)
@@ -71,7 +71,7 @@ class TestEveryPreset:
             chosen.teacher(data),
             chosen.student(data),
             chosen.source("zskt", data),
-            defenses=defences,
+            defenses=defenses,
         ).close()
 
     def test_names_only_known_settings(self, preset):
@@ -402,7 +402,7 @@ class TestHints:
         with pytest.raises(ValueError, match=r"unknown setting 'sv\.alfa'"):
             settings(QUICK, {"sv.alfa": None})
 
-    def test_unknown_sources_and_defences(self):
+    def test_unknown_sources_and_defenses(self):
         with pytest.raises(ValueError, match="unknown source 'zkst': did you mean 'zskt'"):
             settings(QUICK).source("zkst", stand_in("digits"))
         with pytest.raises(ValueError, match="unknown defense 'svr': did you mean"):

@@ -494,7 +494,7 @@ class TestDistilled:
     def test_an_unknown_method_gets_a_hint_and_leaves_no_folder(self, tmp_path, data, teacher):
         with pytest.raises(ValueError, match="did you mean 'zskt'"):
             distilled(tmp_path, tiny(), data, teacher, "zskr")
-        with pytest.raises(ValueError, match="unknown defence 'vs'"):
+        with pytest.raises(ValueError, match="unknown defense 'vs'"):
             distilled(tmp_path, tiny(), data, teacher, "zskt+vs")
         assert not list(tmp_path.iterdir())
 

@@ -105,7 +105,7 @@ class TestScales:
         for section, values in SCALES[scales].items():
             assert set(values) <= set(SECTIONS[section])
             assert {key: chosen.values[section][key] for key in values} == values
-        assert len(chosen.defenses(*DEFENSES)) == 2
+        assert len(chosen.defenses(*DEFENSES)) == len(DEFENSES)
         assert settings(preset, scales=None) == settings(preset)
 
     def test_single_settings_override_them(self):

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from abdlab import DAFL, DFAD, DFQ, ZSKT, Diverged, SelfRetrospection, ShufflingVaccine, distill
+from abdlab import (
+    DAFL,
+    DFAD,
+    DFQ,
+    ZSKT,
+    Diverged,
+    SelfRetrospection,
+    ShufflingVaccine,
+    TriggerUnlearning,
+    distill,
+)
 from abdlab.defenses import Defense
 from abdlab.distill import seed_of
 from abdlab.features import last_linear, record
@@ -513,7 +523,7 @@ class Darkens(Defense):
 
 
 @pytest.mark.parametrize("kind", ONLINE)
-def test_a_defences_synthesis_term_reaches_the_generator(wrn, kind):
+def test_a_defenses_synthesis_term_reaches_the_generator(wrn, kind):
     means = []
     for defenses in ([], [Darkens()]):
         source = tiny(kind, pseudo_batches=20, generator_lr=0.01)
@@ -528,13 +538,13 @@ def test_a_generator_that_is_held_learns_no_more(wrn, kind):
     generators, students = {}, {}
     for hold in (False, True):
         source, student = tiny(kind, pseudo_batches=6, generator_lr=0.01), wrn(seed=2)
-        sr = SelfRetrospection(start=0.5, inner_steps=1, hold=hold)
+        late = TriggerUnlearning(start=0.5, inner_steps=1, triggers=1, hold=hold)
         generators[hold], students[hold] = [], []
-        for _ in distill(wrn(seed=1), student, source, defenses=[sr], device="cpu"):
+        for _ in distill(wrn(seed=1), student, source, defenses=[late], device="cpu"):
             generators[hold].append(parameters_to_vector(source.generator.parameters()))
             students[hold].append(parameters_to_vector(student.parameters()))
     for held, free in zip(generators[True][:3], generators[False], strict=False):
-        assert torch.equal(held, free), "self-retrospection begins with the fourth pseudo-batch"
+        assert torch.equal(held, free), "it begins with the fourth pseudo-batch"
     assert all(torch.equal(later, generators[True][2]) for later in generators[True][3:])
     assert not torch.equal(generators[False][5], generators[False][2])
     assert not any(torch.equal(*pair) for pair in itertools.pairwise(students[True])), (

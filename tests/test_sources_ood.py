@@ -347,7 +347,7 @@ def test_the_students_optimiser_is_a_members_with_a_cosine_over_the_mix(
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
-def test_defences_act_on_each_member_as_on_it_alone(teacher, student):
+def test_defenses_act_on_each_member_as_on_it_alone(teacher, student):
     sv = ShufflingVaccine(layers=2, verify=False, warmup=0)
     source = mix()
     steps = run(
@@ -421,7 +421,7 @@ def test_another_mix_does_not_resume(teacher, student, tmp_path):
     stream = distill(teacher, student, mix(), device="cpu", checkpoint=file)
     next(stream), stream.close()
     other = Mixed([small_ood(), small_zskt()], pseudo_batches=8)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="made by another run"):
         next(distill(teacher, student, other, device="cpu", checkpoint=file))
 
 

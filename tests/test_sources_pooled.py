@@ -437,7 +437,7 @@ class TestPool:
         assert report == {"known": losses[best]}
         assert source.remembered == [best]
 
-    def test_defences_count_for_which_batch_is_best(self):
+    def test_defenses_count_for_which_batch_is_best(self):
         class Against(Defense):
             def synthesis_term(self, images, logits):
                 return 10.0 * (images[0, 0, 0, 1] * 255).round().eq(1)  # the second step
@@ -584,7 +584,7 @@ class TestRounds:
         assert steps[-1].images.shape == (4, 1, 8, 8)
 
     @BOTH
-    def test_a_defences_term_reaches_the_synthesis(self, teacher, student, make):
+    def test_a_defenses_term_reaches_the_synthesis(self, teacher, student, make):
         class Darker(Defense):
             def __init__(self, weight):
                 self.weight = weight
@@ -608,7 +608,7 @@ class TestRounds:
         assert brightness[1] < brightness[0] - 1
 
     @BOTH
-    def test_both_defences_run(self, teacher, student, make):
+    def test_both_defenses_run(self, teacher, student, make):
         sv, sr = (
             ShufflingVaccine(layers=3, warmup=0.3, sigma=0),
             SelfRetrospection(start=0.6, inner_steps=2),

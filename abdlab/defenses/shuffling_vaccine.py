@@ -56,9 +56,9 @@ class ShufflingVaccine(Defense, Captured):
     (:func:`~abdlab.defenses.sample_weights.kd_weights`).
 
     Args:
-        k: shuffled copies.
-        layers: names of the shuffled convolutions, or how many of the last ones.
-        alpha: weight of the synthesis term; may be a plan.
+        k: copies.
+        layers: the shuffled convolutions, or how many of the last ones.
+        alpha: of the synthesis term; may be a plan.
         per, class_mean, reverse, cap, ascent: see the module's head.
         form: "auto", as above; or "synthesis" or "weights" alone.
         kd_alpha: alpha of the weights; None takes
@@ -67,7 +67,7 @@ class ShufflingVaccine(Defense, Captured):
         stop: share after which it is off (the paper's lambda).
         tries, sigma, threshold: the first of so many shuffles is used with which more than
             ``threshold`` of the pool scores below mean - sigma x std.
-        pool: images kept for that.
+        pool: at most this many images for that (bounded memory).
         verify: False takes the first shuffle unseen.
 
     Raises:

@@ -705,7 +705,7 @@ def length_key(source_class) -> str | None:
 
 
 def students(stage: Stage) -> None:
-    """Students of one teacher by source, defence and seed, side by side.
+    """Students of one teacher by source, defense and seed, side by side.
 
     Each source has its share of the time. The runs that are made first, undefended and
     with ABD, are timed for a moment, all teachers' at once; the slowest teacher's pace

@@ -118,7 +118,7 @@ if TINY:
 
 
 class Clock(Defense, Captured):
-    """No defence: it notes when the student steps of a pseudo-batch begin, where that
+    """No defense: it notes when the student steps of a pseudo-batch begin, where that
     is wanted.
     """
 

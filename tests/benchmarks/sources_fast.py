@@ -19,17 +19,19 @@ import torch
 import abdlab
 
 COLUMNS = [
-    "source",
+    "study",
+    "preset",
+    "trigger",
+    "method",
     "seed",
     "acc",
     "asr",
-    "seconds",
-    "seconds_to_acc95",
-    "threads",
-    "trigger",
     "cpu_seconds",
     "cpu_seconds_to_acc95",
     "student_steps_to_acc95",
+    "threads",
+    "seconds",
+    "seconds_to_acc95",
 ]
 
 
@@ -82,14 +84,16 @@ def row(root, preset, name, seed):
             reached, at = clock.read(), step.index * source.student_steps
     seconds, cpu = clock.read()
     return {
-        "source": name,
+        "study": "sources-fast",
+        "preset": preset,
+        "trigger": chosen.values["attack"]["trigger"],
+        "method": name,
         "seed": seed,
-        "acc": round(step.acc, 4),
-        "asr": round(step.asr, 4),
+        "acc": round(100 * step.acc, 1),
+        "asr": round(100 * step.asr, 1),
         "seconds": seconds,
         "seconds_to_acc95": reached[0],
         "threads": torch.get_num_threads(),
-        "trigger": chosen.values["attack"]["trigger"],
         "cpu_seconds": cpu,
         "cpu_seconds_to_acc95": reached[1],
         "student_steps_to_acc95": at,

@@ -67,7 +67,7 @@ def student_steps(way, device):
 
 
 def seconds_each(device, count, *defenses):
-    """Seconds per pseudo-batch, over so many, with graphs in bf16 and these defences
+    """Seconds per pseudo-batch, over so many, with graphs in bf16 and these defenses
     from the start.
     """
     teacher, student = MAIN.networks()
