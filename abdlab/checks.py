@@ -23,7 +23,7 @@ from abdlab.features import precision
 from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.models import build
-from abdlab.settings import _HOMES, ATTACK, DEFENSES, SECTIONS, SOURCES, Settings
+from abdlab.settings import ATTACK, DEFENSES, Settings, homes_of, keys_of
 from abdlab.train import train
 from abdlab.values import check_plain, check_type, fits, hints
 
@@ -58,7 +58,7 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
 
     >>> from abdlab.settings import settings
     >>> check(settings("quick/digits"), ["clean", "zskt+sv+sr"])
-    >>> check(settings("quick/digits"), ["zsktt"])
+    >>> check(settings("quick/digits"), ["zsktt"])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: unknown source 'zsktt': did you mean 'zskt'? known are ...
     """
@@ -129,9 +129,8 @@ def _kind(section: str, key: str) -> tuple[Any, Any]:
     """(annotation, default) of a setting, off the signature that it is handed to."""
     if (name := f"{section}.{key}") in _OWN:
         return _OWN[name], None
-    homes = _HOMES.get(section) or [h for h in (SOURCES.get(section), DEFENSES.get(section)) if h]
-    for home in homes:
-        if key in keywords(home) and key in SECTIONS.get(section, ()):
+    for home in homes_of(section):
+        if key in keywords(home) and key in keys_of(section):
             return hints(home).get(key), inspect.signature(home).parameters[key].default
     return None, None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -375,17 +375,21 @@ _HOMES = {
 }
 
 
+def homes_of(section: str) -> list[Callable]:
+    """Whose signatures hold a section's settings; none for an unknown section."""
+    if ":" in section:
+        return [imported(_PART, section)]
+    registered = (names.get(section) for names in (SOURCES, DEFENSES, PURIFIERS))
+    return list(_HOMES.get(section) or [home for home in registered if home])
+
+
 def defaults(section: str) -> dict[str, Any]:
     """What the settings of a section are when nobody sets them, off the signatures.
 
     Settings without such a default are left out (attack.params, which are the trigger's
     own); an unknown section has none.
     """
-    if ":" in section:
-        homes = [imported(_PART, section)]
-    else:
-        registered = (names.get(section) for names in (SOURCES, DEFENSES, PURIFIERS))
-        homes = _HOMES.get(section) or [home for home in registered if home]
+    homes = homes_of(section)
     found = {key: keyword_default(home, key) for home in homes for key in keywords(home)}
     known = {key: found[key] for key in keys_of(section) if key in found} if homes else {}
     return {key: value for key, value in known.items() if value is not inspect.Parameter.empty}

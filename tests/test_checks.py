@@ -43,8 +43,8 @@ def test_the_stand_in_has_the_shape_of_the_data():
 @pytest.mark.parametrize(
     ("override", "labels", "sentence"),
     [
-        ({"sr.hold": "no"}, [], "sr.hold takes True or False, not 'no'"),
-        ({"sr.hold": 1}, [], "sr.hold takes True or False, not 1"),
+        ({"tu.hold": "no"}, [], "tu.hold takes True or False, not 'no'"),
+        ({"tu.hold": 1}, [], "tu.hold takes True or False, not 1"),
         ({"sv.k": True}, [], "sv.k takes a whole number, not True"),
         ({"cmi.rounds": 2.0}, [], "cmi.rounds takes a whole number, not 2.0"),
         ({"teacher.lr": "0.1"}, [], "teacher.lr takes a number, not '0.1'"),
@@ -82,10 +82,10 @@ def test_what_could_not_run_is_one_sentence(override, labels, sentence):
 @pytest.mark.parametrize(
     "override",
     [
-        {"sv.cap": 1, "sr.renewals": None},  # a whole number is a number
+        {"sv.cap": 1, "tu.natural": None},  # a whole number is a number
         {"sv.alpha": [[0, 0.1], [10, 0.2]]},
         {"sv.layers": ["stage3.0.conv1"]},
-        {"ood.scale": (0.1, 1)},
+        {"ood.drops": (0.1, 1)},
         {"attack.params": None},
         {"teacher.lr": "preset"},
     ],
@@ -99,7 +99,7 @@ def test_none_is_a_value_and_preset_is_the_presets():
     assert plain is not None
     assert settings(QUICK, {"sv.cap": None}).values["sv"]["cap"] is None
     assert settings(QUICK, {"sv.cap": "preset"}) == settings(QUICK)
-    again = settings(QUICK, {"sv.cap": None, "dafl.clip": None})
+    again = settings(QUICK, {"sv.cap": None, "dfad.clip": None})
     assert settings(QUICK, again.overrides()) == again
 
 
@@ -109,13 +109,13 @@ def test_a_notebooks_knobs_leave_what_is_none_to_the_preset():
         "sv.cap": None,
     }
     # papermill's own -p hands a text over
-    assert merged({"sv.alpha": 1}, '{"sv.alpha": null, "sr.hold": true}') == {
+    assert merged({"sv.alpha": 1}, '{"sv.alpha": null, "tu.hold": true}') == {
         "sv.alpha": None,
-        "sr.hold": True,
+        "tu.hold": True,
     }
-    assert settings(QUICK, '{"sr.hold": false}').values["sr"]["hold"] is False
+    assert settings(QUICK, '{"tu.hold": false}').values["tu"]["hold"] is False
     with pytest.raises(ValueError, match="overrides is a dict such as"):
-        settings(QUICK, "sr.hold")
+        settings(QUICK, "tu.hold")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_any_text_is_a_plan_or_a_sentence(tmp_path_factory, text):
     st.dictionaries(
         st.sampled_from([n for n in NAMES if "." not in n])
         | st.sampled_from(["run", "trigger", "target", "poison_rate", "defenses", "device"]),
-        VALUES.map(str) | PLAIN.map(repr) | st.sampled_from(['{"sr.hold": true}', "{'sv.k': 2}"]),
+        VALUES.map(str) | PLAIN.map(repr) | st.sampled_from(['{"tu.hold": true}', "{'sv.k': 2}"]),
         max_size=3,
     ),
 )

@@ -178,6 +178,7 @@ def test_settings_name_them(newcomer):
 @pytest.mark.slow
 def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
     import json
+    import time
 
     import yaml
 
@@ -207,5 +208,10 @@ def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
         "runs/own", settings("quick/digits", json.loads(over), device="cpu"), label=label
     )
     tuner.start()
-    tuner.wait()
-    assert label in tuner.history().to_json()
+    until = time.monotonic() + 120
+    while tuner.state in ("idle", "preparing", "running") and time.monotonic() < until:
+        time.sleep(0.2)
+    assert tuner.state == "done", tuner.trouble.sentence
+    config = json.loads((newcomer / "runs/own/seed0" / tuner.folder / "config.json").read_text())
+    assert config["defend:Noise"] == {"weight": 2.0}
+    assert tuner.knob("defend:Noise.weight").value == 2.0

@@ -22,8 +22,14 @@ TINY = {
     "sv.verify": False,
     "sv.layers": 3,
     "sr.inner_steps": 2,
+    "tu.inner_steps": 2,
+    "tu.triggers": 2,
+    "tu.renewals": 1,
+    "unlearn.steps": 2,
+    "unlearn.rounds": 1,
 }
-STUDENTS = ["clean", "zskt", "zskt+sv", "zskt+sr", "zskt+sv+sr"]
+STUDENTS = ["clean", "zskt", "zskt+sv", "zskt+sv+sr", "zskt+tu", "zskt+sv+tu"]
+PURIFIED = ["unlearn+bounded/teacher", "unlearn+bounded/zskt"]
 
 pytestmark = pytest.mark.slow
 
@@ -65,15 +71,15 @@ def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
     metrics, figures, book = execute("00", tmp_path)
     assert figures == set()
     assert 0 <= metrics["asr"] <= 1
-    assert (tmp_path / "seed0" / "zskt+sv+sr@1" / "student.safetensors").exists()
+    assert (tmp_path / "seed0" / "zskt+sv+tu@1" / "student.safetensors").exists()
     assert "application/vnd.jupyter.widget-view+json" in json.dumps(book)
 
 
 def test_02_compares_the_students_and_shows_the_floor(walk):
     metrics, figures, _ = walk[1]["02"]
     assert figures == {"acc_asr", "losses"}
-    assert list(metrics["results"]) == ["clean", "zskt", "zskt+sv+sr"]
-    assert metrics["results"]["zskt+sv+sr"]["defenses"]["sv"]["layers"] == [
+    assert list(metrics["results"]) == ["clean", "zskt", "zskt+sv+tu"]
+    assert metrics["results"]["zskt+sv+tu"]["defenses"]["sv"]["layers"] == [
         "stage3.0.conv1",
         "stage3.0.conv2",
         "stage3.0.shortcut",
@@ -90,7 +96,7 @@ def test_03_looks_at_the_students_images(walk):
 def test_04_compares_three_models_side_by_side(walk):
     metrics, figures, _ = walk[1]["04"]
     assert figures == {"channel_change", "attention_maps", "grad_cam"}
-    assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+SR"]
+    assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+TU"]
     assert set(metrics["grad_cam_classes"]) == {"0"}, "the target"
 
 
@@ -98,7 +104,8 @@ def test_05_reuses_the_chain_and_adds_what_is_missing(walk):
     root, done = walk
     metrics, figures, _ = done["05"]
     assert figures == {"ablation"}
-    assert [row["label"] for row in metrics["rows"]] == ["teacher", *STUDENTS]
+    labels = ["teacher", PURIFIED[0], *STUDENTS, PURIFIED[1]]
+    assert [row["label"] for row in metrics["rows"]] == labels
     for label in STUDENTS:
         assert (root / "seed0" / label / "student.safetensors").exists()
     same = {row["label"]: row["asr"] for row in metrics["rows"]}
@@ -201,7 +208,7 @@ def test_papermills_own_overrides_are_a_text(name, tmp_path):
     lines = lines.replace("for seed in seeds:", "for seed in [0]:")
     scope = {}
     exec(first[0].source, scope)
-    scope |= {"run": str(tmp_path), "overrides": '{"sr.hold": false, "sv.cap": null}'}
+    scope |= {"run": str(tmp_path), "overrides": '{"tu.hold": false, "sv.cap": null}'}
     exec(lines, scope)
     assert scope["chosen"].values["sr"]["hold"] is False
     assert scope["chosen"].values["sv"]["cap"] is None
