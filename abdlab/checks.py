@@ -21,7 +21,7 @@ from abdlab.defenses.shuffled_teacher import shuffled_layers
 from abdlab.errors import check_keys, did_you_mean, keywords, short
 from abdlab.features import precision
 from abdlab.home import at_home
-from abdlab.labels import Label
+from abdlab.labels import TEACHER, Label
 from abdlab.models import build
 from abdlab.settings import ATTACK, DEFENSES, Settings, homes_of, keys_of
 from abdlab.train import train
@@ -81,6 +81,12 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
                 chosen.defenses(name)
     for text in labels:
         label = Label.parse(text)
+        if label.source == TEACHER:
+            if label.defenses:
+                raise ValueError(f"{text!r} is a teacher, which takes purifiers and no defense")
+            with _one_sentence(f"a teacher {label}"):
+                chosen.purifiers(*label.purifiers)
+            continue
         parts = [*chosen.sections(label.source), *label.defenses, *label.purifiers]
         models = [_network(chosen, role) for role in ("teacher", "student")]
         used = {part: chosen.values.get(part) for part in parts}

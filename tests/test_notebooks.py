@@ -210,5 +210,5 @@ def test_papermills_own_overrides_are_a_text(name, tmp_path):
     exec(first[0].source, scope)
     scope |= {"run": str(tmp_path), "overrides": '{"tu.hold": false, "sv.cap": null}'}
     exec(lines, scope)
-    assert scope["chosen"].values["sr"]["hold"] is False
+    assert scope["chosen"].values["tu"]["hold"] is False
     assert scope["chosen"].values["sv"]["cap"] is None
