@@ -48,8 +48,8 @@ _KNOBS = {
     "target": "attack.target",
     "pseudo_batches": "SOURCE.pseudo_batches",
     "sv_alpha": "sv.alpha",
-    "sr_weight": "sr.weight",
-    "sr_start": "sr.start",
+    "tu_weight": "tu.weight",
+    "tu_start": "tu.start",
 }
 
 

@@ -215,8 +215,8 @@ def test_a_report_loads_no_plotting_library(tmp_path):
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["02", "-p", "overrides", '{"sr.hold": false, "sv.cap": null}'], "'sv.cap': None"),
-        (["02", "-p", "overrides", "{'sr.hold': False}"], "'sr.hold': False"),
+        (["02", "-p", "overrides", '{"tu.hold": false, "sv.cap": null}'], "'sv.cap': None"),
+        (["02", "-p", "overrides", "{'tu.hold': False}"], "'tu.hold': False"),
         (["05", "-p", "control", "true", "-p", "methods", '["zskt"]'], "control: True"),
         (["01", "-p", "trigger_params", '{"size": 4}'], "'size': 4"),
     ],
@@ -237,7 +237,7 @@ def test_json_is_understood_as_python_is(here, words, shown, tmp_path, monkeypat
         (["02", "-p", "overrides", '{"sv.k": 1, "sv.k": 2}'], "stands twice"),
         (["02", "-p", "overrides", '{"sv.alhpa": 1}'], "did you mean 'sv.alpha'"),
         (["02", "-p", "source", "zsk"], "did you mean 'zskt'"),
-        (["02", "-p", "sr_start", "1.5"], "start is a share"),
+        (["02", "-p", "tu_start", "1.5"], "start is a share"),
         (["03", "-p", "label", "zskt+rs"], "unknown defen"),
         (["01", "-p", "target", "11"], "attack.target is a class from 0 to 9"),
         (["05", "-p", "seeds", "[0, '1']"], "each of seeds is a whole number"),
@@ -402,19 +402,14 @@ def test_both_ways_to_write_a_parameter():
 
 @pytest.mark.slow
 def test_a_failing_notebook_is_kept_and_exits_with_1(tmp_path):
+    import nbformat
+
+    cells = [nbformat.v4.new_code_cell("x = 1  # a number", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("raise ValueError(f'x is {x}, and that is wrong')"))
+    book = tmp_path / "mine.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), book)
     output = tmp_path / "out.ipynb"
-    done = abdlab(
-        "run",
-        "01",
-        "-p",
-        "run",
-        str(tmp_path / "run"),
-        "-p",
-        "preset",
-        "quick/digit",
-        "-o",
-        str(output),
-    )
+    done = abdlab("run", str(book), "-p", "x", "2", "-o", str(output))
     assert done.returncode == 1
-    assert "did you mean 'quick/digits'?" in done.stderr.splitlines()[-1]
+    assert "x is 2, and that is wrong" in done.stderr.splitlines()[-1]
     assert output.exists()

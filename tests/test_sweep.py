@@ -194,7 +194,7 @@ def test_dotted_names_are_settings_and_teachers_are_shared():
         ({"notebook": "02", "grid": {"defenses": [["sv", "rs"]]}}, "unknown defen"),
         ({"notebook": "05", "grid": {"methods": [["zskt", "cmi+sw"]]}}, "did you mean 'sv'"),
         ({"notebook": "03", "grid": {"label": ["zskt+"]}}, "a method is"),
-        ({"notebook": "02", "grid": {"sr.hold": ["yes"]}}, "sr.hold takes True or False"),
+        ({"notebook": "02", "grid": {"tu.hold": ["yes"]}}, "tu.hold takes True or False"),
         ({"notebook": "02", "grid": {"dfad.width": ["24"]}}, "dfad.width takes a whole number"),
         ({"notebook": "05", "grid": {"teacher.model": ["vgg-12"]}}, "did you mean 'vgg-1"),
         ({"notebook": "01", "grid": {"target": [10]}}, "attack.target is a class from 0 to 9"),
