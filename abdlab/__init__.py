@@ -25,6 +25,7 @@ from abdlab.features import record
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.models import build
 from abdlab.presets import PRESETS, SCALES
+from abdlab.purifiers import PURIFIERS, purify
 from abdlab.runs import Run, folder_of, history, table
 from abdlab.settings import Settings, settings
 from abdlab.side_by_side import side_by_side
@@ -61,6 +62,7 @@ __all__ = [
     "OOD",
     "PGD",
     "PRESETS",
+    "PURIFIERS",
     "SCALES",
     "TRIGGERS",
     "ZSKT",
@@ -109,6 +111,7 @@ __all__ = [
     "predict",
     "prepare",
     "progress",
+    "purify",
     "read_card",
     "ready_triggers",
     "record",
