@@ -71,6 +71,16 @@ def triggered_change(
 
 
 @torch.no_grad()
+def _spatial(feature: Tensor, layer: str, model: nn.Module) -> None:
+    """Raise ValueError for an output that is no map (N, C, H, W), such as tokens."""
+    if not isinstance(feature, Tensor) or feature.ndim != 4:
+        kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+        raise ValueError(
+            f"{layer} of {type(model).__name__} has no spatial map: it answers {kind}, and a map"
+            " is (N, channels, height, width). Choose a convolution, or a stage of them"
+        )
+
+
 def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     """Attention map of a layer, (N, h, w) on the CPU: the channel mean of squares, each
     map scaled to a maximum of 1.
@@ -78,6 +88,7 @@ def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     with mode(model, training=False), record(model, [layer]) as acts:
         model(images)
     feature = acts[layer]
+    _spatial(feature, layer, model)
     maps = attention(feature).unflatten(1, feature.shape[-2:])
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
 
@@ -96,12 +107,14 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor)
 
     from abdlab.features import module_at
 
+    with torch.no_grad(), mode(model, training=False), record(model, [layer]) as acts:
+        model(images[:1])
+    _spatial(acts[layer], layer, model)
     wanted = [p.requires_grad for p in model.parameters()]
     with mode(model, training=False):
         try:
-            model.requires_grad_(
-                True
-            )  # captum differentiates to the layer's output, which frozen weights would cut off
+            # captum differentiates to the layer's output, which frozen weights would cut off
+            model.requires_grad_(True)
             maps = LayerGradCam(model, module_at(model, layer)).attribute(
                 images, target, relu_attributions=True
             )

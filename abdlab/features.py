@@ -42,6 +42,29 @@ def last_linear(model: nn.Module, purpose: str = "to read features from") -> str
     return names[-1]
 
 
+class _Recorded(dict):
+    """Tensors by layer, which know whether they are still what was recorded."""
+
+    def keep(self, name: str, value: Tensor) -> None:
+        self[name] = value
+        self.__dict__.setdefault("versions", {})[name] = _version(value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        if _version(value) != self.__dict__.get("versions", {}).get(name):
+            raise ValueError(
+                f"{name} was recorded, and then changed in place by a later layer: record that"
+                " one, or build it with inplace=False"
+            )
+        return value
+
+
+def _version(value: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count it."""
+    counted = isinstance(value, Tensor) and not value.is_inference()
+    return value._version if counted else None
+
+
 @contextmanager
 def record(
     model: nn.Module, names: Sequence[str], inputs: bool = False
@@ -49,20 +72,27 @@ def record(
     """Record the outputs of the named layers, or their first ``inputs``, during forward
     passes inside the block.
 
+    >>> from abdlab.models import build
+    >>> model = build("wrn-10-1", width=4)
     >>> with record(model, ["stage3"]) as acts:
-    ...     logits = model(images)
+    ...     logits = model(torch.rand(2, 3, 8, 8))
     >>> acts["stage3"].shape
+    torch.Size([2, 16, 2, 2])
 
     The dict holds the latest one of each layer (attached to the graph). Hooks are gone
     afterwards, also after an error.
+
+    Raises:
+        ValueError: on reading a layer's values that a later layer has changed in place (an
+            activation with ``inplace=True``).
     """
-    acts: dict[str, Tensor] = {}
+    acts = _Recorded()
     handles = []
     try:
         for name in names:
 
             def keep(module, args, output, name=name):
-                acts[name] = args[0] if inputs else output
+                acts.keep(name, args[0] if inputs else output)
 
             handles.append(module_at(model, name).register_forward_hook(keep))
         yield acts

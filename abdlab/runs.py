@@ -29,6 +29,7 @@ import pandas as pd
 from torch import Tensor
 
 from abdlab.checkpoint import load_state, save_state, write_atomically
+from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.settings import Settings
@@ -224,6 +225,13 @@ class Run:
         return write_atomically(
             self.file(name), (json.dumps(value, indent=2, default=str) + "\n").encode()
         )
+
+
+def config_of(chosen: Settings, data: Dataset, *sections: str) -> dict:
+    """What a run's config.json records: the sections that it depends on, and the classes
+    of its data, so that a folder of images that gained or lost one is noticed.
+    """
+    return {**chosen.config(*sections), "classes": [*data.classes]}
 
 
 def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:

@@ -22,7 +22,7 @@ from abdlab.distill import distill, seed_of
 from abdlab.evaluate import Exam
 from abdlab.labels import TEACHER, Label
 from abdlab.purifiers import load_purified, purify, save_purified
-from abdlab.runs import Run, folder_of
+from abdlab.runs import Run, config_of, folder_of
 from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
@@ -134,7 +134,7 @@ def distillation(
     sections = (*chosen.sections(label.source), *label.defenses, *label.purifiers)
     run = Run(
         Path(root) / f"seed{chosen.seed}" / (folder or label.folder),
-        chosen.config("data", "attack", "teacher", "student", *sections),
+        config_of(chosen, data, "data", "attack", "teacher", "student", *sections),
     )
     exam, every = chosen.exam(data), max(1, len(source) // max(1, exams))
     forks = chosen.forks(label, len(source))
@@ -173,7 +173,8 @@ def purified_teacher(
         return teacher
     label = Label(TEACHER, purifiers=tuple(names))
     run = Run(
-        folder_of(root, chosen.seed, label), chosen.config("data", "attack", "teacher", *names)
+        folder_of(root, chosen.seed, label),
+        config_of(chosen, data, "data", "attack", "teacher", *names),
     )
     path, device = run.file("teacher.safetensors"), data.train_images.device
     if not path.exists():

@@ -18,7 +18,7 @@ from abdlab.data import Dataset
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.home import at_home
-from abdlab.runs import Run
+from abdlab.runs import Run, config_of
 from abdlab.settings import Settings, settings
 from abdlab.stream import Step
 from abdlab.train import train
@@ -89,7 +89,10 @@ def clean_teacher(
 
     It is what an attacker optimises against, and no part of a defense.
     """
-    run = Run(Path(root) / f"seed{chosen.seed}" / "clean_teacher", chosen.config("data", "teacher"))
+    run = Run(
+        Path(root) / f"seed{chosen.seed}" / "clean_teacher",
+        config_of(chosen, data, "data", "teacher"),
+    )
     path = run.file("teacher.safetensors")
     if not path.exists():
         model, exam = chosen.teacher(data), Exam.of(data.test_images, data.test_labels)
@@ -185,7 +188,8 @@ def poisoned_teacher(
             (under three quarters).
     """
     run = Run(
-        Path(root) / f"seed{chosen.seed}" / "teacher", chosen.config("data", "attack", "teacher")
+        Path(root) / f"seed{chosen.seed}" / "teacher",
+        config_of(chosen, data, "data", "attack", "teacher"),
     )
     path = run.file("teacher.safetensors")
     if not path.exists():

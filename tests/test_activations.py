@@ -67,3 +67,26 @@ def test_convolutions_are_found_by_type():
     assert activations.convolutions(
         nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv1d(1, 1, 1))
     ) == ["0", "2"]
+
+
+class Tokens(torch.nn.Module):
+    """A network with tokens in place of maps, as a ViT has."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Linear(16, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.embed(x.flatten(2)).mean(1))
+
+
+MAPS = {
+    "map": activations.spatial_map,
+    "cam": lambda *given: activations.grad_cam(*given, 0),
+}
+
+
+@pytest.mark.parametrize("draw", MAPS.values(), ids=MAPS)
+def test_a_layer_without_a_map_is_one_sentence(draw):
+    with pytest.raises(ValueError, match="embed of Tokens has no spatial map"):
+        draw(Tokens(), torch.rand(2, 3, 4, 4), "embed")

@@ -13,7 +13,7 @@ from abdlab.sources.generated import Generated
 from abdlab.sources.pooled import Pooled
 
 #: modules whose examples are sketches: they name a teacher and images that are not there
-SKETCHES = {"abdlab.features"}
+SKETCHES: set[str] = set()
 
 
 def modules():

@@ -164,3 +164,16 @@ class TestFrozen:
             assert torch.equal(bare(x), plain)
         assert not bare[0].track_running_stats
         assert bare[0].running_mean is None
+
+
+def test_what_a_later_layer_changed_in_place_is_not_handed_on():
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True), nn.Linear(2, 2))
+    with record(net, ["0", "1"]) as acts:
+        net(torch.rand(4, 3))
+    assert acts["1"].min() >= 0
+    with pytest.raises(ValueError, match="0 was recorded, and then changed in place"):
+        acts["0"]
+    plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    with record(plain, ["0"]) as acts, torch.inference_mode():
+        plain(torch.rand(4, 3))
+    assert acts["0"].shape == (4, 2)

@@ -13,7 +13,7 @@ from abdlab.defenses import SelfRetrospection
 from abdlab.errors import CheckpointError
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.labels import Label
-from abdlab.runs import Run, history, table
+from abdlab.runs import Run, config_of, history, table
 from abdlab.settings import settings
 from abdlab.stream import HEADLESS, Step, progress
 from abdlab.students import clean_teacher_control, distill_all, distilled
@@ -308,7 +308,7 @@ class TestPrepare:
         chosen = tiny(attack__trigger="smooth", attack__optimize=FAST)
         prepare(tmp_path, chosen, data)
         run = Run(tmp_path / "seed0" / "clean_teacher")
-        assert run.config == json.loads(json.dumps(chosen.config("data", "teacher")))
+        assert run.config == json.loads(json.dumps(config_of(chosen, data, "data", "teacher")))
         assert len(run.history()) == 1
         assert "asr" not in run.history()
         _, path = clean_teacher(tmp_path, chosen, data)
@@ -677,3 +677,16 @@ def test_settings_without_poison(data):
     assert torch.equal(clean.poison(data).images, data.train_images)
     assert chosen.attacks[0].rate > 0
     assert clean.values["sv"] == chosen.values["sv"]
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
+def test_another_set_of_classes_is_noticed(tmp_path, data):
+    """A folder of images that gained a class would shift every label."""
+    import dataclasses
+
+    poisoned_teacher(tmp_path, tiny(), data)
+    config = json.loads((tmp_path / "seed0" / "teacher" / "config.json").read_text())
+    assert config["classes"] == [*data.classes]
+    other = dataclasses.replace(data, classes=(*data.classes, "new"))
+    with pytest.raises(ValueError, match=r"other settings \(classes was"):
+        poisoned_teacher(tmp_path, tiny(), other)

@@ -2,7 +2,6 @@
 
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.late import Late
-from abdlab.defenses.rehearsal import Rehearsal
 from abdlab.defenses.self_retrospection import SelfRetrospection
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, suspicion
 from abdlab.defenses.shuffling_vaccine import ShufflingVaccine, VaccineNotFound
@@ -18,7 +17,6 @@ DEFENSES = Registry(
         "sr": SelfRetrospection,
         "tu": TriggerUnlearning,
         "tc": TriggerConsistency,
-        "rh": Rehearsal,
     },
 )
 
@@ -26,7 +24,6 @@ __all__ = [
     "DEFENSES",
     "Defense",
     "Late",
-    "Rehearsal",
     "SelfRetrospection",
     "ShuffledTeacher",
     "ShufflingVaccine",
