@@ -60,7 +60,7 @@ SECTIONS = {
     "On a GPU": (
         "What the paper's sizes take on a GPU; a line without a figure says why. Our loop and the"
         " naive one (eager, float32) run in turns in one process. torch multiplies in TF32 there"
-        " where it does by default."
+        " where it does by default. What one H100 did: [GPU.md](GPU.md)."
     ),
     "Profile": (
         "Shares of torch's own time by operation, forward and backward, in one of our"
