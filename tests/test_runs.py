@@ -690,3 +690,36 @@ def test_another_set_of_classes_is_noticed(tmp_path, data):
     other = dataclasses.replace(data, classes=(*data.classes, "new"))
     with pytest.raises(ValueError, match=r"other settings \(classes was"):
         poisoned_teacher(tmp_path, tiny(), other)
+
+
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
+class TestPurified:
+    """A teacher that is cleaned before it teaches, by label."""
+
+    def test_is_made_once_kept_apart_and_taught_from(self, tmp_path, data):
+        chosen = tiny(**{"bounded.k": 2.0})
+        teacher = poisoned_teacher(tmp_path, chosen, data)
+        before = weights(teacher)
+        student, metrics = distilled(tmp_path, chosen, data, teacher, "bounded/zskt")
+        assert torch.equal(weights(teacher), before)
+        assert metrics["label"] == "bounded/zskt"
+        folder = tmp_path / "seed0"
+        assert (folder / "bounded,zskt" / "student.safetensors").exists()
+        config = json.loads((folder / "bounded,zskt" / "config.json").read_text())
+        assert config["bounded"] == {"k": 2.0}
+        cleaned, found = distilled(tmp_path, chosen, data, teacher, "bounded/teacher")
+        assert found["purified"] == [{"name": "bounded", "k": 2.0, "layers": "batch norm"}]
+        written = (folder / "bounded,teacher" / "teacher.safetensors").stat().st_mtime_ns
+        again, _ = distilled(tmp_path, chosen, data, teacher, "bounded/teacher")
+        assert (folder / "bounded,teacher" / "teacher.safetensors").stat().st_mtime_ns == written
+        images = 3 * torch.randn(4, *data.shape)
+        torch.testing.assert_close(cleaned(images), again(images))
+        assert not torch.allclose(cleaned(images), teacher(images))
+        plain, _ = distilled(tmp_path, chosen, data, teacher, "zskt")
+        assert not torch.equal(weights(student), weights(plain)), "it learnt from another teacher"
+
+    def test_stands_in_the_order_that_was_asked_for(self, tmp_path, data):
+        chosen = tiny(**{"bounded.k": 2.0})
+        labels = ["bounded/teacher", "zskt", "bounded/zskt"]
+        found = distill_all(tmp_path, chosen, data, labels, with_teacher=True, workers=1)
+        assert list(found) == ["teacher", *labels]
