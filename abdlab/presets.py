@@ -256,7 +256,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # the paper's, beside ours: on digits its additive delta is unlike any trigger. Its
         # own anchor, the student, costs ACC (seed 0: 60.0/100 at weight 1)
         "sr": {"start": 0.9, "weight": 10.0, "anchor": "teacher", "statistics": "mixed"},
-        # "tu" is as its signature has it: it was tuned here
     },
     # The paper's main table. attack.trigger is one of its ten; badnet_grid stands for
     # them.
