@@ -70,7 +70,6 @@ def triggered_change(
     return {name: (change[name] / scale[name]).cpu() for name in layers}
 
 
-@torch.no_grad()
 def _spatial(feature: Tensor, layer: str, model: nn.Module) -> None:
     """Raise ValueError for an output that is no map (N, C, H, W), such as tokens."""
     if not isinstance(feature, Tensor) or feature.ndim != 4:
@@ -81,6 +80,7 @@ def _spatial(feature: Tensor, layer: str, model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
 def spatial_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     """Attention map of a layer, (N, h, w) on the CPU: the channel mean of squares, each
     map scaled to a maximum of 1.

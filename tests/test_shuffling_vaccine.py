@@ -22,8 +22,8 @@ from abdlab import (
     suspicion,
 )
 from abdlab.defenses import shuffling_vaccine
+from abdlab.defenses.sample_weights import kd_weights
 from abdlab.defenses.shuffled_teacher import shuffled_layers, tail_share
-from abdlab.defenses.shuffling_vaccine import kd_weights
 from abdlab.losses import kl, log_kl
 from abdlab.sources import Batch
 
