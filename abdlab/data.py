@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abdlab.augment import augment, deliver, random_views, resized_crops
-from abdlab.errors import did_you_mean
-from abdlab.folders import decode, read_folder, some
+from abdlab.errors import did_you_mean, some
+from abdlab.folders import decode, read_folder
 from abdlab.home import at_home
 
 __all__ = [

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -68,3 +68,11 @@ def one_of(what: str, value: Any, *known: Any) -> None:
     if value not in known:
         *most, last = map(repr, known)
         raise ValueError(f"{what} is {', '.join(most)} or {last}, not {value!r}")
+
+
+def some(names: Collection, spoken: Callable[[Any], str] = str) -> str:
+    """The first three names as they are ``spoken``, and how many more there are."""
+    names = list(names)
+    return ", ".join(map(spoken, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from abdlab.errors import some
 
 #: what torchvision's folder reader takes; GIF, TGA and rarer names of the same formats
 IMAGE_SUFFIXES = (
@@ -302,9 +304,3 @@ def _grey(image: Image.Image, white: float, inverted: bool) -> Image.Image:
             f" white is {white:g}"
         )
     return Image.fromarray(((1 - unit if inverted else unit) * 255).astype(np.float32))
-
-
-def some(names: Collection[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -101,7 +101,8 @@ class Label:
         """How figures and tables call it: "teacher", "clean KD", "ZSKT+SV", "BOUNDED/CMI+TC"."""
         own = _SPOKEN.get(self.source, _short(self.source).upper())
         after = "+".join((own, *(_short(name).upper() for name in self.defenses)))
-        return "/".join((*([_before(self.purifiers)] if self.purifiers else []), after))
+        before = "+".join(map(_short, self.purifiers))
+        return f"{before}/{after}" if before else after
 
     def without(self, names: Collection[str]) -> Label:
         """The same method without these defenses."""
@@ -122,10 +123,6 @@ class Label:
 
 def _short(name: str) -> str:
     return name.rpartition(":")[2]
-
-
-def _before(purifiers: tuple[str, ...]) -> str:
-    return "+".join(_short(name) for name in purifiers)
 
 
 def name_of(label: str | Label) -> str:

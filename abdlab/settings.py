@@ -30,6 +30,7 @@ from abdlab.presets import ATTACKS, PRESETS, SCALES
 from abdlab.purifiers import PURIFIERS, Purifier
 from abdlab.registry import imported
 from abdlab.sources import SOURCES, Source
+from abdlab.sources.source import AUGMENT
 from abdlab.train import train
 from abdlab.values import as_dict
 
@@ -37,7 +38,6 @@ _MODEL = ["model", "width"]
 #: what an import path in a label may name
 _PART = "source, defense or purifier"
 _LOOP = {"exam", "exam_every", "seed", "device"}
-_AUGMENT = {"shift", "flip"}
 #: fields of an :class:`~abdlab.attacks.poison.Attack` that are plain values
 _ATTACK = ["rate", "target", "clean_label", "relabel", "covers"]
 
@@ -64,7 +64,7 @@ SECTIONS: dict[str, list[str]] = {
     "data": ["name", "root", "size", "download"],
     # more: a list of further attacks on the same teacher, each a dict of the same keys
     "attack": [*ATTACK, "more"],
-    "teacher": [*_MODEL, *_free(train, *_LOOP, *_AUGMENT)],
+    "teacher": [*_MODEL, *_free(train, *_LOOP, *AUGMENT)],
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     **{name: source.keys() for name, source in SOURCES.items()},
     **{name: _free(found) for name, found in {**DEFENSES, **PURIFIERS}.items()},

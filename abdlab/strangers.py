@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abdlab import errors
 from abdlab.errors import CheckpointError
 from abdlab.pickles import Damaged, Lazy, Reader, Refused, Storage, interpret
 
@@ -237,10 +238,8 @@ def shown(name: str, separator: str = " ") -> str:
 
 
 def some(names: Collection[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    first = ", ".join(shown(str(name)) for name in names[:3])
-    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three names, each as it may be shown, and how many more there are."""
+    return errors.some(names, lambda name: shown(str(name)))
 
 
 def first_line(error: BaseException) -> str:
