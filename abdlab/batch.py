@@ -37,6 +37,9 @@ from abdlab.values import check_plain, fits, merged, read, say
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
+#: bytes that the address of a socket file may have (macOS; Linux takes four more)
+_SOCKET = 103
+
 #: what a notebook without a kernelspec is run with, which is what all are run with
 _KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -324,14 +327,12 @@ def run_kernel(
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     extra |= {HOME: str(place or home())}
     extra |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    with _environment(extra), own_folder() as sockets, _quiet_when_stopped():
+    with _environment(extra), own_folder(root=_short()) as sockets, _quiet_when_stopped():
         # not TCP, which every user of the machine can reach, but files of this user;
         # each kernel needs names of its own
-        private = (
-            {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
-            if os.name == "posix"
-            else {}
-        )
+        address = f"{sockets}/kernel"
+        fits = os.name == "posix" and len(os.fsencode(address)) <= _SOCKET - len("-99")
+        private = {"KernelManager": {"transport": "ipc", "ip": address}} if fits else {}
         papermill.execute_notebook(
             copy.deepcopy(book),
             str(output),
@@ -383,25 +384,34 @@ def _quiet_when_stopped() -> typing.Iterator[None]:
             os.close(kept)
 
 
+def _short() -> str | None:
+    """Where a kernel's sockets fit: the system's /tmp if the temporary folder's own path
+    is too long for them; None for the temporary folder.
+    """
+    longest = "/abdlab-123456-1234567-12345678/kernel-99"
+    long = len(os.fsencode(tempfile.gettempdir() + longest)) > _SOCKET
+    return "/tmp" if long and os.access("/tmp", os.W_OK | os.X_OK) else None
+
+
 @contextmanager
-def own_folder(kind: str = "") -> typing.Iterator[Path]:
+def own_folder(kind: str = "", root: str | None = None) -> typing.Iterator[Path]:
     """A temporary folder for the block, which names its machine and process: what a
     killed process left behind is removed by the next that makes one.
     """
-    sweep_up()
-    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{_machine()}-{os.getpid()}-"))
+    sweep_up(root)
+    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{_machine()}-{os.getpid()}-", dir=root))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep_up() -> list[Path]:
+def sweep_up(root: str | None = None) -> list[Path]:
     """Remove this user's temporary folders of :func:`own_folder` whose process is gone;
     returns them.
     """
     gone = []
-    for folder in Path(tempfile.gettempdir()).glob(f"abdlab-*{_machine()}-*-*"):
+    for folder in Path(root or tempfile.gettempdir()).glob(f"abdlab-*{_machine()}-*-*"):
         pid = folder.name.split("-")[-2]
         with suppress(OSError):
             if pid.isdigit() and not alive(int(pid)) and _is_mine(folder):

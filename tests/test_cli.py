@@ -288,6 +288,17 @@ def sleeper(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_temporary_folder_whose_path_is_long_takes_no_kernel_down(sleeper, tmp_path, monkeypatch):
+    """Sockets have short names: 103 bytes on macOS, 107 on Linux."""
+    long = tmp_path / ("l" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("SECONDS", "0")
+    batch.execute(sleeper, tmp_path / "out.ipynb", {"run": str(tmp_path / "here")})
+    assert (tmp_path / "here" / "pid").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_one_sentence_and_leaves_nothing_behind(sleeper, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", "from abdlab.cli import main; main()", "run", str(sleeper)],
@@ -302,6 +313,7 @@ def test_ctrl_c_is_one_sentence_and_leaves_nothing_behind(sleeper, tmp_path):
     pid = tmp_path / "runs" / "here" / "pid"
     end = time.time() + 240
     while not pid.exists() or not pid.read_text():
+        assert process.poll() is None, process.communicate()
         assert time.time() < end, "waited in vain"
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
