@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from abdlab.errors import CheckpointError
 from abdlab.evaluate import predict
 from abdlab.labels import Label
 from abdlab.losses import kl
+from abdlab.purifiers.bounded import KS, agreement_curve, batch_norms, bound, statistics
 from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings
 from abdlab.sources import Source
@@ -72,6 +74,30 @@ def vaccine_trials(
         found = {"accepted": accepted, "share": accepted / tries, "largest": round(max(shares), 5)}
         rows.append({"seed": chosen.seed, "teacher": kind, "label": label, "tries": tries, **found})
     return rows
+
+
+def bound_curve(
+    teacher: nn.Module,
+    pool: Tensor,
+    exam: Callable[[nn.Module], dict[str, float]],
+    ks: Sequence[float] = KS,
+) -> pd.DataFrame:
+    """What a bound on the teacher's activations does, by its k: columns k, acc, asr
+    (where the exam has one) and agreement, all shares in [0, 1].
+
+    Args:
+        pool: synthetic images (N, C, H, W), for the agreement with the teacher as it is.
+        exam: see :meth:`abdlab.settings.Settings.exam`; it is for the reader alone.
+        ks: in standard deviations.
+    """
+    agreement, recorded = agreement_curve(teacher, pool, ks), None
+    if not batch_norms(teacher):
+        recorded = statistics(teacher, pool)
+    rows = [
+        {"k": k, **exam(bound(copy.deepcopy(teacher), k, recorded)), "agreement": agreement[k]}
+        for k in ks
+    ]
+    return pd.DataFrame(rows)
 
 
 def synthesize(run: Run, chosen: Settings, data: Dataset, teacher: nn.Module, n: int) -> Tensor:

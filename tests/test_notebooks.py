@@ -27,6 +27,7 @@ TINY = {
     "tu.renewals": 1,
     "unlearn.steps": 2,
     "unlearn.rounds": 1,
+    "unlearn.guard": 64,
 }
 STUDENTS = ["clean", "zskt", "zskt+sv", "zskt+sv+sr", "zskt+tu", "zskt+sv+tu"]
 PURIFIED = "unlearn+bounded/teacher"
@@ -49,9 +50,9 @@ def execute(name, root, **given):
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
-    """The five notebooks one after the other in one folder."""
+    """Six notebooks one after the other in one folder."""
     root = tmp_path_factory.mktemp("walk")
-    return root, {name: execute(name, root) for name in ("01", "02", "03", "04", "05")}
+    return root, {name: execute(name, root) for name in ("01", "02", "03", "04", "05", "07")}
 
 
 def test_01_trains_and_reports_the_teacher(walk):
@@ -98,6 +99,16 @@ def test_04_compares_three_models_side_by_side(walk):
     assert figures == {"channel_change", "attention_maps", "grad_cam"}
     assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+TU"]
     assert set(metrics["grad_cam_classes"]) == {"0"}, "the target"
+
+
+def test_07_shows_what_a_purifier_sees(walk):
+    metrics, figures, _ = walk[1]["07"]
+    assert figures == {"costs", "inverted", "beyond", "bound"}
+    assert len(metrics["costs"]) == 10
+    assert len(metrics["costs"][0]) == len(metrics["families"])
+    assert 1.5 <= metrics["k"] <= 5
+    assert list(metrics["results"]) == ["teacher", PURIFIED]
+    assert [done["name"] for done in metrics["purified"]] == ["unlearn", "bounded"]
 
 
 def test_05_reuses_the_chain_and_adds_what_is_missing(walk):

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from abdlab import labels, plots
-from abdlab.attacks.triggers import Trigger
+from abdlab.attacks.triggers import Trigger, trigger_from
+from abdlab.inversion import Bank, Inverted
 from abdlab.studies import figures, tables
 
 CLASSES = ["a", "b", "c"]
@@ -319,3 +320,29 @@ def test_a_defense_has_one_colour_whatever_the_source():
         "zskt",
         "zskt+sr",
     ]
+
+
+def test_what_a_purifier_sees_in_four_figures():
+    """Costs with the suspect framed, inverted triggers beside the true one, activations
+    beyond the bound, ACC and ASR against k.
+    """
+    table = torch.tensor([[0.5, 1.0], [2.0, 1.1], [2.2, 0.9]])
+    ax = plots.cost_heatmap(table, ["stamp", "blend"], ["a", "b", "c"], [0])
+    assert [t.get_text() for t in ax.texts][:3] == ["0.50", "1.00", "2.00"]
+    assert "a" in ax.get_title()
+    frames = [p for p in ax.patches if p.get_linewidth() == 3]
+    assert [p.get_xy() for p in frames] == [(0, 0)]
+
+    values = (torch.full((1, 1, 8, 8), 0.4),)
+    bank = Bank(tuple(Inverted("additive", 0, values, cost, 0.4) for cost in (2.0, 1.0)))
+    figure = plots.inverted_figure(torch.zeros(2, 1, 8, 8), trigger_from("badnet_sq"), bank)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == ["without\n", "true: badnet_sq", "additive\n1.00 nats"], "the cheapest"
+
+    ax = plots.beyond_figure({"clean": {"bn1": 0.02, "bn2": 0.04}}, k=2.5)
+    assert ax.lines[0].get_ydata() == pytest.approx([2.0, 4.0])
+    assert "2.5 std" in ax.get_ylabel()
+
+    curve = pd.DataFrame({"k": [1.5, 2.0], "acc": [0.8, 0.9], "agreement": [0.5, 0.7]})
+    ax = plots.bound_figure(curve, 2.0)
+    assert [line.get_label() for line in ax.lines][:2] == ["ACC", "agreement on synthetic images"]

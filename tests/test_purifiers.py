@@ -17,6 +17,7 @@ from abdlab.purifiers import (
     Clipped,
     Purifier,
     Unlearn,
+    beyond,
     bound,
     load_purified,
     purify,
@@ -255,6 +256,7 @@ def test_unlearn_finds_the_planted_backdoor_and_removes_it():
     purifier = Unlearn(rounds=4, steps=60, lr=3e-2)
     made = purifier.purify(teacher, SHAPE, pool=images, seed=0)
     assert made.purified[0]["targets"] == [0]
+    assert made.purified[0]["guards"] == 0, "no layer of it can be bounded"
     assert asr(made) < 0.1
     assert acc(made) > 0.95
     again = Unlearn(rounds=4, steps=60, lr=3e-2).purify(teacher, SHAPE, pool=images, seed=0)
@@ -282,9 +284,34 @@ def test_synthetic_pool_with_and_without_batch_norm(teacher):
     assert all(p.requires_grad for p in teacher.parameters())
 
 
+def test_guards_are_images_of_the_target_by_the_networks_own_answer(teacher, pool):
+    purifier = Unlearn(targets=[2], rounds=1, steps=1, guard=64)
+    made = purifier.purify(teacher, SHAPE, pool=pool, seed=0)
+    found = purifier._guards(teacher, pool, [2], seed=3)
+    assert 0 <= made.purified[0]["guards"] <= 64
+    assert bool((teacher(found).argmax(1) == 2).all())
+    only = synthetic_pool(teacher, SHAPE, images=64, steps=60, classes=[1, 2], seed=4)
+    predicted = teacher(only).argmax(1).bincount(minlength=4)
+    assert predicted[1] + predicted[2] > 40, "made to be these"
+    plain = Unlearn(targets=[2], rounds=1, steps=1, guard=0).purify(teacher, SHAPE, pool=pool)
+    assert plain.purified[0]["guards"] == 0
+
+
+def test_beyond_counts_what_a_bound_would_change():
+    """Inputs 0 to 9 with statistics (4.5, 1): |x - 4.5| > 2.6 are 0, 1, 8 and 9."""
+    model = nn.Sequential(nn.BatchNorm2d(1)).eval()
+    model[0].running_mean.fill_(4.5)
+    images = torch.arange(10.0).view(10, 1, 1, 1)
+    assert beyond(model, images, 2.6) == {"0": pytest.approx(0.4)}
+    assert beyond(model, images, 5.0) == {"0": 0.0}
+    with pytest.raises(ValueError, match="batch norms with running statistics"):
+        beyond(GroupNet(), torch.rand(2, *SHAPE), 2.0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Unlearn(guard=-1), "0 for none"),
         (lambda: Bounded(k=0.0), "above 0, not 0.0"),
         (lambda: Bounded(agreement=2.0), r"share in \(0, 1\]"),
         (lambda: CLP(u=-1.0), "above 0, not -1.0"),

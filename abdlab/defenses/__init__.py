@@ -2,6 +2,7 @@
 
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.late import Late
+from abdlab.defenses.prior import Prior
 from abdlab.defenses.self_retrospection import SelfRetrospection
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, suspicion
 from abdlab.defenses.shuffling_vaccine import ShufflingVaccine, VaccineNotFound
@@ -17,6 +18,7 @@ DEFENSES = Registry(
         "sr": SelfRetrospection,
         "tu": TriggerUnlearning,
         "tc": TriggerConsistency,
+        "prior": Prior,
     },
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "DEFENSES",
     "Defense",
     "Late",
+    "Prior",
     "SelfRetrospection",
     "ShuffledTeacher",
     "ShufflingVaccine",

@@ -23,16 +23,21 @@ from abdlab.plots.inside import (
     overlay_figure,
     suspicion_histogram,
 )
+from abdlab.plots.purified import beyond_figure, bound_figure, cost_heatmap, inverted_figure
 
 __all__ = [
     "COLORS",
     "ROLES",
     "ablation_figure",
+    "beyond_figure",
+    "bound_figure",
     "branch_curves",
     "change_heatmaps",
     "class_colors",
     "color_of",
+    "cost_heatmap",
     "embedding_figure",
+    "inverted_figure",
     "loss_curves",
     "montage",
     "overlay_figure",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from abdlab.checkpoint import load_model, read_card, save_model
 from abdlab.errors import CheckpointError
 from abdlab.models import build
-from abdlab.purifiers.bounded import Bounded, BoundedBatchNorm, bound, rebuild
+from abdlab.purifiers.bounded import Bounded, BoundedBatchNorm, beyond, bound, rebuild
 from abdlab.purifiers.clipped import Clipped
 from abdlab.purifiers.clp import CLP
 from abdlab.purifiers.pool import synthetic_pool
@@ -101,6 +101,7 @@ __all__ = [
     "Clipped",
     "Purifier",
     "Unlearn",
+    "beyond",
     "bound",
     "load_purified",
     "purify",

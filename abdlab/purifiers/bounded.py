@@ -183,6 +183,31 @@ def rebuild(model: nn.Module, purified: Sequence[Mapping]) -> nn.Module:
 
 
 @torch.no_grad()
+def beyond(model: nn.Module, images: Tensor, k: float) -> dict[str, float]:
+    """Share of the values of each batch norm, in [0, 1], that a bound of ``k`` standard
+    deviations would change, by the layer's name, in the order of the network.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: for a network without batch norms that have running statistics.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        raise ValueError("beyond needs batch norms with running statistics: the model has none")
+    counts = dict.fromkeys(norms, 0.0)
+    with mode(model, training=False), record(model, list(norms), inputs=True) as inputs:
+        for part in images.split(256):
+            model(part)
+            for name, m in norms.items():
+                mean, std = _channels(m.running_mean), _channels((m.running_var + m.eps).sqrt())
+                outside = ((inputs[name] - mean) / std).abs() > k
+                counts[name] += outside.double().mean().item() * len(part)
+    return {name: count / len(images) for name, count in counts.items()}
+
+
+@torch.no_grad()
 def agreement_curve(
     model: nn.Module, images: Tensor, ks: Sequence[float] = KS
 ) -> dict[float, float]:

@@ -21,6 +21,7 @@ def synthetic_pool(
     *,
     images: int = 384,
     steps: int = 40,
+    classes: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Tensor:
@@ -33,6 +34,7 @@ def synthetic_pool(
     Args:
         model: in eval mode inside; never changed. shape: (C, H, W).
         images: how many, a multiple of 64 or rounded up to one. steps: of Adam each.
+        classes: what they are made to be, equally often; None: all, at random.
     """
     device, rounds = torch.device(device), -(-images // 64)
     with mode(model, training=False), frozen(model):
@@ -48,21 +50,30 @@ def synthetic_pool(
                 flip=False,
             )
             source.jitter = 1 if min(shape[1:]) < 24 else 2
+            if classes is not None:
+                wanted = deliver(_in_turn(classes), device)
+                source.targets = lambda: wanted
             source.start(model, model, device, seed)
             for _ in range(rounds):
                 source._round(())
             return source.pool[:images].float() / 255
         rng = torch.Generator().manual_seed(seed)
-        made = [_smooth_images(model, shape, steps, device, rng) for _ in range(rounds)]
+        made = [_smooth_images(model, shape, steps, classes, device, rng) for _ in range(rounds)]
     return torch.cat(made)[:images]
 
 
-def _smooth_images(model, shape, steps, device, rng) -> Tensor:
-    """64 images of random classes, without statistics to match."""
+def _in_turn(classes: Sequence[int]) -> Tensor:
+    """(64,) of these classes, equally often."""
+    return torch.tensor(list(classes)).repeat(-(-64 // len(classes)))[:64]
+
+
+def _smooth_images(model, shape, steps, classes, device, rng) -> Tensor:
+    """64 images of random classes, or of these, without statistics to match."""
     values = deliver(torch.randn(64, *shape, generator=rng), device).requires_grad_()
     with torch.no_grad():
-        classes = model(values.sigmoid()[:2]).shape[1]
-    targets = deliver(torch.randint(classes, (64,), generator=rng), device)
+        count = model(values.sigmoid()[:2]).shape[1]
+    targets = torch.randint(count, (64,), generator=rng)
+    targets = deliver(targets if classes is None else _in_turn(classes), device)
     adam = Adam([values], lr=0.1)
     for _ in range(steps):
         down, right = torch.randint(-1, 2, (2,), generator=rng).tolist()

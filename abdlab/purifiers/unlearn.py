@@ -4,6 +4,7 @@ out of a copy of it, on images made from it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,15 @@ from torch.optim import Adam
 from abdlab.data import deliver
 from abdlab.inversion import FAMILIES, THRESHOLD, Bank, costs, invert, suspects
 from abdlab.losses import kl
+from abdlab.purifiers.bounded import (
+    ALONE,
+    agreement_curve,
+    batch_norms,
+    bound,
+    choose_k,
+    statistics,
+)
+from abdlab.purifiers.pool import synthetic_pool
 from abdlab.purifiers.purifier import Purifier
 
 
@@ -58,6 +68,9 @@ class Unlearn(Purifier):
         natural: a trigger is unlearnt while its cost is at most this factor of what the
             cheapest other class costs in its family. A dearer one is no backdoor but
             what the class looks like.
+        guard: so many images of the targets are made from the *bounded* network, which
+            shows them without the trigger; those that the network itself predicts as a
+            target are among the images whose answers stay.
     """
 
     def __init__(
@@ -70,13 +83,16 @@ class Unlearn(Purifier):
         batch: int = 48,
         lr: float = 3e-4,
         natural: float = 1.0,
+        guard: int = 128,
     ):
         if min(rounds, starts, steps) < 1 or batch < 2:
             raise ValueError("rounds, starts and steps are at least 1, batch at least 2")
         if not natural > 0:
             raise ValueError(f"natural is a factor above 0, not {natural}")
+        if guard < 0:
+            raise ValueError(f"guard is a number of images, 0 for none, not {guard}")
         self.targets, self.rounds, self.starts, self.steps = targets, rounds, starts, steps
-        self.batch, self.lr, self.natural = batch, lr, natural
+        self.batch, self.lr, self.natural, self.guard = batch, lr, natural, guard
         #: the triggers that were unlearnt last
         self.bank = Bank()
 
@@ -87,7 +103,11 @@ class Unlearn(Purifier):
         table, _ = costs(origin, pool, seed=seed())
         targets = suspects(table, THRESHOLD) if self.targets is None else list(self.targets)
         self.bank, history = Bank(), []
+        guards = 0
         if targets:
+            if self.guard:
+                kept = self._guards(origin, pool, targets, seed())
+                pool, guards = torch.cat([pool, kept]), len(kept)
             answers, now = (_answers(m, pool) for m in (origin, model))
             victims = [origin, *[model] * self.rounds]
             if _same(origin, model):
@@ -105,7 +125,28 @@ class Unlearn(Purifier):
                     break
                 if self.bank:
                     self._train(model, adam, pool, answers, now, targets, rng)
-        return {"targets": targets, "triggers": len(self.bank), "found": history}
+        report = {"targets": targets, "triggers": len(self.bank), "found": history}
+        return {**report, "guards": guards}
+
+    def _guards(self, origin, pool, targets, seed) -> Tensor:
+        """Images of the targets, made from the bounded origin and by the origin's own answer
+        of that class too.
+        """
+        recorded = None if batch_norms(origin) else statistics(origin, pool)
+        if recorded == {}:
+            return pool[:0]  # nothing in it that could be bounded
+        k = choose_k(agreement_curve(origin, pool), ALONE)
+        safe = bound(copy.deepcopy(origin), k, recorded)
+        made = synthetic_pool(
+            safe,
+            pool.shape[1:],
+            images=self.guard,
+            classes=targets,
+            device=pool.device,
+            seed=seed,
+        )
+        wanted = torch.tensor(targets, device=pool.device)
+        return made[torch.isin(_answers(origin, made).argmax(1), wanted)]
 
     def _train(self, model, adam, pool, answers, now, targets, rng) -> None:
         wanted = torch.tensor(targets, device=pool.device)
