@@ -15,7 +15,7 @@ from abdlab.models import build
 from abdlab.purifiers.bounded import Bounded, BoundedBatchNorm, beyond, bound, rebuild
 from abdlab.purifiers.clipped import Clipped
 from abdlab.purifiers.clp import CLP
-from abdlab.purifiers.pool import synthetic_pool
+from abdlab.purifiers.pool import rough_pool, synthetic_pool
 from abdlab.purifiers.purifier import Purifier
 from abdlab.purifiers.unlearn import Unlearn
 from abdlab.registry import Registry
@@ -106,6 +106,7 @@ __all__ = [
     "load_purified",
     "purify",
     "rebuild",
+    "rough_pool",
     "save_purified",
     "synthetic_pool",
 ]

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from abdlab.features import mode, record
+from abdlab.purifiers.pool import rough_pool
 from abdlab.purifiers.purifier import Purifier
 
 #: what k is chosen from, in standard deviations
 KS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
 
-#: The share of synthetic images on which a bounded teacher is to predict what it
-#: predicts without, where no purifier came before and where one did. Chosen on
-#: badnet_sq's teachers of digits (k = 2.05) and CIFAR-10 (2.72) and on blend's of
-#: digits, see notebooks/studies/tuning_purifiers.md.
+#: The share of rough synthetic images (:func:`abdlab.purifiers.pool.rough_pool`) on
+#: which a bounded teacher is to predict what it predicts without, where no purifier
+#: came before and where one did. Chosen on badnet_sq's teachers of digits (k = 2.05) and
+#: CIFAR-10 (2.72) and on blend's of digits: notebooks/studies/tuning_purifiers.md.
 ALONE, AFTER = 0.7, 0.9
 
 
@@ -246,7 +247,7 @@ class Bounded(Purifier):
 
     Args:
         k: standard deviations. None takes the k at which the bounded teacher still
-            predicts what the teacher does on this share of synthetic images:
+            predicts what the teacher does on this share of rough synthetic images:
         agreement: in (0, 1]; None takes :data:`ALONE` for a teacher as it is, and
             :data:`AFTER` for one that a purifier has changed, whose accuracy a tight
             bound costs more and whose backdoor is weak already.
@@ -265,7 +266,9 @@ class Bounded(Purifier):
             wanted = self.agreement
             if wanted is None:
                 wanted = AFTER if getattr(model, "purified", ()) else ALONE
-            k = round(choose_k(agreement_curve(model, pool), wanted), 2)
+            seed = int(torch.randint(2**31, (), generator=rng))
+            rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed)
+            k = round(choose_k(agreement_curve(model, rough), wanted), 2)
         if batch_norms(model):
             bound(model, k)
             return {"k": k, "layers": "batch norm"}
