@@ -221,7 +221,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "width": 24,
         },
         "nayer": {
-            "rounds": 10,
+            "rounds": 30,
             "warmup": 3,
             "synthesis_steps": 15,
             "kd_steps": 40,

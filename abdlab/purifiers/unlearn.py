@@ -182,6 +182,7 @@ class Unlearn(Purifier):
             safe,
             pool.shape[1:],
             images=self.guard,
+            doublings=0,
             classes=targets,
             device=pool.device,
             seed=seed,
