@@ -33,6 +33,8 @@ from abdlab.home import HOME, home
 from abdlab.labels import Label
 from abdlab.settings import SOURCES, Settings, settings
 from abdlab.stream import HEADLESS
+from abdlab.threads import THREADS
+from abdlab.threads import threads as todays_threads
 from abdlab.values import check_plain, fits, merged, read, say
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -175,6 +177,7 @@ def check(
     Raises:
         ValueError: one sentence for the first thing that could not run.
     """
+    todays_threads()  # before any kernel takes it
     known = parameters(notebook) if known is None else known
     checked = check_parameters(notebook, given, known)
     if {"preset", "overrides"} <= known.keys():
@@ -284,7 +287,8 @@ def execute(
         given: parameters, checked before a kernel starts, see :func:`check`.
         log: where the kernel's output and progress go while it runs; by default
             standard error.
-        threads: of the kernel's arithmetic; by default torch's own choice.
+        threads: that its runs compute with, one at a time; by default that of
+            :func:`abdlab.threads.threads`, several runs at once on several cores.
 
     Raises:
         ValueError: for bad parameters. NotebookFailed: when a cell raises, with its
@@ -326,6 +330,7 @@ def run_kernel(
     book = notebook if isinstance(notebook, NotebookNode) else open_notebook(Path(notebook))
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     extra |= {HOME: str(place or home())}
+    extra |= {THREADS: str(todays_threads() if threads is None else threads)}
     extra |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with _environment(extra), own_folder(root=_short()) as sockets, _quiet_when_stopped():
         # not TCP, which every user of the machine can reach, but files of this user;

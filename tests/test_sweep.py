@@ -17,14 +17,23 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
 from rich.console import Console
+from safetensors.torch import load_file
 
 from abdlab import studies
+from abdlab.settings import settings
+from abdlab.stream import HEADLESS
+from abdlab.students import distilled
 from abdlab.studies.engines import LocalEngine, RayEngine
 from abdlab.studies.job import _scores as scores_of_folder
 from abdlab.studies.results import _frame as frame_of
+from abdlab.studies.sentences import outcome
+from abdlab.teachers import poisoned_teacher
+from abdlab.threads import computing_with
+from abdlab.widgets import DefenseTuner
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed
 #: when tried again
@@ -507,6 +516,30 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
+def test_a_job_a_call_and_the_tuner_end_with_the_same_weights(by_local, tmp_path, monkeypatch):
+    """Contract 7: the same numbers from every launcher, here in a process that may use
+    two threads. That of abdlab run: test_widgets.
+    """
+    monkeypatch.setenv(HEADLESS, "1")
+    chosen, label = settings("quick/digits", TINY, seed=3, device="cpu"), "zskt+sv"
+    with computing_with(2):
+        data = chosen.dataset()
+        distilled(tmp_path, chosen, data, poisoned_teacher(tmp_path, chosen, data), label)
+        tuner = DefenseTuner(tmp_path, chosen)
+        tuner.method.value, tuner.controls.with_floor.value = label, False
+        tuner.start()
+        wait_for(lambda: tuner.state in ("done", "failed"), 120)
+    assert tuner.state == "done", tuner.trouble.sentence
+    (by_job,) = by_local.glob(f"jobs/*/seed3/{label}")
+    by_call, by_tuner = tmp_path / "seed3" / label, tmp_path / "seed3" / tuner.folder
+    mine = [load_file(folder / "student.safetensors") for folder in (by_job, by_call, by_tuner)]
+    assert all(torch.equal(value, other[k]) for other in mine[1:] for k, value in mine[0].items())
+    for folder in (by_job, by_call, by_tuner):
+        assert json.loads((folder / "config.json").read_text())["threads"] == 1
+
+
+@pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     axes = {"grid": {"methods": [["zskt"], ["zskt+sv"]]}, "seeds": [3]}
     path, out = (
@@ -598,6 +631,18 @@ def test_the_report_reads_without_the_code(by_local, html):
     page = html.read_text()
     assert "study_heatmaps(" not in page  # code is hidden
     assert page.count("data:image/png;base64") >= 2
+    book = nbformat.read(folder / "06_sweep_report.ipynb", 4)
+    told = book.cells[-1].outputs[-1]["text"].splitlines()[-1]
+    assert told == outcome(studies.results(by_local))
+    assert told.startswith("ZSKT+SV takes ASR from ")
+    assert "NaN" not in (folder / "metrics.json").read_text()
+    (table,) = (
+        o["data"]["text/html"]
+        for c in book.cells
+        for o in c.get("outputs", [])
+        if "text/html" in o.get("data", {})
+    )
+    assert ("<td>-</td>" in table, "NaN" in table) == (True, False)  # the deviation of one run
     assert 'src="http' not in page
 
 
