@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import ast
 import copy
-import hashlib
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -31,6 +29,7 @@ from abdlab import checks
 from abdlab.errors import did_you_mean, short
 from abdlab.home import HOME, home
 from abdlab.labels import Label
+from abdlab.processes import is_gone, owner
 from abdlab.settings import SOURCES, Settings, settings
 from abdlab.stream import HEADLESS
 from abdlab.threads import THREADS
@@ -404,7 +403,7 @@ def own_folder(kind: str = "", root: str | None = None) -> typing.Iterator[Path]
     killed process left behind is removed by the next that makes one.
     """
     sweep_up(root)
-    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{_machine()}-{os.getpid()}-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{owner()}-", dir=root))
     try:
         yield folder
     finally:
@@ -416,10 +415,9 @@ def sweep_up(root: str | None = None) -> list[Path]:
     returns them.
     """
     gone = []
-    for folder in Path(root or tempfile.gettempdir()).glob(f"abdlab-*{_machine()}-*-*"):
-        pid = folder.name.split("-")[-2]
+    for folder in Path(root or tempfile.gettempdir()).glob("abdlab-*-*-*"):
         with suppress(OSError):
-            if pid.isdigit() and not alive(int(pid)) and _is_mine(folder):
+            if is_gone("-".join(folder.name.split("-")[-3:-1])) and _is_mine(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 gone.append(folder)
     return gone
@@ -428,24 +426,6 @@ def sweep_up(root: str | None = None) -> list[Path]:
 def _is_mine(folder: Path) -> bool:
     mine = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
     return mine and folder.is_dir() and not folder.is_symlink()
-
-
-def _machine() -> str:
-    """This machine by a short name: containers that share /tmp count their processes
-    each for itself.
-    """
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextmanager

@@ -14,10 +14,21 @@ import sys
 import time
 from pathlib import Path
 
+import sklearn.datasets  # noqa: F401 (a photograph needs it: once, and not in every child)
 import torch
 from torch import nn
 
-from abdlab import OOD, ZSKT, Mixed, TriggerUnlearning, build, distill, read_card, save_model
+from abdlab import (
+    OOD,
+    ZSKT,
+    Mixed,
+    ShufflingVaccine,
+    TriggerUnlearning,
+    build,
+    distill,
+    read_card,
+    save_model,
+)
 from abdlab.models import seeded
 
 torch.set_num_threads(1)
@@ -55,7 +66,7 @@ def run(folder, name, told):
         teacher,
         student,
         mix,
-        defenses=[unlearning],
+        defenses=[ShufflingVaccine(layers=3, warmup=0.1, sigma=0), unlearning],
         checkpoint=folder / f"{name}-run.safetensors",
         checkpoint_every=3,
         device="cpu",

@@ -26,6 +26,7 @@ STOREYS = [
         "home",
         "labels",
         "threads",
+        "processes",
         "graphs",
         "side_by_side",
         "features",

@@ -15,8 +15,8 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_twenty_kills_and_the_same_weights(tmp_path):
-    """A student with dropout, a source that is a mix, and TriggerUnlearning's inverted
-    stamps; killed at random moments of every kind: while it begins, between steps, in a
+    """A student with dropout, a source that is a mix, the vaccine, and TriggerUnlearning's
+    inverted stamps; killed at random moments of every kind: while it begins, between steps, in a
     step, while it saves.
     """
     seed = random.randrange(2**32)
@@ -41,4 +41,8 @@ def test_twenty_kills_and_the_same_weights(tmp_path):
     wrong = [name for name, value in whole.items() if not torch.equal(value, killed[name])]
     assert wrong == [], f"seed {seed}, killed after the checkpoints of {reached}"
     report = read_card(tmp_path / "whole.safetensors")["report"]
-    assert report["began"] is not None, "the stamps were never unlearnt"
+    assert report["from_pseudo_batch"] < max(reached), f"seed {seed}: no stamps yet, {reached}"
+    assert len(report["trigger_pixels"]) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}{part}.safetensors" for name in ("whole", "killed") for part in ("", "-run")
+    }, "a kill in the midst of a write leaves nothing behind"

@@ -149,18 +149,35 @@ def test_a_run_goes_on_with_the_number_that_it_began_with_and_says_so(
         if step.index == 2:
             raise Stop
 
+    def go_on():
+        seen = set()
+        hook = register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+        try:
+            return distilled(tmp_path, chosen, data, teacher, "zskt")[1], seen
+        finally:
+            hook.remove()
+
     teacher = poisoned_teacher(tmp_path, chosen, data)
-    monkeypatch.setenv(THREADS, "2")
     with pytest.raises(Stop):
         distilled(tmp_path, chosen, data, teacher, "zskt", tell=stop)
-    monkeypatch.delenv(THREADS)
-    with pytest.warns(ThreadsDiffer, match=r"zskt was begun with 2 threads .* ABDLAB_THREADS=2"):
-        _, metrics = distilled(tmp_path, chosen, data, teacher, "zskt")
-    assert metrics["threads"] == Run(tmp_path / "seed0" / "zskt").config["threads"] == 2
-    with pytest.warns(ThreadsDiffer, match="begun with 2 threads"):  # also one that is only read
-        distilled(tmp_path, chosen, data, teacher, "zskt")
-    # a trunk of another number is none
-    assert distilled(tmp_path, chosen, data, teacher, "zskt+sr")[1]["branched_from"] is None
+    monkeypatch.setenv(THREADS, "2")
+    with pytest.warns(ThreadsDiffer, match=r"zskt was begun with 1 thread .*ABDLAB_THREADS=1"):
+        metrics, seen = go_on()
+    run = Run(tmp_path / "seed0" / "zskt")
+    assert metrics["threads"] == run.config["threads"] == run.threads == 1
+    assert seen == {1}
+    with pytest.warns(ThreadsDiffer, match="begun with 1 thread"):  # also one that is only read
+        assert go_on() == (metrics, set())
+
+
+def test_a_trunk_of_another_number_is_none(tmp_path, chosen, data):
+    teacher, label = poisoned_teacher(tmp_path, chosen, data), "zskt+sr"
+    distilled(tmp_path, chosen, data, teacher, "zskt")
+    for threads_of_trunk, branches in ((1, True), (2, False)):
+        trunk = Run(tmp_path / "seed0" / "zskt")
+        trunk.save_config({**trunk.config, "threads": threads_of_trunk})
+        found = distillation(tmp_path, chosen, data, teacher, label).resume_from
+        assert (found is not None) == branches
 
 
 def test_older_folders_load_and_stay_unknown(tmp_path, chosen, data):
