@@ -3,6 +3,7 @@ stops it.
 """
 
 import copy
+import random
 import re
 
 import literal
@@ -18,7 +19,6 @@ from abdlab import (
     SelfRetrospection,
     ShufflingVaccine,
     distill,
-    load_model,
     save_model,
 )
 from abdlab.checkpoint import load_state

@@ -53,6 +53,7 @@ def training_curves(
         ax.axhline(
             100 * floor, color=ROLES["floor"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}"
         )
+    ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
     ax.legend(fontsize=8, frameon=False, loc="best")
     sns.despine(ax=ax)
