@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 
@@ -123,6 +124,9 @@ def check_value(name: str, value: Any) -> None:
                 check_value(f"attack.{inner}", held)
     elif annotation is not None:
         check_type(name, value, annotation, default)
+        rate = key == "lr" or key.endswith("_lr")
+        if rate and isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} is at least 0, not {value}")
 
 
 def check_overrides(given: Mapping[str, Any]) -> None:
@@ -331,7 +335,12 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
     )
     names = dict(teacher.named_modules())
     for defense in defenses:
-        layers = getattr(defense, "layers", None)
+        layers, target = (getattr(defense, key, None) for key in ("layers", "target"))
+        if isinstance(target, int) and not 0 <= target < len(data.classes):
+            raise ValueError(
+                f"{defense.name}.target is a class from 0 to {len(data.classes) - 1} of"
+                f" {data.name}, not {target}"
+            )
         if isinstance(layers, int):
             shuffled_layers(teacher, layers)
         elif isinstance(layers, (list, tuple)):
@@ -368,9 +377,10 @@ def _check_begins(chosen: Settings, name: str, data: Dataset) -> None:
             for model, width in networks
         )
         source = small.source(name, data)
-        source.start(teacher.eval().requires_grad_(False), student, torch.device("cpu"), 0)
-        source.optimizer(student)
-        source.student_loss(source.batch(()))
+        with catch_warnings(action="ignore"):  # one of a size of 0 comes before its error
+            source.start(teacher.eval().requires_grad_(False), student, torch.device("cpu"), 0)
+            source.optimizer(student)
+            source.student_loss(source.batch(()))
 
 
 def _few(value: Any) -> Any:
