@@ -17,23 +17,15 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
 from rich.console import Console
-from safetensors.torch import load_file
 
 from abdlab import studies
-from abdlab.settings import settings
-from abdlab.stream import HEADLESS
-from abdlab.students import distilled
 from abdlab.studies.engines import LocalEngine, RayEngine
 from abdlab.studies.job import _scores as scores_of_folder
 from abdlab.studies.results import _frame as frame_of
 from abdlab.studies.sentences import outcome
-from abdlab.teachers import poisoned_teacher
-from abdlab.threads import computing_with
-from abdlab.widgets import DefenseTuner
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed
 #: when tried again
@@ -513,30 +505,6 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
     assert len([*by_local.glob("jobs/*/seed3/teacher/history.jsonl")]) == 2
     assert [label for label, *_ in numbers(by_local)] == ["teacher", "teacher", "zskt", "zskt+sv"]
     assert set(studies.results(by_local)["trigger"]) == {"badnet_sq"}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
-def test_a_job_a_call_and_the_tuner_end_with_the_same_weights(by_local, tmp_path, monkeypatch):
-    """Contract 7: the same numbers from every launcher, here in a process that may use
-    two threads. That of abdlab run: test_widgets.
-    """
-    monkeypatch.setenv(HEADLESS, "1")
-    chosen, label = settings("quick/digits", TINY, seed=3, device="cpu"), "zskt+sv"
-    with computing_with(2):
-        data = chosen.dataset()
-        distilled(tmp_path, chosen, data, poisoned_teacher(tmp_path, chosen, data), label)
-        tuner = DefenseTuner(tmp_path, chosen)
-        tuner.method.value, tuner.controls.with_floor.value = label, False
-        tuner.start()
-        wait_for(lambda: tuner.state in ("done", "failed"), 120)
-    assert tuner.state == "done", tuner.trouble.sentence
-    (by_job,) = by_local.glob(f"jobs/*/seed3/{label}")
-    by_call, by_tuner = tmp_path / "seed3" / label, tmp_path / "seed3" / tuner.folder
-    mine = [load_file(folder / "student.safetensors") for folder in (by_job, by_call, by_tuner)]
-    assert all(torch.equal(value, other[k]) for other in mine[1:] for k, value in mine[0].items())
-    for folder in (by_job, by_call, by_tuner):
-        assert json.loads((folder / "config.json").read_text())["threads"] == 1
 
 
 @pytest.mark.slow
