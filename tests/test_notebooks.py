@@ -101,7 +101,7 @@ def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
 def test_02_compares_the_students_and_shows_the_floor(walk):
     metrics, figures, book = walk[1]["02"]
     assert last_line(book) == outcome(tables.rows(metrics["results"]))
-    assert re.match(r"ZSKT\+SV\+TU takes ASR from .*; the floor is .* %\.$", last_line(book))
+    assert re.match(r"ZSKT\+SV\+TU (takes|leaves) ASR .*; the floor is .* %\.$", last_line(book))
     assert figures == {"acc_asr", "losses"}
     assert list(metrics["results"]) == ["clean", "zskt", "zskt+sv+tu"]
     assert metrics["results"]["zskt+sv+tu"]["defenses"]["sv"]["layers"] == [

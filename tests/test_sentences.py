@@ -37,6 +37,11 @@ def test_what_it_costs(acc, told):
     assert outcome(rows) == f"Bounded/CMI takes ASR from 50 to 0 %, {told}."
 
 
+def test_what_changes_nothing_says_so():
+    rows = [row("zskt", 0.98, 1.0), row("zskt+sv", 0.97, 0.9996)]
+    assert outcome(rows) == "ZSKT+SV leaves ASR at 100 %, ACC lost 1 point."
+
+
 def test_means_are_over_seeds_and_the_most_defended_counts():
     rows = [
         row("zskt", 0.9, 0.8, 0),

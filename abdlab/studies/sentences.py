@@ -74,13 +74,16 @@ def _pairs(pairs: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
         if len(pairs) == 1
         else f"over {len(pairs)} pairs of undefended and defended students, the defense takes"
     )
-    asr = f" ASR from {percent(before['asr'])} to {percent(after['asr'])} %,"
-    asr = asr if before["asr"] == before["asr"] and after["asr"] == after["asr"] else ""
+    first, last = (percent(row["asr"]) for row in (before, after))
+    asr = f" ASR from {first} to {last} %,"
+    if first == last:
+        who, asr = f"{who.removesuffix('takes')}leaves", f" ASR at {last} %,"
+    asr = "" if "nan" in (first, last) else asr
     change = percent(abs(after["acc"] - before["acc"]))
     moved = "lost" if after["acc"] < before["acc"] else "gained"
     acc = f"{moved} {change} point{'' if change == '1' else 's'}"
     acc = "ACC is unchanged" if change == "0" else f"ACC {acc}"
-    return f"{who}{asr} {acc}" if asr else f"{who.removesuffix(' takes')}: {acc}"
+    return f"{who}{asr} {acc}" if asr else f"{who.rpartition(' ')[0]}: {acc}"
 
 
 def _most_defended(labels: Iterable[str], defense: str | None) -> str | None:
