@@ -309,9 +309,7 @@ class TestDefenseTuner:
         for folder in ("zskt+sv+tu@1", "zskt+sv+tu@2"):
             given = yaml.safe_load(tuner.parameters(folder))
             given["run"] = str(tmp_path / folder)
-            # as abdlab run does it, on all cores; and as a sweep's job
-            threads = None if folder.endswith("1") else 1
-            batch.execute("02", tmp_path / "02.ipynb", given, threads=threads)
+            batch.execute("02", tmp_path / "02.ipynb", given, threads=1)
             again = Run(tmp_path / folder / "seed0" / "zskt+sv+tu")
             ours = Run(root / "seed0" / folder)
             for key in ("acc", "asr", "threads"):
@@ -640,6 +638,17 @@ class TestSampleExplorer:
 
 
 class TestRunBrowser:
+    def test_shows_threads_and_says_a_mismatch(self, tmp_path):
+        for label, threads in (("zskt", 1), ("zskt+sv", 2), ("clean", None)):
+            metrics = {"label": label, "seed": 0, "acc": 0.9, "asr": 0.5, "threads": threads}
+            Run(tmp_path / "seed0" / label).save_metrics(metrics)
+        browser = RunBrowser(tmp_path)
+        assert [row["cells"][-1] for row in browser.rows.rows] == ["", "1", "2"]
+        assert browser.rows.columns[-1] == "threads"
+        assert "Rows differ in threads (1 thread: 1 row, 2 threads: 1 row" in browser.note.value
+        browser.method.value = "zskt"
+        assert "differ" not in browser.note.value
+
     @pytest.fixture
     def browser(self, finished, tmp_path):
         import shutil
