@@ -127,6 +127,26 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, target: int | Tensor)
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
 
 
+def nearest_share(points: np.ndarray, groups: Sequence[str], of: str, to: str) -> float:
+    """The share of one group's points whose nearest point of all other groups belongs to
+    the group ``to``.
+
+    Args:
+        points: (N, D), such as :func:`tsne` returns.
+        groups: the name of each point's group (N,).
+
+    >>> points = np.array([[0.0], [5.0], [1.0], [4.0], [6.0]])
+    >>> nearest_share(points, ["clean", "triggered", "new", "new", "new"], "new", "triggered")
+    0.6666666666666666
+    """
+    points, named = torch.as_tensor(np.asarray(points)).double(), np.array(groups)
+    mine, others = named == of, named != of
+    if not mine.any() or not others.any():
+        raise ValueError(f"there must be points of {of} and of another group, in {set(groups)}")
+    nearest = torch.cdist(points[mine], points[others]).argmin(1).numpy()
+    return float((named[others][nearest] == to).mean())
+
+
 def tsne(model: nn.Module, layer: str, images: Tensor, seed: int = 0) -> np.ndarray:
     """scikit-learn's t-SNE (N, 2) of a layer's activations, averaged over positions."""
     from sklearn.manifold import TSNE

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import ast
 import copy
-import hashlib
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -31,8 +29,11 @@ from abdlab import checks
 from abdlab.errors import did_you_mean, short
 from abdlab.home import HOME, home
 from abdlab.labels import Label
+from abdlab.processes import is_gone, owner
 from abdlab.settings import SOURCES, Settings, settings
 from abdlab.stream import HEADLESS
+from abdlab.threads import THREADS
+from abdlab.threads import threads as todays_threads
 from abdlab.values import check_plain, fits, merged, read, say
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -175,6 +176,7 @@ def check(
     Raises:
         ValueError: one sentence for the first thing that could not run.
     """
+    todays_threads()  # before any kernel takes it
     known = parameters(notebook) if known is None else known
     checked = check_parameters(notebook, given, known)
     if {"preset", "overrides"} <= known.keys():
@@ -284,7 +286,8 @@ def execute(
         given: parameters, checked before a kernel starts, see :func:`check`.
         log: where the kernel's output and progress go while it runs; by default
             standard error.
-        threads: of the kernel's arithmetic; by default torch's own choice.
+        threads: that its runs compute with, one at a time; by default that of
+            :func:`abdlab.threads.threads`, several runs at once on several cores.
 
     Raises:
         ValueError: for bad parameters. NotebookFailed: when a cell raises, with its
@@ -326,6 +329,7 @@ def run_kernel(
     book = notebook if isinstance(notebook, NotebookNode) else open_notebook(Path(notebook))
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     extra |= {HOME: str(place or home())}
+    extra |= {THREADS: str(todays_threads() if threads is None else threads)}
     extra |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with _environment(extra), own_folder(root=_short()) as sockets, _quiet_when_stopped():
         # not TCP, which every user of the machine can reach, but files of this user;
@@ -399,7 +403,7 @@ def own_folder(kind: str = "", root: str | None = None) -> typing.Iterator[Path]
     killed process left behind is removed by the next that makes one.
     """
     sweep_up(root)
-    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{_machine()}-{os.getpid()}-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"abdlab-{kind}{owner()}-", dir=root))
     try:
         yield folder
     finally:
@@ -411,10 +415,9 @@ def sweep_up(root: str | None = None) -> list[Path]:
     returns them.
     """
     gone = []
-    for folder in Path(root or tempfile.gettempdir()).glob(f"abdlab-*{_machine()}-*-*"):
-        pid = folder.name.split("-")[-2]
+    for folder in Path(root or tempfile.gettempdir()).glob("abdlab-*-*-*"):
         with suppress(OSError):
-            if pid.isdigit() and not alive(int(pid)) and _is_mine(folder):
+            if is_gone("-".join(folder.name.split("-")[-3:-1])) and _is_mine(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 gone.append(folder)
     return gone
@@ -423,24 +426,6 @@ def sweep_up(root: str | None = None) -> list[Path]:
 def _is_mine(folder: Path) -> bool:
     mine = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
     return mine and folder.is_dir() and not folder.is_symlink()
-
-
-def _machine() -> str:
-    """This machine by a short name: containers that share /tmp count their processes
-    each for itself.
-    """
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextmanager

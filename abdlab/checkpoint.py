@@ -7,6 +7,7 @@ atomic.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from abdlab.errors import CheckpointError
 from abdlab.fitting import fit, without_prefixes
 from abdlab.models import build
 from abdlab.pickles import Lazy
+from abdlab.processes import is_gone, owner
 from abdlab.strangers import TorchFile, first_line, kind_of, shown, some, state_dicts
 
 CARD_KEY = "abdlab"
@@ -35,11 +37,15 @@ _TENSOR = "$tensor"
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
     """Write ``data`` to ``path`` so that at every instant the file is the old one or
-    the new one, whole.
+    the new one, whole. What a killed process had begun to write beside it is removed.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    mine = f".{path.name}."
+    for left in path.parent.glob(f"{glob.escape(mine)}*.tmp"):
+        if is_gone(left.name.removeprefix(mine).partition(".")[0]):
+            left.unlink(missing_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{mine}{owner()}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -8,9 +8,11 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 
@@ -23,7 +25,7 @@ from abdlab.features import precision
 from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.models import build
-from abdlab.settings import ATTACK, DEFENSES, Settings, homes_of, keys_of
+from abdlab.settings import ATTACK, DEFENSES, Settings, defaults, homes_of, keys_of
 from abdlab.train import train
 from abdlab.values import check_plain, check_type, fits, hints
 
@@ -32,6 +34,9 @@ SHAPES = {"digits": (1, 16, 10), "cifar10": (3, 32, 10), "gtsrb": (3, 32, 43)}
 
 #: seeds go to torch and to scikit-learn, which takes no others
 SEEDS = range(2**32 - 2_000_000)
+
+#: what a source's miniature has at most of anything that is counted
+_FEW = 2
 
 #: what passed before: the jobs of a study differ little
 _PASSED: set[str] = set()
@@ -119,6 +124,9 @@ def check_value(name: str, value: Any) -> None:
                 check_value(f"attack.{inner}", held)
     elif annotation is not None:
         check_type(name, value, annotation, default)
+        rate = key == "lr" or key.endswith("_lr")
+        if rate and isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} is at least 0, not {value}")
 
 
 def check_overrides(given: Mapping[str, Any]) -> None:
@@ -320,13 +328,19 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
         source = chosen.source(label.source, data)
     if len(source) < 1:
         raise ValueError(f"{label} has no step to train: make {label.source} longer")
+    _check_begins(chosen, label.source, data)
     defenses = chosen.defenses(*label.defenses)
     teacher, student = (
         shell(*_network(chosen, role), 10, data.shape) for role in ("teacher", "student")
     )
     names = dict(teacher.named_modules())
     for defense in defenses:
-        layers = getattr(defense, "layers", None)
+        layers, target = (getattr(defense, key, None) for key in ("layers", "target"))
+        if isinstance(target, int) and not 0 <= target < len(data.classes):
+            raise ValueError(
+                f"{defense.name}.target is a class from 0 to {len(data.classes) - 1} of"
+                f" {data.name}, not {target}"
+            )
         if isinstance(layers, int):
             shuffled_layers(teacher, layers)
         elif isinstance(layers, (list, tuple)):
@@ -342,6 +356,35 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
             if new:
                 source.device = torch.device("meta")
                 source._pairs(teacher, student)
+
+
+def _check_begins(chosen: Settings, name: str, data: Dataset) -> None:
+    """The first pseudo-batch of a source in miniature: every number of things above
+    :data:`_FEW` is that, in the source, its images and the networks. What it refuses only
+    when it starts, it refuses here.
+    """
+    few = {
+        section: {k: _few(v) for k, v in {**defaults(section), **chosen.section(section)}.items()}
+        for section in chosen.sections(name)
+    }
+    networks = [_network(chosen, role) for role in ("teacher", "student")]
+    with _once("begins", name, few, data.name, data.shape, networks) as new:
+        if not new:
+            return
+        small = replace(chosen, values={**chosen.values, **few})
+        teacher, student = (
+            build(model, width=_few(width or _FEW), classes=2, channels=data.shape[0])
+            for model, width in networks
+        )
+        source = small.source(name, data)
+        with catch_warnings(action="ignore"):  # one of a size of 0 comes before its error
+            source.start(teacher.eval().requires_grad_(False), student, torch.device("cpu"), 0)
+            source.optimizer(student)
+            source.student_loss(source.batch(()))
+
+
+def _few(value: Any) -> Any:
+    return min(value, _FEW) if type(value) is int else value
 
 
 def _network(chosen: Settings, role: str) -> tuple[str, int | None]:

@@ -13,6 +13,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from abdlab.threads import mixed
+
 
 def export(path: Path, text: str) -> None:
     """Write a file; ValueError when that cannot be done."""
@@ -54,12 +56,13 @@ def markdown(table: pd.DataFrame) -> str:
 def study_cells(console: Console, folder: Path, matrix: bool = False) -> pd.DataFrame:
     """Print a study's cells and its failures; the cells as a table."""
     from abdlab import studies
-    from abdlab.studies.tables import study_matrix, study_summary
+    from abdlab.studies.tables import study_matrix, study_summary, varied
 
     state, results = studies.status(folder), studies.results(folder)
     if results.empty:
         raise ValueError(f"no job of the study in {folder} is done yet: there is nothing to report")
-    cells = (study_matrix if matrix else study_summary)(results).reset_index()
+    axes = varied(results, studies.open_study(folder).axes)
+    cells = (study_matrix(results) if matrix else study_summary(results, axes)).reset_index()
     counts = ", ".join(f"{n} {name}" for name, n in state["state"].value_counts().items())
     # a narrow terminal breaks lines there
     shown = cells.replace("/", " / ", regex=True) if matrix else cells
@@ -69,6 +72,7 @@ def study_cells(console: Console, folder: Path, matrix: bool = False) -> pd.Data
     )
     for row in state[state["state"] == "failed"].to_dict("records"):
         console.print(f"failed: {row['name']}: {row['error']}", markup=False, highlight=False)
+    _say_threads(console, results)
     return cells
 
 
@@ -83,7 +87,7 @@ def runs(console: Console, folder: Path) -> pd.DataFrame:
             " abdlab demo"
         )
     grid = Table(title=str(folder), title_justify="left", box=None)
-    for heading in ("run", "method", "seed", "ACC (%)", "ASR (%)", "seconds"):
+    for heading in ("run", "method", "seed", "ACC (%)", "ASR (%)", "seconds", "threads"):
         grid.add_column(
             heading, justify="left" if heading in ("run", "method") else "right", overflow="fold"
         )
@@ -95,15 +99,26 @@ def runs(console: Console, folder: Path) -> pd.DataFrame:
             number(row.get("seed"), 0),
             number(row["acc"], 1, 100),
         ]
-        grid.add_row(*cells, number(row.get("asr"), 1, 100), number(row.get("seconds"), 0))
+        cells += [number(row.get("asr"), 1, 100), number(row.get("seconds"), 0)]
+        grid.add_row(*cells, number(row.get("threads"), 0))
     console.print(grid, markup=False)
+    _say_threads(console, shown)
     return shown
+
+
+def _say_threads(console: Console, runs: pd.DataFrame) -> None:
+    """One sentence where runs of one table were not computed alike."""
+    labelled = runs[runs["label"].notna()] if "label" in runs else runs.iloc[:0]
+    told = mixed(labelled["threads"]) if "threads" in labelled else ""
+    if told:
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def beside_the_paper(console: Console, folder: Path) -> pd.DataFrame:
     """Print one table per data set, trigger and teacher, each with what differs from
     the paper's settings, numbered; all as one table.
     """
+    from abdlab.runs import table
     from abdlab.studies.paper import SOURCE, TOLERANCE, compare
 
     found = compare(folder)
@@ -177,6 +192,7 @@ def beside_the_paper(console: Console, folder: Path) -> pd.DataFrame:
         markup=False,
         highlight=False,
     )
+    _say_threads(console, table(folder))
     return found
 
 

@@ -34,6 +34,7 @@ from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.settings import Settings
 from abdlab.stream import Step, progress
+from abdlab.threads import check_same, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,18 +46,22 @@ class Run:
     Args:
         path: the folder, made when missing; a relative one lies below
             :func:`abdlab.home.home`.
-        config: plain values, written to config.json when given.
+        config: plain values, written to config.json when given. A run that is there
+            already keeps its number of threads.
 
     Raises:
         ValueError: when the folder cannot be written to, or holds a run with another
             config.
+
+    Warns:
+        ThreadsDiffer: when only the number of threads is another.
     """
 
     def __init__(self, path: str | Path, config: dict | None = None):
         self.path = at_home(path)
         try:
             if config is not None:
-                self._check(json.loads(json.dumps(config)))
+                config = self._check(json.loads(json.dumps(config)))
             (self.path / "figures").mkdir(parents=True, exist_ok=True)
             if config is not None:
                 self._write("config.json", config)
@@ -78,6 +83,13 @@ class Run:
     def metrics(self) -> dict:
         """What metrics.json holds; empty when there is none."""
         return self._read("metrics.json")
+
+    @property
+    def threads(self) -> int:
+        """What this run computes with: the number that it began with, or today's
+        :func:`abdlab.threads.threads` where none is recorded.
+        """
+        return self.config.get("threads") or threads()
 
     def save_config(self, config: dict) -> Path:
         """Write config.json, whole: only for what became of a run's settings while it
@@ -192,12 +204,13 @@ class Run:
             if rows:
                 keep()
 
-    def _check(self, config: dict) -> None:
+    def _check(self, config: dict) -> dict:
         """A folder's results belong to one config: going on with another would mix
-        them.
+        them. Returns the given one with the folder's own number of threads.
         """
-        for section, value in self.config.items():
-            if section == "preset" or config.get(section) == value:
+        there = self.config
+        for section, value in there.items():
+            if section in ("preset", "threads") or config.get(section) == value:
                 continue
             if isinstance(value, dict) and isinstance(config.get(section), dict):
                 keys = [
@@ -216,6 +229,12 @@ class Run:
                 f"{self.path} holds a run with other settings ({differ}): choose another folder, or"
                 " delete that one"
             )
+        if there and "threads" in config:
+            made_with = there.get("threads")  # older folders do not say
+            check_same(self.path, made_with or config["threads"], config["threads"])
+            config = {k: v for k, v in config.items() if k != "threads"}
+            config |= {"threads": made_with} if made_with else {}
+        return config
 
     def _read(self, name: str) -> dict:
         path = self.file(name)
@@ -229,9 +248,10 @@ class Run:
 
 def config_of(chosen: Settings, data: Dataset, *sections: str) -> dict:
     """What a run's config.json records: the sections that it depends on, and the classes
-    of its data, so that a folder of images that gained or lost one is noticed.
+    of its data, so that a folder of images that gained or lost one is noticed, and the
+    number of threads that it is computed with.
     """
-    return {**chosen.config(*sections), "classes": [*data.classes]}
+    return {**chosen.config(*sections), "classes": [*data.classes], "threads": threads()}
 
 
 def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:
@@ -249,7 +269,7 @@ def history(root: str | Path, chosen: Settings, labels: Iterable[str]) -> pd.Dat
 
 def table(root: str | Path) -> pd.DataFrame:
     """Every run below ``root`` as one row: its folder and the plain values of its
-    metrics.json.
+    metrics.json ("threads" among them, which older runs do not say).
     """
     root, rows = at_home(root), []
     for path in sorted(root.rglob("metrics.json")):

@@ -86,17 +86,22 @@ def _scores(acc: float, asr: float | None) -> str:
 
 
 class _Board:
-    """One bar that counts the steps of several students, and tells their latest scores."""
+    """One bar that counts the steps of several students, and tells their latest scores.
 
-    def __init__(self):
-        self.done, self.total, self.latest, self.bar = {}, {}, {}, None
+    Args:
+        total: steps of all of them together.
+    """
+
+    def __init__(self, total: int):
+        self.done, self.latest, self.total, self.bar = {}, {}, total, None
 
     def show(self, label: str, step: Step) -> None:
-        self.bar = self.bar or _bar("students", 0)
-        # a student that goes on from a checkpoint has only the rest before it
-        self.total.setdefault(label, step.total - step.index + 1)
-        new = step.index - self.done.get(label, step.index - 1)
-        self.bar.total = sum(self.total.values())
+        self.bar = self.bar or _bar("students", self.total)
+        if label not in self.done:  # what a checkpoint spares is done, at no pace
+            self.done[label] = step.index - 1
+            self.bar.initial += step.index - 1
+            self.bar.n += step.index - 1
+        new = step.index - self.done[label]
         for event in step.events:
             self.bar.write(f"{label}: {event}")
         if step.acc is not None:

@@ -20,6 +20,7 @@ from abdlab.defenses import Defense
 from abdlab.defenses.plans import plan_of, plans, steps_of
 from abdlab.distill import distill, seed_of
 from abdlab.evaluate import Exam
+from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.purifiers import load_purified, purify, save_purified
 from abdlab.runs import Run, config_of, folder_of
@@ -28,6 +29,7 @@ from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.stream import Step, _Board
 from abdlab.teachers import _each_asr, poisoned_teacher
+from abdlab.threads import computing_with, pulled_with, threads
 
 #: folder below a root for :func:`clean_teacher_control`
 CONTROL = "clean_teacher_control"
@@ -94,7 +96,7 @@ class Distillation:
         metrics = {"label": self.label, "seed": self.chosen.seed, "acc": last.acc, "asr": last.asr}
         return metrics | {
             "seconds": round(last.seconds, 1),
-            "threads": torch.get_num_threads(),
+            "threads": self.run.threads,
             "branched_from": self.resume_from and str(self.resume_from),
             "defenses": {d.name: d.report() for d in self.defenses},
             **_each_asr(self.exam, self.student),
@@ -158,6 +160,7 @@ def distillation(
         card={"label": str(label)},
         **chosen.distilling(),
     )
+    stream = pulled_with(run.threads, stream)
     return Distillation(run, str(label), chosen, student, source, active, exam, stream, resume_from)
 
 
@@ -181,10 +184,11 @@ def purified_teacher(
         began = time.perf_counter()
         seed = seed_of(chosen.seed, "purifier", str(label))
         steps = chosen.purifiers(*names)
-        model = purify(teacher, steps, data.shape, device=device, seed=seed)
+        with computing_with(run.threads):
+            model = purify(teacher, steps, data.shape, device=device, seed=seed)
         seconds, exam = round(time.perf_counter() - began, 1), chosen.exam(data)
         metrics = {"label": str(label), "seed": chosen.seed, **exam(model), "seconds": seconds}
-        metrics |= {"purified": list(model.purified), "threads": torch.get_num_threads()}
+        metrics |= {"purified": list(model.purified), "threads": run.threads}
         save_purified(path, model, metrics)
         run.save_metrics(metrics)
     return load_purified(path, chosen.teacher(data), device=device)
@@ -264,22 +268,22 @@ def distill_all(
     metrics, in the order asked for.
 
     Methods that share no trunk can run side by side: on a CPU with several cores in
-    processes of their own, each with its part of the threads; on an accelerator, which
-    one small network cannot fill, in this process, see :func:`abdlab.side_by_side`.
-    Numbers depend on the number of threads in the last digits, which training
-    amplifies: it is in each student's metrics.
+    processes of their own, each with the threads of :func:`abdlab.threads.threads`; on
+    an accelerator, which one small network cannot fill, in this process, see
+    :func:`abdlab.side_by_side`. The numbers are the same either way.
 
     Args:
         with_teacher: put the teacher's own metrics first, under "teacher".
-        workers: methods at once, at most; by default one per thread that torch may use
-            on a CPU, else 1 (not measured).
+        workers: methods at once, at most; by default as many as share the threads that
+            torch may use here on a CPU, else 1 (not measured).
     """
     teacher = poisoned_teacher(root, chosen, data)
     methods = {label: Label.parse(label) for label in labels}
     for label in methods.values():  # once, before several processes look for it
         purified_teacher(root, chosen, data, teacher, label.purifiers)
     methods = {label: m for label, m in methods.items() if m.source != TEACHER}
-    late = {m.source: chosen.forks(m, len(chosen.source(m.source, data))) for m in methods.values()}
+    lengths = {m.source: len(chosen.source(m.source, data)) for m in methods.values()}
+    late = {m.source: chosen.forks(m, lengths[m.source]) for m in methods.values()}
     trunks: dict[Label, list[str]] = {}
     for label in sorted(methods, key=len):
         trunk = methods[label].without(late[methods[label].source])
@@ -287,13 +291,16 @@ def distill_all(
     # the longest first, so that short ones fill the gaps
     groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
     # this process's share of the machine: in a sweep, other jobs have the rest
-    cores = torch.get_num_threads()
+    share = max(1, torch.get_num_threads() // threads())
     on_cpu = data.train_images.device.type == "cpu"
-    workers = min(len(groups), workers or (cores if on_cpu else 1))
-    if workers > 1 and on_cpu:
-        _in_processes(root, chosen, groups, workers, max(1, cores // workers))
-    elif workers > 1:
-        _in_threads(root, chosen, data, groups, workers)
+    workers = min(len(groups), workers or (share if on_cpu else 1))
+    if workers > 1:
+        left = [label for label in methods if not _is_done(root, chosen, label)]
+        board = _Board(sum(lengths[methods[label].source] for label in left))
+        if on_cpu:
+            _in_processes(root, chosen, groups, workers, board)
+        else:
+            _in_threads(root, chosen, data, groups, workers, board)
     results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
@@ -322,13 +329,24 @@ def clean_teacher_control(
     )
 
 
+def _is_done(root: str | Path, chosen: Settings, label: str) -> bool:
+    """Whether a student's folder holds it, finished."""
+    folder = at_home(folder_of(root, chosen.seed, label))
+    return all((folder / name).exists() for name in ("student.safetensors", "metrics.json"))
+
+
 def _in_threads(
-    root: str | Path, chosen: Settings, data: Dataset, groups: list[list[str]], workers: int
+    root: str | Path,
+    chosen: Settings,
+    data: Dataset,
+    groups: list[list[str]],
+    workers: int,
+    board: _Board,
 ) -> None:
     """Run groups of labels side by side in this process, each group with a teacher of
     its own.
     """
-    waiting, board = deque(groups), _Board()
+    waiting = deque(groups)
 
     def stream() -> Iterator[tuple[str, Step]]:
         while waiting:
@@ -355,13 +373,13 @@ def _in_threads(
 
 
 def _in_processes(
-    root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, threads: int
+    root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, board: _Board
 ) -> None:
     """Run groups of labels in spawned processes."""
-    context, board = multiprocessing.get_context("spawn"), _Board()
+    context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
         queue = manager.Queue()
-        jobs = [pool.submit(_work, str(root), chosen, group, threads, queue) for group in groups]
+        jobs = [pool.submit(_work, str(root), chosen, group, queue) for group in groups]
         try:
             while not queue.empty() or not all(job.done() for job in jobs):
                 try:
@@ -380,11 +398,11 @@ def _in_processes(
             board.close()
 
 
-def _work(root: str, chosen: Settings, labels: list[str], threads: int, queue) -> None:
+def _work(root: str, chosen: Settings, labels: list[str], queue) -> None:
     """One process's share: the labels one after the other. It ends when the process
     that reads ``queue`` is gone.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads())
     data = chosen.dataset()
     teacher = load_model(
         Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors"),

@@ -19,9 +19,13 @@ from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.home import at_home
 from abdlab.runs import Run, config_of
-from abdlab.settings import Settings, settings
+from abdlab.settings import Settings, keyword_default, settings
 from abdlab.stream import Step
+from abdlab.threads import computing_with, threads
 from abdlab.train import train
+
+#: exams of a teacher over its training, about
+EXAMS = 20
 
 
 class WeakTeacher(UserWarning):
@@ -96,15 +100,16 @@ def clean_teacher(
     path = run.file("teacher.safetensors")
     if not path.exists():
         model, exam = chosen.teacher(data), Exam.of(data.test_images, data.test_labels)
-        stream = train(
-            model, data.train_images, data.train_labels, exam=exam, **chosen.training(data)
-        )
-        last = run.watch(stream, "clean_teacher", every=1, tell=tell)
+        training = {"exam": exam, "exam_every": _every(chosen), **chosen.training(data)}
+        stream = train(model, data.train_images, data.train_labels, **training)
+        with computing_with(run.threads):
+            last = run.watch(stream, "clean_teacher", every=1, tell=tell)
         metrics = {
             "label": "clean_teacher",
             "seed": chosen.seed,
             "acc": last.acc,
             "seconds": round(last.seconds, 1),
+            "threads": run.threads,
         }
         save_model(path, model, metrics)
         run.save_metrics(metrics)
@@ -147,16 +152,17 @@ def _optimised(
     model, _ = clean_teacher(root, chosen, data)
     if not path.exists():
         images, labels = data.train_images, data.train_labels
-        made = optimize(
-            trigger,
-            model,
-            images,
-            labels,
-            target,
-            seed=chosen.seed,
-            device=images.device,
-            **options,
-        )
+        with computing_with(threads()):
+            made = optimize(
+                trigger,
+                model,
+                images,
+                labels,
+                target,
+                seed=chosen.seed,
+                device=images.device,
+                **options,
+            )
         write_atomically(
             path, (json.dumps({**request, "made": made.card()}, indent=2) + "\n").encode()
         )
@@ -193,19 +199,12 @@ def poisoned_teacher(
     )
     path = run.file("teacher.safetensors")
     if not path.exists():
-        model, poisoned = chosen.teacher(data), chosen.poison(data)
-        last = run.watch(
-            train(
-                model,
-                poisoned.images,
-                poisoned.labels,
-                exam=chosen.exam(data),
-                **chosen.training(data),
-            ),
-            "teacher",
-            every=1,
-            tell=tell,
-        )
+        exam, model = chosen.exam(data), chosen.teacher(data)
+        training = {"exam": exam, "exam_every": _every(chosen), **chosen.training(data)}
+        with computing_with(run.threads):
+            poisoned = chosen.poison(data)
+            stream = train(model, poisoned.images, poisoned.labels, **training)
+            last = run.watch(stream, "teacher", every=1, tell=tell)
         first, *more = (
             {**attack.card(), "rate": poisoned.rate_of(i)}
             for i, attack in enumerate(chosen.attacks)
@@ -217,8 +216,9 @@ def poisoned_teacher(
             "acc": last.acc,
             "asr": last.asr,
             "seconds": round(last.seconds, 1),
+            "threads": run.threads,
         }
-        metrics |= _each_asr(chosen.exam(data), model)
+        metrics |= _each_asr(exam, model)
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(
@@ -226,6 +226,15 @@ def poisoned_teacher(
         run.metrics["asr"] if any(attack.rate for attack in chosen.attacks) else None,
     )
     return load_model(path, device=data.train_images.device)
+
+
+def _every(chosen: Settings) -> int:
+    """Epochs between two exams of a teacher: 1 of a short training, so that its ACC and
+    ASR are curves; of a long one as many as make :data:`EXAMS`, since an exam of every
+    epoch takes a quarter of its time.
+    """
+    epochs = chosen.section("teacher").get("epochs", keyword_default(train, "epochs"))
+    return max(1, epochs // EXAMS)
 
 
 def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:

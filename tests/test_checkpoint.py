@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from abdlab.checkpoint import (
 )
 from abdlab.errors import CheckpointError
 from abdlab.models import build
+from abdlab.processes import owner
 
 
 class Tiny(nn.Module):
@@ -419,6 +422,22 @@ class TestWriteAtomically:
             write_atomically(path, "text where bytes are due")  # fails with the temporary file open
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_what_a_killed_process_had_begun_is_removed_and_nothing_else(self, tmp_path):
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        machine, mine = owner().split("-")
+        names = {
+            "gone": f".b.txt.{machine}-{dead.pid}.abc.tmp",
+            "mine": f".b.txt.{machine}-{mine}.abc.tmp",
+            "elsewhere": f".b.txt.000000-{dead.pid}.abc.tmp",
+            "other": f".c.txt.{machine}-{dead.pid}.abc.tmp",
+        }
+        for name in names.values():
+            (tmp_path / name).touch()
+        write_atomically(tmp_path / "b.txt", b"new")
+        left = {names[key] for key in ("mine", "elsewhere", "other")}
+        assert {path.name for path in tmp_path.iterdir()} == {"b.txt"} | left
 
     def test_a_failed_rename_leaves_nothing_behind(self, tmp_path):
         (tmp_path / "b").mkdir()

@@ -67,6 +67,18 @@ def test_the_stand_in_has_the_shape_of_the_data():
         ({"student.model": "resnet-18"}, ["zskt"], "as many stages"),
         ({"sr.start": 2.0}, ["zskt"], "start is a share"),
         ({"mixed.members": {"zsk": 1}}, ["mixed"], "did you mean 'zskt'"),
+        # what a source or a defense would refuse only once it starts, or late in the run
+        ({"zskt.student_lr": -0.1}, ["zskt"], "zskt.student_lr is at least 0, not -0.1"),
+        ({"tu.inner_lr": -1}, ["zskt+tu"], "tu.inner_lr is at least 0, not -1"),
+        ({"sr.lr": -1e-9}, ["zskt+sr"], "sr.lr is at least 0"),
+        ({"clean.weight_decay": -1}, ["clean"], "weight_decay"),
+        ({"cmi.z": -1}, ["cmi"], "cmi"),
+        ({"cmi.width": 0}, ["cmi+sv"], "cmi"),
+        ({"dafl.layer": "stage4"}, ["dafl"], "stage4"),
+        ({"ood.lr": -1.0}, ["mixed"], "ood.lr is at least 0"),
+        ({"tu.target": 10}, ["zskt+tu"], "tu.target is a class from 0 to 9 of digits, not 10"),
+        ({"sv.k": 0}, ["zskt+sv"], "at least 1"),
+        ({"sv.layers": []}, ["zskt+sv"], "at least 1"),
         ({}, ["zskt+sw"], "did you mean 'sv'"),
         ({}, ["zskt+sv+sv"], "names sv twice"),
         ({}, ["zskt sv"], "a method is"),
@@ -77,6 +89,16 @@ def test_what_could_not_run_is_one_sentence(override, labels, sentence):
         check(override, labels)
     assert sentence in str(caught.value)
     assert len(str(caught.value)) <= 300
+
+
+def test_a_study_with_a_number_that_a_source_refuses_at_its_start_plans_nothing(here, tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "notebook: 05\nparameters: {methods: [cmi]}\ngrid: {cmi.z: [2, -2]}\n"
+    )
+    code, out, err = here("sweep", tmp_path / "s.yaml", "--dry-run", "--out", tmp_path / "out")
+    assert code == 2
+    assert "a student cmi cannot be made" in err
+    assert not out.count("jobs")
 
 
 @pytest.mark.parametrize(

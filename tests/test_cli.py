@@ -16,6 +16,7 @@ import pytest
 from abdlab import batch, cli
 from abdlab.home import home, there
 from abdlab.presets import ABOUT, PRESETS
+from abdlab.processes import alive
 from abdlab.runs import Run
 from abdlab.settings import SECTIONS, settings
 
@@ -322,7 +323,7 @@ def test_ctrl_c_is_one_sentence_and_leaves_nothing_behind(sleeper, tmp_path):
     folder = tmp_path / "runs" / "here"
     told = [line for line in err.splitlines() if not line.startswith("results: ")]
     assert told == [f"abdlab: stopped; the same command goes on where it was ({folder})"]
-    assert not batch.alive(int(pid.read_text()))
+    assert not alive(int(pid.read_text()))
     assert not [*tmp_path.glob("abdlab-*")]
     assert "results: " in (folder / "sleeper.ipynb").read_text()  # kept, up to that cell
 

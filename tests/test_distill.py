@@ -5,10 +5,6 @@ stops it.
 import copy
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import literal
 import pytest
@@ -23,7 +19,6 @@ from abdlab import (
     SelfRetrospection,
     ShufflingVaccine,
     distill,
-    load_model,
     save_model,
 )
 from abdlab.checkpoint import load_state
@@ -469,54 +464,3 @@ def test_weights_that_are_not_finite_are_never_handed_on(fresh, digits, tmp_path
     with pytest.raises(Diverged, match=r"step 1\b.*not finite; there is no checkpoint"):
         list(fresh(source, checkpoint=path)[1])
     assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import sys
-import torch
-from abdlab import ZSKT, SelfRetrospection, ShufflingVaccine, build, distill, save_model
-
-torch.set_num_threads(1)
-teacher, student = (build("wrn-10-1", channels=1, width=4, seed=seed) for seed in (1, 2))
-source = ZSKT((1, 8, 8), pseudo_batches=40, batch_size=4, student_steps=1, z=5, width=2)
-vaccine = ShufflingVaccine(layers=3, warmup=0.1, sigma=0)
-defenses = [vaccine, SelfRetrospection(start=0.3, inner_steps=1)]
-more = dict(checkpoint=sys.argv[1], checkpoint_every=2, device="cpu")
-for step in distill(teacher, student, source, defenses=defenses, **more):
-    pass
-save_model(sys.argv[2], student)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_same_weights(tmp_path, wrn):
-    script = tmp_path / "run.py"
-    script.write_text(KILLED)
-
-    def process(name):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                script,
-                tmp_path / f"{name}.safetensors",
-                tmp_path / f"{name}-student.safetensors",
-            ]
-        )
-
-    whole, killed = process("whole"), process("killed")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    moment = 0.3 * random.random()
-    time.sleep(moment)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL, f"it ended by itself within {moment:.2f} s"
-    reached = load_state(tmp_path / "killed.safetensors")[1]["index"]
-    assert 1 <= reached < 40, f"killed {moment:.2f} s after its first checkpoint, at step {reached}"
-    assert whole.wait(timeout=300) == 0
-    assert process("killed").wait(timeout=300) == 0
-    one, other = (
-        load_model(tmp_path / f"{name}-student.safetensors", wrn()).state_dict()
-        for name in ("whole", "killed")
-    )
-    assert same(one, other), f"killed {moment:.2f} s after its first checkpoint, at step {reached}"

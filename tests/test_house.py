@@ -19,7 +19,18 @@ FILES = sorted((ROOT / "abdlab").rglob("*.py"))
 
 #: From the ground up: a module imports modules of its own storey and below, never above.
 STOREYS = [
-    ["errors", "registry", "identity", "home", "labels", "graphs", "side_by_side", "features"],
+    [
+        "errors",
+        "registry",
+        "identity",
+        "home",
+        "labels",
+        "threads",
+        "processes",
+        "graphs",
+        "side_by_side",
+        "features",
+    ],
     ["losses", "optim", "stream", "augment", "pickles"],
     ["folders", "data", "families", "models", "strangers", "fitting", "checkpoint", "probe"],
     ["attacks"],

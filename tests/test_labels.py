@@ -180,7 +180,11 @@ def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
     import json
     import time
 
+    import torch
     import yaml
+    from safetensors.torch import load_file
+
+    from abdlab.threads import computing_with
 
     over = json.dumps(TINY | {"defend:Noise.weight": 2.0})
     code, out, error = here(
@@ -207,11 +211,25 @@ def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
     tuner = widgets.DefenseTuner(
         "runs/own", settings("quick/digits", json.loads(over), device="cpu"), label=label
     )
-    tuner.start()
-    until = time.monotonic() + 120
-    while tuner.state in ("idle", "preparing", "running") and time.monotonic() < until:
-        time.sleep(0.2)
+    with computing_with(2):  # as in a kernel with two cores
+        tuner.start()
+        until = time.monotonic() + 120
+        while tuner.state in ("idle", "preparing", "running") and time.monotonic() < until:
+            time.sleep(0.2)
     assert tuner.state == "done", tuner.trouble.sentence
     config = json.loads((newcomer / "runs/own/seed0" / tuner.folder / "config.json").read_text())
     assert config["defend:Noise"] == {"weight": 2.0}
     assert tuner.knob("defend:Noise.weight").value == 2.0
+
+    # contract 7: the same numbers from every launcher, on however many cores it was started
+    seeds = newcomer / "runs/own/seed0"
+    (job,) = newcomer.glob("swept/jobs/*/seed0/mine.Static")
+    pairs = [
+        (seeds / "mine.Static", job),
+        (seeds / Label.parse(label).folder, seeds / tuner.folder),
+    ]
+    for folders in pairs:
+        one, other = (load_file(folder / "student.safetensors") for folder in folders)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        for folder in folders:
+            assert json.loads((folder / "config.json").read_text())["threads"] == 1

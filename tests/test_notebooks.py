@@ -3,11 +3,15 @@ one folder.
 """
 
 import json
+import re
 
 import nbformat
 import pytest
 
 from abdlab import batch, load
+from abdlab.runs import Run
+from abdlab.studies import tables
+from abdlab.studies.sentences import outcome
 
 TINY = {
     "teacher.epochs": 2,
@@ -45,7 +49,23 @@ def execute(name, root, **given):
     folder = next(p for p in root.iterdir() if p.is_dir() and p.name.startswith(name))
     figures = {p.stem: p.stat().st_size for p in (folder / "figures").glob("*.png")}
     assert all(size > 5000 for size in figures.values())
+    told = "".join(_texts(book))
+    assert not re.search(r"\bnan\b|NaN|-0\.0\b", told), told
+    assert "NaN" not in (folder / "metrics.json").read_text()
     return json.loads((folder / "metrics.json").read_text()), set(figures), book
+
+
+def _texts(book):
+    """All that the cells printed and showed as text."""
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            yield output.get("text", "") if output.get("name") != "stderr" else ""
+            yield from (v for k, v in output.get("data", {}).items() if k.startswith("text/"))
+
+
+def last_line(book):
+    """What a notebook ends with."""
+    return book.cells[-1].outputs[-1]["text"].splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +86,9 @@ def test_01_trains_and_reports_the_teacher(walk):
     text = json.dumps(book)
     # two epochs are not enough, and it says so before any distillation
     assert "WeakTeacher" in text
+    assert len(Run(walk[0] / "seed0" / "teacher").history().dropna(subset=["acc", "asr"])) == 2
+    assert last_line(book) == outcome([metrics])
+    assert last_line(book).startswith("Teacher has ACC ")
 
 
 def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
@@ -77,7 +100,9 @@ def test_00_runs_to_its_end_without_anyone_clicking(tmp_path):
 
 
 def test_02_compares_the_students_and_shows_the_floor(walk):
-    metrics, figures, _ = walk[1]["02"]
+    metrics, figures, book = walk[1]["02"]
+    assert last_line(book) == outcome(tables.rows(metrics["results"]))
+    assert re.match(r"ZSKT\+SV\+TU (takes|leaves) ASR .*; the floor is .* %\.$", last_line(book))
     assert figures == {"acc_asr", "losses"}
     assert list(metrics["results"]) == ["clean", "zskt", "zskt+sv+tu"]
     assert metrics["results"]["zskt+sv+tu"]["defenses"]["sv"]["layers"] == [
@@ -88,14 +113,24 @@ def test_02_compares_the_students_and_shows_the_floor(walk):
 
 
 def test_03_looks_at_the_students_images(walk):
-    metrics, figures, _ = walk[1]["03"]
+    metrics, figures, book = walk[1]["03"]
+    shares = ("target_share", "suspicious_share", "near_triggered_share")
+    lines = (2 / 10, 0.02, 100 / 300)
+    seen = sum(metrics[share] > line for share, line in zip(shares, lines, strict=True))
+    assert last_line(book).startswith(f"ZSKT: its images show {seen} of 3 signs of the backdoor")
+    told = "".join(_texts(book))
+    assert all(sign in told for sign in metrics["signs"])
+    assert sum(sign.endswith(": a sign") for sign in metrics["signs"]) == seen
     assert figures == {"over_training", "by_class", "suspicion", "most_suspicious", "tsne"}
     assert 0 <= metrics["target_share"] <= 1
     assert set(metrics["mean_score"]) == {"synthetic", "clean test", "triggered test"}
 
 
 def test_04_compares_three_models_side_by_side(walk):
-    metrics, figures, _ = walk[1]["04"]
+    metrics, figures, book = walk[1]["04"]
+    *_, moved, told = book.cells[-1].outputs[-1]["text"].splitlines()
+    assert moved.startswith("The trigger moves most: teacher: channel ")
+    assert told == last_line(walk[1]["02"][2]).partition(";")[0] + "."  # the same, without a floor
     assert figures == {"channel_change", "attention_maps", "grad_cam"}
     assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+TU"]
     assert set(metrics["grad_cam_classes"]) == {"0"}, "the target"
@@ -113,7 +148,10 @@ def test_07_shows_what_a_purifier_sees(walk):
 
 def test_05_reuses_the_chain_and_adds_what_is_missing(walk):
     root, done = walk
-    metrics, figures, _ = done["05"]
+    metrics, figures, book = done["05"]
+    assert last_line(book) == outcome(metrics["rows"])
+    assert "Control" not in "".join(_texts(book))
+    assert not [c for c in book.cells if c.cell_type == "markdown" and "Control" in c.source]
     assert figures == {"ablation"}
     labels = ["teacher", PURIFIED, *STUDENTS]
     assert [row["label"] for row in metrics["rows"]] == labels
@@ -167,13 +205,14 @@ def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_fact
         "teacher",
         "agreeing",
     )
-    tables = [
+    shown = [
         o["data"]["text/html"]
         for c in book.cells
         for o in c.get("outputs", [])
         if "text/html" in o.get("data", {})
     ]
-    assert any("accepted" in table for table in tables)
+    assert any("accepted" in table for table in shown)
+    assert "## Control: a teacher without a backdoor" in "".join(_texts(book))
 
 
 @pytest.mark.parametrize("name", ["04", "05"])

@@ -59,6 +59,26 @@ def test_training_curves_are_in_percent_with_a_floor():
     assert acc.get_color() == asr.get_color() == plots.color_of("zskt")
 
 
+def test_what_was_measured_once_is_a_point_and_no_curve():
+    history = pd.DataFrame(
+        {
+            "label": ["cmi"] * 3 + ["teacher"],
+            "step": [1, 2, 3, 9],
+            "acc": [None, 0.25, 0.75, 0.995],
+            "asr": [None, None, 0.5, None],
+            "kd": [3.0, None, None, None],
+            "sv": [1.0, 2.0, None, None],
+        }
+    )
+    acc, asr, lone = plots.training_curves(history).lines
+    assert (acc.get_linestyle(), list(acc.get_ydata())) == ("-", [25, 75])
+    assert (asr.get_linestyle(), asr.get_label()) == ("None", "CMI: ASR 50.0%, measured once")
+    assert lone.get_label() == "teacher: ACC 99.5%, measured once"
+    kd, sv = plots.loss_curves(history).lines
+    assert (kd.get_linestyle(), kd.get_marker(), sv.get_linestyle()) == ("None", "o", "-")
+    plt.close("all")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_trigger_gallery_names_and_measures_every_trigger(channels):
     clean = torch.rand(5, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5

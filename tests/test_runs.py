@@ -1,12 +1,13 @@
 import json
 import warnings
+from collections import deque
 
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from abdlab import students
+from abdlab import students, teachers
 from abdlab.attacks.optimize import trojan
 from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
@@ -15,7 +16,7 @@ from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.labels import Label
 from abdlab.runs import Run, config_of, history, table
 from abdlab.settings import settings
-from abdlab.stream import HEADLESS, Step, progress
+from abdlab.stream import HEADLESS, Step, _Board, progress
 from abdlab.students import clean_teacher_control, distill_all, distilled
 from abdlab.teachers import (
     WeakTeacher,
@@ -25,6 +26,7 @@ from abdlab.teachers import (
     prepare,
     ready_triggers,
 )
+from abdlab.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -528,7 +530,8 @@ def test_methods_side_by_side_in_one_process_have_the_numbers_of_each_alone(tmp_
     alone, together = tmp_path / "alone", tmp_path / "together"
     expected = distill_all(alone, tiny(), data, labels, workers=1)
     poisoned_teacher(together, tiny(), data)
-    students._in_threads(together, tiny(), data, [["zskt", "zskt+sr"], ["zskt+sv"], ["clean"]], 2)
+    groups, board = [["zskt", "zskt+sr"], ["zskt+sv"], ["clean"]], _Board(16)
+    students._in_threads(together, tiny(), data, groups, 2, board)
     found = distill_all(together, tiny(), data, labels, workers=1)  # only reads
     assert found.keys() == expected.keys()
     for label in labels:
@@ -546,6 +549,38 @@ def test_methods_side_by_side_in_one_process_have_the_numbers_of_each_alone(tmp_
         ]
         pd.testing.assert_frame_equal(*histories)
     assert found["zskt+sr"]["branched_from"]
+
+
+def test_the_bar_of_several_students_knows_its_length_from_the_first_step(capsys):
+    """It counts all of them, and what a checkpoint spares one of them as done."""
+    board = _Board(30)
+    board.show("zskt", Step(1, 10, {}))
+    assert (board.bar.n, board.bar.total, board.bar.initial) == (1, 30, 0)
+    board.show("zskt+sr", Step(16, 20, {}))
+    assert (board.bar.n, board.bar.total, board.bar.initial) == (17, 30, 15)
+    for i in range(2, 11):
+        board.show("zskt", Step(i, 10, {}))
+    for i in range(17, 21):
+        board.show("zskt+sr", Step(i, 20, {}))
+    board.close()
+    assert (board.bar.n, board.bar.total) == (30, 30)
+
+
+def test_a_teachers_training_is_a_curve(tmp_path, data):
+    """ACC and ASR of every epoch, and of a long training about 20 times; exams change no
+    number.
+    """
+    chosen = tiny(teacher__epochs=3)
+    with pytest.warns(WeakTeacher):
+        teacher = poisoned_teacher(tmp_path, chosen, data)
+    found = Run(tmp_path / "seed0" / "teacher").history()
+    assert found[["acc", "asr"]].notna().all().all()
+    assert found["step"].tolist() == [1, 2, 3]
+    model, poisoned = chosen.teacher(data), chosen.poison(data)
+    deque(train(model, poisoned.images, poisoned.labels, **chosen.training(data)), maxlen=0)
+    assert torch.equal(weights(model), weights(teacher))
+    assert teachers._every(chosen) == 1
+    assert [teachers._every(tiny(teacher__epochs=n)) for n in (39, 40, 200)] == [1, 2, 10]
 
 
 def test_table_has_one_row_per_run(tmp_path):

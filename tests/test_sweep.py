@@ -25,6 +25,7 @@ from abdlab import studies
 from abdlab.studies.engines import LocalEngine, RayEngine
 from abdlab.studies.job import _scores as scores_of_folder
 from abdlab.studies.results import _frame as frame_of
+from abdlab.studies.sentences import outcome
 
 #: a notebook without torch: what it does depends on ``mode``, and "once" modes succeed
 #: when tried again
@@ -598,6 +599,18 @@ def test_the_report_reads_without_the_code(by_local, html):
     page = html.read_text()
     assert "study_heatmaps(" not in page  # code is hidden
     assert page.count("data:image/png;base64") >= 2
+    book = nbformat.read(folder / "06_sweep_report.ipynb", 4)
+    told = book.cells[-1].outputs[-1]["text"].splitlines()[-1]
+    assert told == outcome(studies.results(by_local))
+    assert told.startswith("ZSKT+SV ")
+    assert "NaN" not in (folder / "metrics.json").read_text()
+    (table,) = (
+        o["data"]["text/html"]
+        for c in book.cells
+        for o in c.get("outputs", [])
+        if "text/html" in o.get("data", {})
+    )
+    assert ("<td>-</td>" in table, "NaN" in table) == (True, False)  # the deviation of one run
     assert 'src="http' not in page
 
 

@@ -310,9 +310,12 @@ class TestDefenseTuner:
             given = yaml.safe_load(tuner.parameters(folder))
             given["run"] = str(tmp_path / folder)
             batch.execute("02", tmp_path / "02.ipynb", given, threads=1)
-            again = Run(tmp_path / folder / "seed0" / "zskt+sv+tu").metrics
-            ours = Run(root / "seed0" / folder).metrics
-            assert (again["acc"], again["asr"]) == (ours["acc"], ours["asr"])
+            again = Run(tmp_path / folder / "seed0" / "zskt+sv+tu")
+            ours = Run(root / "seed0" / folder)
+            for key in ("acc", "asr", "threads"):
+                assert again.metrics[key] == ours.metrics[key]
+            a, b = (read_weights(r.file("student.safetensors"))[0] for r in (ours, again))
+            assert all(torch.equal(a[k], b[k]) for k in b)
 
     def test_what_is_turned_while_the_teacher_is_made_ready_counts_or_is_turned_back(
         self, tuner, root, monkeypatch
@@ -635,6 +638,17 @@ class TestSampleExplorer:
 
 
 class TestRunBrowser:
+    def test_shows_threads_and_says_a_mismatch(self, tmp_path):
+        for label, threads in (("zskt", 1), ("zskt+sv", 2), ("clean", None)):
+            metrics = {"label": label, "seed": 0, "acc": 0.9, "asr": 0.5, "threads": threads}
+            Run(tmp_path / "seed0" / label).save_metrics(metrics)
+        browser = RunBrowser(tmp_path)
+        assert [row["cells"][-1] for row in browser.rows.rows] == ["", "1", "2"]
+        assert browser.rows.columns[-1] == "threads"
+        assert "Rows differ in threads (1 thread: 1 row, 2 threads: 1 row" in browser.note.value
+        browser.method.value = "zskt"
+        assert "differ" not in browser.note.value
+
     @pytest.fixture
     def browser(self, finished, tmp_path):
         import shutil

@@ -18,7 +18,7 @@ class Late(Defense):
             own optimiser.
 
     Raises:
-        ValueError: for a start outside [0, 1).
+        ValueError: for a start outside [0, 1), or a negative lr.
     """
 
     #: how its event calls it
@@ -27,6 +27,8 @@ class Late(Defense):
     def __init__(self, start: float, lr: float | None):
         if not 0 <= start < 1:
             raise ValueError(f"start is a share of the run in [0, 1), not {start}")
+        if lr is not None and lr < 0:
+            raise ValueError(f"lr is at least 0, or None, not {lr}")
         self.start_share, self.lr = start, lr
 
     def start(self, teacher, student, device, seed, length):

@@ -116,6 +116,10 @@ class ShufflingVaccine(Defense, Captured):
             raise ValueError(
                 f"tries must be at least 1 and pool at least 2, not {tries} and {pool}"
             )
+        if k < 1 or layers in ([], (), 0):
+            raise ValueError(
+                f"k, the number of shuffled copies, and layers are at least 1, not {k} and {layers}"
+            )
         if cap is not None and cap <= 0:
             raise ValueError(f"cap is a KL in nats above 0, or None, not {cap}")
         self.alpha = planned(self, "alpha", alpha)

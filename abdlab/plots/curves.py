@@ -22,7 +22,7 @@ def training_curves(
     step: str = "pseudo-batch",
 ) -> Axes:
     """ACC (solid) and ASR (dashed) in percent over training, one colour per label of
-    the history.
+    the history. What was measured once is a large marker, with its number.
 
     Args:
         history: of one or many runs, with columns label, step, acc, and asr where
@@ -32,29 +32,28 @@ def training_curves(
     ax = axes_of(ax)
     measured = history.dropna(subset=["acc"])
     for label, part in measured.groupby("label", sort=False):
-        color = color_of(label)
-        ax.plot(
-            part["step"],
-            100 * part["acc"],
-            color=color,
-            marker="o",
-            ms=3,
-            label=f"{name_of(label)}: ACC",
-        )
-        if "asr" in part and part["asr"].notna().any():
+        for column, marker, dash in (("acc", "o", "-"), ("asr", "s", "--")):
+            values = part.dropna(subset=[column]) if column in part else part.iloc[:0]
+            if values.empty:
+                continue
+            name = f"{name_of(label)}: {column.upper()}"
+            looks = {"ms": 3, "ls": dash}
+            if len(values) == 1:  # a point, and no curve
+                looks = {"ms": 7, "ls": "none"}
+                name += f" {values[column].iloc[0]:.1%}, measured once"
             ax.plot(
-                part["step"],
-                100 * part["asr"],
-                color=color,
-                marker="s",
-                ms=3,
-                ls="--",
-                label=f"{name_of(label)}: ASR",
+                values["step"],
+                100 * values[column],
+                color=color_of(label),
+                marker=marker,
+                label=name,
+                **looks,
             )
     if floor is not None:
         ax.axhline(
             100 * floor, color=ROLES["floor"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}"
         )
+    ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
     ax.legend(fontsize=8, frameon=False, loc="best")
     sns.despine(ax=ax)
@@ -115,7 +114,8 @@ def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     known = {"label", "step", "seconds", "acc", "asr", "events"}
     for name in [c for c in history.columns if c not in known]:
         part = history.dropna(subset=[name])
-        ax.plot(part["step"], part[name], lw=1, label=name)
+        once = {"marker": "o", "ls": "none"} if len(part) == 1 else {}
+        ax.plot(part["step"], part[name], lw=1, label=name, **once)
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set(xlabel="training step (pseudo-batch)", ylabel="loss term, weight included (nats)")
     ax.legend(fontsize=8, frameon=False)
@@ -146,7 +146,10 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         strict=True,
     ):
         for y, label in enumerate(order):
-            values = 100 * results.loc[results["label"] == label, column]
+            values = 100 * results.loc[results["label"] == label, column].dropna()
+            if values.empty:
+                ax.text(104, y, "-", va="center", fontsize=9)
+                continue
             spread = values.std() if len(values) > 1 else 0
             ax.barh(
                 y,

@@ -66,7 +66,7 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
             linewidths=1,
             annot_kws={"fontsize": 8},
             cbar=last,
-            cbar_kws={"label": "ASR (%), mean over seeds"} if last else None,
+            cbar_kws={"label": "mean ASR (%)"} if last else None,
         )
         ax.set(title=title, xlabel="source", ylabel="trigger" if ax is axes[0][0] else "")
         ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])

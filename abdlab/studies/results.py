@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from abdlab.batch import alive, execute
+from abdlab.batch import execute
 from abdlab.checkpoint import write_atomically
 from abdlab.home import at_home
+from abdlab.processes import alive
 from abdlab.runs import table as runs_table
 from abdlab.studies.job import _read_json, label_of, status_of
 from abdlab.studies.study import Study, open_study

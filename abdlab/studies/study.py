@@ -31,6 +31,7 @@ from abdlab.checks import check_overrides
 from abdlab.errors import check_keys, short
 from abdlab.home import at_home
 from abdlab.settings import settings
+from abdlab.threads import threads as todays_threads
 from abdlab.values import check_plain, fits
 
 #: what a study's YAML file may say
@@ -92,8 +93,8 @@ class Study:
     Attributes:
         timeout: seconds per job, None is no limit. retries: of a job whose kernel or
             worker died.
-        threads: of a job's arithmetic, so that numbers do not depend on how many jobs
-            run side by side.
+        threads: that a job computes with, so that numbers do not depend on how many
+            jobs run side by side; by default that of :func:`abdlab.threads.threads`.
     """
 
     title: str
@@ -212,7 +213,7 @@ def make_study(
     title: str | None = None,
     timeout: float | None = None,
     retries: int = 2,
-    threads: int = 1,
+    threads: int | None = None,
     default_title: str = "study",
 ) -> Study:
     """The same from Python, see :func:`read_study`."""
@@ -223,6 +224,7 @@ def make_study(
         raise ValueError(f"timeout is seconds above 0 per job, not {short(timeout)}")
     if title is not None and not isinstance(title, str | int | float | date):
         raise ValueError(f"title is a text, not {short(title)}")
+    threads = todays_threads() if threads is None else threads
     for name, value, least in (("retries", retries, 0), ("threads", threads, 1)):
         if type(value) is not int or not least <= value < 10_000:
             raise ValueError(f"{name} is a whole number of at least {least}, not {short(value)}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from abdlab.labels import in_order, name_of
+
+#: stands in a table where there is no number
+NONE = "-"
 
 
 def rows(results: Mapping[str, Mapping]) -> list[dict]:
@@ -20,9 +23,8 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
             for name, r in m.get("defenses", {}).items()
             if r.get("found") is False
         ]
-        out.append(
-            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes}
-        )
+        numbers = {key: m[key] for key in ("seed", "acc", "asr")}
+        out.append({"label": label, **numbers, "threads": m.get("threads"), "notes": notes})
     return out
 
 
@@ -32,6 +34,9 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     """
 
     def cell(values: pd.Series) -> str:
+        values = values.dropna()
+        if values.empty:
+            return NONE
         return f"{100 * values.mean():.1f}" + (
             f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
         )
@@ -51,18 +56,28 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     ).set_index("method")
 
 
-def study_summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation (percent) and n of ACC and ASR per trigger and label;
-    each model counts once.
+def varied(results: pd.DataFrame, axes: Iterable[str]) -> list[str]:
+    """The axes of a study that a cell's trigger, source, defense and seed do not tell,
+    and that take several values in these results.
+    """
+    told = {"seed", "seeds", "attack.trigger", "trigger", "methods", "source", "defenses", "label"}
+    return [a for a in axes if a not in told and a in results and results[a].nunique() > 1]
+
+
+def study_summary(results: pd.DataFrame, axes: Sequence[str] = ()) -> pd.DataFrame:
+    """Mean, standard deviation (percent) and n of ACC and ASR per trigger, label and
+    value of the axes; each model counts once in a cell.
 
     Clean teachers, on which triggers are optimised, are left out, since triggers share
     them.
 
     Args:
         results: what :func:`abdlab.studies.results.results` returns.
+        axes: see :func:`varied`; what is not named is averaged over.
     """
-    once = _models(results)
-    out = once.groupby(["trigger", "source", "defense"], dropna=False, sort=False)[
+    once = _models(results, *axes)
+    once = once.assign(asr=once["asr"].astype(float))
+    out = once.groupby(["trigger", "source", "defense", *axes], dropna=False, sort=False)[
         ["acc", "asr"]
     ].agg(["mean", "std", "count"])
     columns = {}
@@ -72,6 +87,17 @@ def study_summary(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**columns, "n": out["acc", "count"]}).sort_index(
         level=[0, 1], sort_remaining=False
     )
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as text for a reader: one decimal, and a dash where there is no number,
+    such as the deviation of one run.
+    """
+    return table.map(lambda v: NONE if v != v or v is None else _text(v))
+
+
+def _text(value: object) -> str:
+    return f"{round(value, 1) + 0.0:.1f}" if isinstance(value, float) else str(value)
 
 
 def _models(results: pd.DataFrame, *axes: str) -> pd.DataFrame:

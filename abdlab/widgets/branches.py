@@ -17,6 +17,7 @@ from abdlab.errors import CheckpointError
 from abdlab.labels import Label
 from abdlab.runs import Run
 from abdlab.settings import Settings
+from abdlab.threads import THREADS
 
 #: the notebook whose parameters repeat a run
 NOTEBOOK = "02_distillation"
@@ -117,8 +118,8 @@ def parameters_of(run: Run, rest: Settings, into: Path) -> str:
     """YAML for papermill's ``-f`` that repeats a run from scratch, weights that changed
     on the way included.
 
-    The same numbers need the same machine and number of threads. A run that was stopped
-    is repeated to its end.
+    The same numbers need the same machine and number of threads, which the first line
+    names. A run that was stopped is repeated to its end.
 
     Args:
         rest: the experiment; what the run did not depend on is taken from it.
@@ -143,7 +144,8 @@ def parameters_of(run: Run, rest: Settings, into: Path) -> str:
     }
     plain = json.loads(json.dumps(values))
     text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110)
-    return f"# {folder}: parameters of {NOTEBOOK}\n{text}"
+    made_with = f"{THREADS}={run.threads}"
+    return f"# {folder}: parameters of {NOTEBOOK}, computed with {made_with}\n{text}"
 
 
 def inherit(trunk: Run, branch: Run, index: int) -> None:

@@ -19,20 +19,21 @@ from abdlab.home import at_home
 from abdlab.labels import Label, in_order, name_of
 from abdlab.plots import color_of, loss_curves, training_curves
 from abdlab.runs import Run
+from abdlab.threads import mixed
 from abdlab.widgets import looks
 from abdlab.widgets.branches import method_of
 from abdlab.widgets.worker import current
 
-_COLUMNS = ["run", "method", "seed", "ACC (%)", "ASR (%)", "state", "seconds"]
+_COLUMNS = ["run", "method", "seed", "ACC (%)", "ASR (%)", "state", "seconds", "threads"]
 EMPTY = "No runs yet: run 01_poisoning, or press Start in the defense tuner."
 
 
 def runs_below(root: str | Path) -> list[dict[str, Any]]:
     """Every run below a folder, finished or not: run (its folder, relative), label,
-    seed, acc, asr, state, seconds.
+    seed, acc, asr, state, seconds, threads.
 
-    acc, asr (shares in [0, 1]) and seconds are None where metrics.json has no number
-    there; label is "" where it names no method (a notebook's own folder).
+    acc, asr (shares in [0, 1]), seconds and threads are None where metrics.json has no
+    number there; label is "" where it names no method (a notebook's own folder).
     """
     found = []
     root = at_home(root)
@@ -52,7 +53,7 @@ def runs_below(root: str | Path) -> list[dict[str, Any]]:
         else:
             state = "unfinished" if (folder / "history.jsonl").exists() else "begun"
         label = metrics.get("label") or (method_of(folder.name) if inside else "")
-        values = {key: number(metrics.get(key)) for key in ("acc", "asr", "seconds")}
+        values = {key: number(metrics.get(key)) for key in ("acc", "asr", "seconds", "threads")}
         found.append(
             {
                 "run": str(folder.relative_to(root)),
@@ -272,6 +273,7 @@ class RunBrowser(w.VBox):
                     "" if r["asr"] is None else f"{100 * r['asr']:.1f}",
                     r["state"],
                     "" if r["seconds"] is None else f"{r['seconds']:.0f}",
+                    "" if r["threads"] is None else f"{r['threads']:.0f}",
                 ],
             }
             for r in shown
@@ -284,7 +286,7 @@ class RunBrowser(w.VBox):
             looks.say(
                 self.note,
                 f"{len(shown)} of {len(self.found)} runs. Choose one or two rows to see them side"
-                " by side.",
+                f" by side. {mixed(r['threads'] for r in shown if r['acc'] is not None)}".rstrip(),
                 "quiet",
             )
         self.rows.layout.display = "" if shown else "none"

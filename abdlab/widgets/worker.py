@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-import torch
-
 from abdlab.stream import Step
+from abdlab.threads import computing_with, threads
 from abdlab.widgets.looks import page
 
 #: seconds without a page after which a run stops itself: browsers let a hidden tab beat
@@ -63,15 +62,7 @@ class Worker:
             RuntimeError: when this kernel trains already.
         """
         self._claim()
-        threads = torch.get_num_threads()
-
-        def work():
-            torch.set_num_threads(
-                threads
-            )  # as many as the kernel's own thread: numbers depend on it
-            self._run()
-
-        self._thread = threading.Thread(target=work, name="abdlab-run", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="abdlab-run", daemon=True)
         self._thread.start()
 
     def run_here(self) -> None:
@@ -92,7 +83,8 @@ class Worker:
     def _run(self, reraise: bool = False) -> None:
         error: BaseException | None = None
         try:
-            self.job(self)
+            with computing_with(threads()):
+                self.job(self)
         except Stopped:
             pass
         except BaseException as caught:

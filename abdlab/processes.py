@@ -1,0 +1,39 @@
+"""Processes of this machine: which are alive, and what dead ones left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def owner() -> str:
+    """This process by a short name MACHINE-PID: containers that share a folder count
+    their processes each for itself.
+    """
+    return f"{_machine()}-{os.getpid()}"
+
+
+def is_gone(name: str) -> bool:
+    """Whether an :func:`owner` is of this machine and no longer runs.
+
+    >>> is_gone(owner()), is_gone("0a0a0a-1"), is_gone("nobody")
+    (False, False, False)
+    """
+    machine, _, pid = name.partition("-")
+    return machine == _machine() and pid.isdigit() and not alive(int(pid))
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
