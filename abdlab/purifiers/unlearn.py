@@ -98,9 +98,9 @@ class Unlearn(Purifier):
         natural: a trigger is unlearnt while its cost is at most this factor of what the
             cheapest other class costs in its family. A dearer one is no backdoor but
             what the class looks like.
-        guard: so many images of the targets are made from the *bounded* network, which
-            shows them without the trigger; those that the network itself predicts as a
-            target are among the images whose answers stay.
+        guard: so many images of the targets are made from the *bounded* network. Of a
+            target's images only those stay that both networks predict as it: the others
+            carry the trigger.
     """
 
     def __init__(
@@ -135,10 +135,16 @@ class Unlearn(Purifier):
         self.bank, history = Bank(), []
         guards = 0
         if targets:
-            if self.guard:
-                kept = self._guards(origin, pool, targets, seed())
-                pool, guards = torch.cat([pool, kept]), len(kept)
-            answers, now = (_answers(m, pool) for m in (origin, model))
+            safe = _bounded(origin, pool, seed())
+            if self.guard and safe is not None:
+                made = self._guards(safe, origin, pool, targets, seed())
+                pool, guards = torch.cat([pool, made]), len(made)
+            answers = _answers(origin, pool)
+            target = torch.isin(answers.argmax(1), torch.tensor(targets, device=pool.device))
+            # of a target's images only those without its trigger: the others bring it back
+            checked = _answers(model if safe is None else safe, pool)
+            kept = ~target | (checked.argmax(1) == answers.argmax(1))
+            rows = kept.nonzero().flatten().cpu(), (~target).nonzero().flatten().cpu()
             victims = [origin, *[model] * self.rounds]
             if _same(origin, model):
                 victims = victims[1:]
@@ -164,20 +170,14 @@ class Unlearn(Purifier):
                 elif victim is model:
                     break
                 if self.bank:
-                    self._train(model, adam, pool, answers, now, targets, rng)
+                    self._train(model, adam, pool, answers, rows, rng)
         report = {"targets": targets, "triggers": len(self.bank), "found": history}
         return {**report, "guards": guards}
 
-    def _guards(self, origin, pool, targets, seed) -> Tensor:
+    def _guards(self, safe, origin, pool, targets, seed) -> Tensor:
         """Images of the targets, made from the bounded origin and by the origin's own answer
         of that class too.
         """
-        recorded = None if batch_norms(origin) else statistics(origin, pool)
-        if recorded == {}:
-            return pool[:0]  # nothing in it that could be bounded
-        rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed)
-        k = choose_k(agreement_curve(origin, rough), ALONE)
-        safe = bound(copy.deepcopy(origin), k, recorded)
         made = synthetic_pool(
             safe,
             pool.shape[1:],
@@ -190,24 +190,30 @@ class Unlearn(Purifier):
         wanted = torch.tensor(targets, device=pool.device)
         return made[torch.isin(_answers(origin, made).argmax(1), wanted)]
 
-    def _train(self, model, adam, pool, answers, now, targets, rng) -> None:
-        wanted = torch.tensor(targets, device=pool.device)
-        target = torch.isin(answers.argmax(1), wanted)
-        # what only the teacher takes for a target carries its trigger
-        usable = (~target | (now.argmax(1) == answers.argmax(1))).nonzero().flatten().cpu()
-        others = (~target).nonzero().flatten().cpu()
+    def _train(self, model, adam, pool, answers, rows, rng) -> None:
+        """``steps`` of Adam; ``rows``: of the images that stay, of those that get triggers."""
 
         def some(rows: Tensor) -> Tensor:
             chosen = torch.randint(len(rows), (self.batch,), generator=rng)
             return deliver(rows[chosen], pool.device)
 
         for _ in range(self.steps):
-            i, j = some(usable), some(others)
+            i, j = map(some, rows)
             triggered = self.bank.on(pool[j], rng)
             loss = unlearning_loss(model, pool[i], answers[i], triggered, answers[j])
             adam.zero_grad(set_to_none=True)
             loss.backward()
             adam.step()
+
+
+def _bounded(model: nn.Module, pool: Tensor, seed: int) -> nn.Module | None:
+    """A bounded copy, k by the rule; None where there is nothing to bound."""
+    recorded = None if batch_norms(model) else statistics(model, pool)
+    if recorded == {}:
+        return None
+    rough = rough_pool(model, pool.shape[1:], device=pool.device, seed=seed)
+    k = choose_k(agreement_curve(model, rough), ALONE)
+    return bound(copy.deepcopy(model), k, recorded)
 
 
 @torch.no_grad()
