@@ -130,13 +130,18 @@ def test_choose_k_and_the_curve(teacher, pool):
 
 def test_a_bound_is_looser_after_another_purifier(teacher, pool):
     alone = Bounded().purify(teacher, SHAPE, pool=pool)
-    after = purify(teacher, [CLP(), Bounded()], SHAPE, pool=pool)
+    unlearn = Unlearn(targets=[2], rounds=1, steps=1, guard=0, natural=9.0)
+    after = purify(teacher, [unlearn, Bounded()], SHAPE, pool=pool)
+    idle = purify(teacher, [CLP(), Bounded()], SHAPE, pool=pool)
     rng = torch.Generator().manual_seed(0)
     rough = rough_pool(teacher, SHAPE, seed=int(torch.randint(2**31, (), generator=rng)))
     curve = agreement_curve(teacher, rough)
     assert alone.purified[-1]["k"] == round(choose_k(curve, ALONE), 2)
-    assert after.purified[-1]["k"] == round(choose_k(curve, AFTER), 2)  # CLP pruned nothing
-    assert after.purified[0] == {"name": "clp", "u": 3.0, "pruned": 0}
+    assert idle.purified[0] == {"name": "clp", "u": 3.0, "pruned": 0}
+    assert idle.purified[1] == alone.purified[0], "a purifier that changed nothing is none"
+    changed = purify(teacher, [unlearn], SHAPE, pool=pool)
+    curve = agreement_curve(changed, rough)
+    assert after.purified[-1]["k"] == round(choose_k(curve, AFTER), 2)
 
 
 def test_the_teacher_stays_as_it_is(teacher, pool):

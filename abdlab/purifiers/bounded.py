@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from abdlab.features import mode, record
 from abdlab.purifiers.pool import rough_pool
-from abdlab.purifiers.purifier import Purifier
+from abdlab.purifiers.purifier import Purifier, same_weights
 
 #: what k is chosen from, in standard deviations
 KS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
@@ -265,7 +265,7 @@ class Bounded(Purifier):
         if k is None:
             wanted = self.agreement
             if wanted is None:
-                wanted = AFTER if getattr(model, "purified", ()) else ALONE
+                wanted = ALONE if same_weights(model, origin) else AFTER
             seed = int(torch.randint(2**31, (), generator=rng))
             rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed)
             k = round(choose_k(agreement_curve(model, rough), wanted), 2)

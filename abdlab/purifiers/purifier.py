@@ -82,3 +82,9 @@ class Purifier:
             raise RuntimeError(f"{self.name} changed the teacher that it was to copy")
         model.purified = [*model.purified, {"name": self.name, **self.report}]
         return model.eval().requires_grad_(False)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models are the same network with the same weights."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -23,7 +23,7 @@ from abdlab.purifiers.bounded import (
     statistics,
 )
 from abdlab.purifiers.pool import rough_pool, synthetic_pool
-from abdlab.purifiers.purifier import Purifier
+from abdlab.purifiers.purifier import Purifier, same_weights
 
 #: A family tells of a target where it costs at most this factor of what the cheapest
 #: other class costs there. Of digits teachers (seed 0), stamp and additive told of
@@ -146,7 +146,7 @@ class Unlearn(Purifier):
             kept = ~target | (checked.argmax(1) == answers.argmax(1))
             rows = kept.nonzero().flatten().cpu(), (~target).nonzero().flatten().cpu()
             victims = [origin, *[model] * self.rounds]
-            if _same(origin, model):
+            if same_weights(origin, model):
                 victims = victims[1:]
             adam = Adam(model.parameters(), lr=self.lr)
             told = telling(table, targets)
@@ -220,9 +220,3 @@ def _bounded(model: nn.Module, pool: Tensor, seed: int) -> nn.Module | None:
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
     """(N, classes) logits."""
     return torch.cat([model(part) for part in images.split(256)])
-
-
-def _same(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models are the same network with the same weights."""
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
