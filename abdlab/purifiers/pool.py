@@ -18,6 +18,9 @@ from abdlab.sources.objectives import NORMS, total_variation
 #: twice the steps are taken.
 INTENDED = 0.9
 
+#: what a doubling has to add to that share for another one
+GAIN = 0.05
+
 #: how many images are made at once
 _BATCH = 64
 
@@ -55,13 +58,14 @@ def synthetic_pool(
     norms = any(isinstance(m, NORMS) and m.running_mean is not None for m in model.modules())
     make = _by_statistics if norms else _smooth
     with mode(model, training=False), frozen(model):
+        before = -1.0
         for left in reversed(range(doublings + 1)):
             making = make(model, shape, steps, (one_hot, pixel_lr), classes, device, seed)
             made, wanted = next(making)
             right = (model(made).argmax(1) == wanted).float().mean().item()
-            if right >= INTENDED or not left:
+            if right >= INTENDED or right < before + GAIN or not left:
                 break
-            steps *= 2
+            steps, before = 2 * steps, right
         rest = [next(making)[0] for _ in range(rounds - 1)]
     return torch.cat([made, *rest])[:images].detach()
 
