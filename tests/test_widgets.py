@@ -17,6 +17,7 @@ from abdlab.defenses.late import Late
 from abdlab.defenses.plans import tunable
 from abdlab.labels import Label
 from abdlab.methods import methods
+from abdlab.presets import DEFENDED
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.students import distilled
@@ -31,6 +32,7 @@ from abdlab.widgets import (
 )
 from abdlab.widgets import worker as workers
 from abdlab.widgets.branches import method_of, next_folder
+from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 
 TINY = {
@@ -845,3 +847,21 @@ def test_the_scripts_come_with_the_package():
         "picture.js",
         "rows.js",
     }
+
+
+def test_one_switch_cleans_the_teacher_first():
+    """It keeps the method, names the purifiers, and a label that has others shows those."""
+    controls = Controls("zskt+sv", {}, lambda knob, value: None, looks.Trouble())
+    plain = dict(controls.method.options)
+    controls.purify.value = True
+    assert controls.method.value == f"{'+'.join(Label.parse(DEFENDED).purifiers)}/zskt+sv"
+    assert len(controls.method.options) == len(plain)
+    assert all(Label.parse(value).purifiers for _, value in controls.method.options)
+    controls.purify.value = False
+    assert controls.method.value == "zskt+sv"
+    assert dict(controls.method.options) == plain
+    controls.choose("bounded/cmi+tc")
+    assert controls.purify.value
+    assert controls.purify.description.endswith(": bounded")
+    controls.lock("running")
+    assert controls.purify.disabled

@@ -5,12 +5,14 @@ buttons, and which of them can be used when.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets as w
 
-from abdlab.labels import name_of
+from abdlab.labels import Label, name_of
 from abdlab.methods import methods
+from abdlab.presets import DEFENDED
 from abdlab.widgets import looks
 from abdlab.widgets.branches import Origin
 from abdlab.widgets.knobs import Knob, Knobs
@@ -51,8 +53,19 @@ class Controls(w.VBox):
     ):
         wide = w.Layout(width="390px")
         beside = {"style": {"description_width": "140px"}, "layout": wide}
-        options = [(name_of(each), each) for each in methods(label)]
-        self.method = w.Dropdown(options=options, value=label, description="method", **beside)
+        self.method = w.Dropdown(description="method", **beside)
+        #: the first label's methods, and what cleans the teacher where that is wanted
+        self._known = methods(str(replace(Label.parse(label), purifiers=())))
+        self._purifiers = Label.parse(label).purifiers or Label.parse(DEFENDED).purifiers
+        self.purify = w.Checkbox(
+            description=f"clean the teacher first: {'+'.join(self._purifiers)}",
+            tooltip="A copy of it unlearns its own inverted triggers, and its activations are"
+            " bounded. The teacher itself stays as it is.",
+            indent=False,
+            layout=wide,
+        )
+        self.choose(label)
+        self.purify.observe(self._switch, "value")
         self.origin = w.Dropdown(options=[(str(Origin()), Origin())], description="begin", **beside)
         self.with_floor = w.Checkbox(
             True, description="distil the clean-KD floor first", indent=False, layout=wide
@@ -69,12 +82,34 @@ class Controls(w.VBox):
         }
         super().__init__(
             [
-                looks.card("Run", self.method, self.origin, self.with_floor, self.keep_on),
+                looks.card(
+                    "Run", self.method, self.purify, self.origin, self.with_floor, self.keep_on
+                ),
                 looks.card("Defense", self.knobs),
                 looks.card("", looks.row(*self.buttons.values())),
             ],
             layout=w.Layout(grid_gap="8px"),
         )
+
+    def choose(self, label: str) -> None:
+        """Show a method, its teacher cleaned first or not."""
+        method = Label.parse(label)
+        if method.purifiers:
+            self._purifiers = method.purifiers
+            self.purify.description = f"clean the teacher first: {'+'.join(method.purifiers)}"
+        every = [replace(Label.parse(each), purifiers=method.purifiers) for each in self._known]
+        every = dict.fromkeys([*map(str, every), str(method)])
+        options = [(name_of(each), each) for each in every]
+        if self.method.options != tuple(options):
+            self.method.options = options
+        self.method.value = str(method)
+        self.purify.value = bool(method.purifiers)
+
+    def _switch(self, change) -> None:
+        label = Label.parse(self.method.value)
+        if bool(label.purifiers) != change["new"]:
+            purifiers = self._purifiers if change["new"] else ()
+            self.choose(str(replace(label, purifiers=purifiers)))
 
     def lock(
         self,
@@ -95,7 +130,7 @@ class Controls(w.VBox):
         """
         busy = state in UNDER_WAY
         self.knobs.lock(busy=busy, begun=goes_on, branches=branches)
-        for control in (self.method, self.origin, self.with_floor):
+        for control in (self.method, self.purify, self.origin, self.with_floor):
             control.disabled = busy
         self.buttons["Start"].disabled = busy and state != "paused"
         self.buttons["Start"].description = "Go on" if state == "paused" or goes_on else "Start"

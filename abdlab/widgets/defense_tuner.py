@@ -315,7 +315,7 @@ class DefenseTuner(w.VBox):
             self.trouble.error = f"{self.folder} has no checkpoint yet to branch from"
             return
         here = places[-1]
-        self.method.value = method_of(self.folder)
+        self.controls.choose(method_of(self.folder))
         self.find(here)
         self.live.say(
             f"The next run branches off {here.folder} at step {here.index}: turn a weight, then"
