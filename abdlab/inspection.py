@@ -26,7 +26,7 @@ from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings
 from abdlab.sources import Source
 from abdlab.students import CONTROL
-from abdlab.teachers import poisoned_teacher
+from abdlab.teachers import poisoned_teacher, saved_teacher
 
 
 def vaccine_trials(
@@ -163,7 +163,9 @@ def inspect_run(
     chosen = Settings.of(run.config, device)
     data = _at_hand(chosen, {} if datasets is None else datasets)
     where = data.train_images.device if data is not None else "cpu"
-    teacher = load_model(run.path.parent / "teacher" / "teacher.safetensors", device=where)
+    path = run.path.parent / "teacher" / "teacher.safetensors"
+    known = data is not None and chosen.opened  # an architecture that its file does not name
+    teacher = saved_teacher(path, chosen, data) if known else load_model(path, device=where)
     vaccine = vaccine_of(run, chosen, teacher)
     (sv,) = chosen.defenses(ShufflingVaccine.name)
     student, samples = student_of(run, chosen, data), run.samples()

@@ -32,6 +32,7 @@ from abdlab.checkpoint import load_state, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.labels import Label
+from abdlab.owned import file_stamp
 from abdlab.settings import Settings
 from abdlab.stream import Step, progress
 
@@ -228,10 +229,12 @@ class Run:
 
 
 def config_of(chosen: Settings, data: Dataset, *sections: str) -> dict:
-    """What a run's config.json records: the sections that it depends on, and the classes
-    of its data, so that a folder of images that gained or lost one is noticed.
+    """What a run's config.json records: the sections that it depends on, the classes of
+    its data, so that a folder of images that gained or lost one is noticed, and the
+    SHA-256 of a teacher's file.
     """
-    return {**chosen.config(*sections), "classes": [*data.classes]}
+    weights = {"weights": file_stamp(chosen.opened)} if chosen.opened else {}
+    return {**chosen.config(*sections), "classes": [*data.classes], **weights}
 
 
 def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:
