@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from abdlab.checkpoint import read_card, read_weights
-from abdlab.data import Dataset, pick_device, to_unit
+from abdlab.data import DATASETS, Dataset, pick_device, to_unit
 from abdlab.errors import CheckpointError, did_you_mean
 from abdlab.folders import IMAGE_SUFFIXES, decode
-from abdlab.home import at_home
+from abdlab.home import at_home, there
 from abdlab.models import build, seeded
 
 #: what a network of torchvision's is called by: torchvision:resnet18
@@ -257,6 +257,25 @@ def pictures(path: str | Path, shape: Sequence[int]) -> Tensor:
     return found.mean(1, keepdim=True) if channels == 1 else found[:, :channels]
 
 
+def images_named(text: str) -> str:
+    """The data set that a person means by a name or by a folder: PATH with train/ and
+    test/ is "folder:PATH", any other folder "images:PATH".
+
+    >>> images_named("digits"), images_named("none")
+    ('digits', 'none')
+
+    Raises:
+        ValueError: for neither.
+    """
+    if text in (*DATASETS, NONE) or ":" in text:
+        return text
+    folder = there(text)
+    if not folder.is_dir():
+        raise ValueError(f"{did_you_mean('data set', text, [*DATASETS, NONE])}, or a folder")
+    split = (folder / "train").is_dir() and (folder / "test").is_dir()
+    return f"{'folder' if split else IMAGES}:{folder}"
+
+
 def check_shape(shape: Any, why: str) -> tuple[int, int, int]:
     """A (C, H, W) as settings hold it.
 
@@ -293,6 +312,7 @@ __all__ = [
     "NONE",
     "check_shape",
     "file_stamp",
+    "images_named",
     "is_foreign",
     "layers_told",
     "make_network",

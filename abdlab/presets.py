@@ -20,8 +20,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
         "ood": {"class_mean": False},
         "sv": {
             "class_mean": False,
-            # an expectation over the batch: samples on which T and T~ disagree count as
-            # 0
+            # over the batch: samples on which T and T~ disagree count as 0
             "per": "batch",
             "reverse": False,  # KL(T~ || T)
             "ascent": False,  # OOD: 1 - phi + phi / alpha
@@ -80,8 +79,7 @@ _PAPER_CLEAN = {
     "share": 0.2,  # [paper]
     "temperature": 6.0,  # [paper]
     "alpha": 0.95,  # [paper]
-    # ours, as for the teacher: the official run's constant lr and wrong normalisation
-    # would make the floor unfair
+    # ours, as for the teacher: the official run's would make the floor unfair
     "epochs": 200,
     "batch_size": 128,
     "lr": 0.1,
@@ -140,8 +138,7 @@ _PAPER_SV = {
     "verify": True,  # [paper]
     "pool": 2048,  # ours
     "warmup": 0.1,  # ours: undefended, until there are images to verify on
-    # [paper] until step lambda, then SR may follow; ours: that lambda is where SR
-    # begins
+    # [paper] until step lambda, then SR may follow; ours: where SR begins
     "stop": 0.99,
 }
 _PAPER_SR = {
@@ -415,6 +412,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 #: the method that the workbench begins with
 METHOD = "zskt+sv+tu"
+#: what a student of a stranger's teacher is defended with, and the same for a teacher
+#: without batch norm, whose statistics cmi would need
+DEFENDED, NORMLESS = "bounded/cmi", "bounded/zskt"
 
 
 @dataclass(frozen=True)

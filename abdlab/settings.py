@@ -183,16 +183,20 @@ class Settings:
 
     def shape_and_classes(self) -> tuple[tuple[int, int, int], int | list[str]]:
         """(C, H, W) and the classes of a run without labelled images: what the settings
-        say, and the weights where those do not.
+        say, and the weights where those do not. A shape of one number is that of a
+        square, and channels are the weights'.
 
         Raises:
             ValueError: naming the setting that is missing.
         """
         data, teacher = self.section("data"), self.section("teacher")
-        shape = check_shape(data.get("shape"), "weights do not say how large images are")
-        classes = data.get("classes")
-        if classes is None and self.opened:
-            classes = told_by(self.opened, teacher.get("key"))[1]
+        classes, shape, told = data.get("classes"), data.get("shape"), None
+        short = isinstance(shape, (list, tuple)) and len(shape) < 3
+        if (classes is None or short) and self.opened:
+            _, told, channels = told_by(self.opened, teacher.get("key"))
+            shape = [channels, *shape, *shape][:3] if short and channels else shape
+        shape = check_shape(shape, "weights do not say how large images are")
+        classes = told if classes is None else classes
         if classes is None:
             raise ValueError(
                 "the weights do not say how many classes there are: set data.classes, a number or"

@@ -246,19 +246,24 @@ def saved_teacher(path: Path, chosen: Settings, data: Dataset) -> nn.Module:
     return model
 
 
-def _open(run: Run, chosen: Settings, data: Dataset) -> None:
-    """Put a teacher from a file into a run's folder, with what can be known of it."""
-    teacher, began = chosen.section("teacher"), time.perf_counter()
+def opened_teacher(chosen: Settings, data: Dataset) -> nn.Module:
+    """The teacher of ``teacher.file``, in eval mode; it answers with its logits alone.
+
+    Warns:
+        WeakTeacher: where its answers to noise look as if it expected other pixels.
+
+    Raises:
+        ValueError: for a file, an architecture or a number of classes that do not fit.
+    """
+    teacher, where = chosen.section("teacher"), data.train_images.device
     model = load_model(
         at_home(chosen.opened),
         chosen.teacher(data),
-        data.train_images.device,
+        where,
         key=teacher.get("key"),
         ignore=teacher.get("ignore") or (),
     )
-    found = classes_of(
-        model, torch.zeros(2, *data.shape, device=data.train_images.device), "the teacher"
-    )
+    found = classes_of(model, torch.zeros(2, *data.shape, device=where), "the teacher")
     if found != len(data.classes):
         raise ValueError(
             f"the teacher tells {found} classes apart, and {data.name} has {len(data.classes)}: set"
@@ -269,8 +274,14 @@ def _open(run: Run, chosen: Settings, data: Dataset) -> None:
             f"the teacher {odd}: does it expect normalised images? teacher.mean and teacher.std"
             " say how",
             WeakTeacher,
-            stacklevel=4,
+            stacklevel=3,
         )
+    return model
+
+
+def _open(run: Run, chosen: Settings, data: Dataset) -> None:
+    """Put a teacher from a file into a run's folder, with what can be known of it."""
+    began, model = time.perf_counter(), opened_teacher(chosen, data)
     scores = {"acc": None, "asr": None, **chosen.exam(data)(model)}
     metrics = {"label": TEACHER, "seed": chosen.seed, **scores, "file": str(chosen.opened)}
     metrics |= {"seconds": round(time.perf_counter() - began, 1)}

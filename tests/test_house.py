@@ -43,10 +43,10 @@ STOREYS = [
     ["runs"],
     ["teachers"],
     ["students"],
-    ["inspection", "plots"],
+    ["inspection", "plots", "defend"],
     ["studies", "batch"],
     ["widgets"],
-    ["cli", "cli_report"],
+    ["cli", "cli_report", "cli_audit"],
 ]
 #: what only the outermost rooms may import
 HEAVY = {"papermill", "ray", "seaborn", "ipywidgets", "anywidget", "IPython", "nbclient"}

@@ -23,16 +23,19 @@ from abdlab.plots.inside import (
     overlay_figure,
     suspicion_histogram,
 )
+from abdlab.plots.verdict import audit_figure, inverted_figure
 
 __all__ = [
     "COLORS",
     "ROLES",
     "ablation_figure",
+    "audit_figure",
     "branch_curves",
     "change_heatmaps",
     "class_colors",
     "color_of",
     "embedding_figure",
+    "inverted_figure",
     "loss_curves",
     "montage",
     "overlay_figure",
