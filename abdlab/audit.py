@@ -67,6 +67,10 @@ DETECTORS: dict[str, Callable[[Evidence], Tensor | None]] = {
 STAGES = ("synthetic images", *DETECTORS)
 
 
+#: synthetic images that it looks at: half of a purifier's, which learns from them
+POOL = 192
+
+
 def _silent(what: str, done: int, total: int) -> None:
     pass
 
@@ -248,7 +252,7 @@ def audit(
     classes_of(own, torch.zeros(2, *shape, device=device), "the model")
     if pool is None:
         tell(STAGES[0], 0, len(STAGES))
-        pool = synthetic_pool(own, shape, device=device, seed=seed)
+        pool = synthetic_pool(own, shape, images=POOL, device=device, seed=seed)
     evidence = measure(own, pool.to(device), seed=seed, tell=tell)
     found = Audit(evidence, scores_of(evidence), dict(THRESHOLDS), pool)
     shares = tuple(turned(own, found.triggers, pool.to(device)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abdlab.audit import Audit, Heritage
+from abdlab.audit import POOL, Audit, Heritage
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset
 from abdlab.evaluate import agreement
@@ -168,10 +168,13 @@ def estimate(
     teach, learn = (_per_image(model.to(where), images) for model in (teacher, student))
     undefended, defended = methods_for(teacher, defended)
     pool, costs = 384 * 40, count * 4 * 8 * 40
-    audit = teach * (pool + costs + count * 12 * 60 + count * 4 * 60 + 384 * 5)
+    audit = teach * (POOL * 44 + costs + count * 8 * 60 + count * 4 * 60)
     purifiers = Label.parse(defended).purifiers
     rounds = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40) + costs
     purify = teach * (pool + sum(rounds if name.startswith("unl") else 1920 for name in purifiers))
+    found = {"audit": audit, "purify": purify if purifiers else 0.0}
+    if undefended == TEACHER:
+        return found
     source = chosen.source(undefended, data)
     batch = getattr(source, "batch_size", 0)
     if hasattr(source, "kd_steps"):
@@ -180,7 +183,7 @@ def estimate(
         distil = making * (teach + 0.3 * learn) + seen * (0.35 * teach + learn)
     else:
         distil = len(source) * batch * (teach + learn * getattr(source, "student_steps", 1))
-    return {"audit": audit, "purify": purify if purifiers else 0.0, "distil": 2 * distil}
+    return {**found, "distil": 2 * distil}
 
 
 def _per_image(model: nn.Module, images: Tensor) -> float:

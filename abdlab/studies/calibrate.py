@@ -26,7 +26,7 @@ from torch import nn
 
 from abdlab.attacks.optimize import optimize, options_of
 from abdlab.attacks.triggers import trigger_from
-from abdlab.audit import THRESHOLDS, Evidence, accused, measure, scores_of
+from abdlab.audit import POOL, THRESHOLDS, Evidence, accused, measure, scores_of
 from abdlab.data import Dataset
 from abdlab.purifiers.pool import synthetic_pool
 from abdlab.runs import Run, folder_of
@@ -122,7 +122,7 @@ def row_of(case: Case, root: Path, data: Dataset) -> dict[str, str]:
     began = time.perf_counter()
     model, run = teacher_of(root, case, data)
     trained = time.perf_counter()
-    pool = synthetic_pool(model, data.shape, seed=case.seed)
+    pool = synthetic_pool(model, data.shape, images=POOL, seed=case.seed)
     evidence, found = measure(model, pool, seed=case.seed), run.metrics
     asr = found.get("asr")
     return {
@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where suspects.csv is, or shall be")
     parser.add_argument("--root", type=Path, default=Path("runs/suspects"), help="of the teachers")
-    parser.add_argument("--count", type=int, default=20, help="clean, and poisoned, of each part")
+    parser.add_argument("--count", type=int, default=20, help="of each part: clean, and poisoned")
     parser.add_argument("--report", action="store_true", help="write what the rows say")
     given = parser.parse_args()
     if given.report:
