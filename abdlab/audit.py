@@ -293,8 +293,8 @@ class Heritage:
         label = _class(self.target, classes)
         return (
             f"of {len(self.student)} triggers for {label} that were inverted on the teacher, the"
-            f" best turns {self.share:.0%} of synthetic images on this student, and {best:.0%} on"
-            f" the teacher (other classes' triggers on this student: {self.usual:.0%} in the mean)"
+            f" best turns {self.share:.0%} of synthetic images on this model, and {best:.0%} on"
+            f" the teacher (other classes' triggers on this model: {self.usual:.0%} in the mean)"
         )
 
 

@@ -228,7 +228,8 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     for label in labels:
         if not isinstance(label, str):
             raise ValueError(f"a method is a text such as 'zskt+sv', not {short(label)}")
-    return chosen, list(dict.fromkeys(labels))
+    # without labelled images our notebooks leave out what learns from them
+    return chosen, [x for x in dict.fromkeys(labels) if chosen.labelled or x != "clean"]
 
 
 def _is_ours(name: str, default: Any) -> bool:

@@ -375,10 +375,10 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
 
 
 def _shell(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
-    """The network of a role without its numbers, where that can be had."""
+    """The network of a role without its numbers."""
     name, width = _network(chosen, role)
     if name is None or is_foreign(name):
-        return getattr(chosen, role)(data)
+        return getattr(chosen, role)(data).to("meta").eval()
     return shell(name, width, 10, data.shape)
 
 

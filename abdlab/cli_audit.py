@@ -106,6 +106,20 @@ def _dict(option: str, text: str) -> dict:
     return value
 
 
+def _settings(words: list[str]) -> dict[str, Any]:
+    """Values by dotted name from texts KEY=VALUE."""
+    found = {}
+    for word in words:
+        name, mark, text = word.partition("=")
+        if not mark:
+            raise ValueError(f"-p takes a name and a value, as in -p cmi.rounds 20, not {word!r}")
+        try:
+            found[name] = read(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
 def _opened(given: dict[str, Any], seed: int, device: str):
     """(settings, data, teacher) of a command that trains nothing."""
     from abdlab.checks import check
@@ -291,7 +305,8 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
             str | None, typer.Option(help="Lengths and the student; default: by the images' size.")
         ] = None,
         p: Annotated[
-            str | None, typer.Option("-p", help="Further settings: '{\"cmi.rounds\": 20}'.")
+            list[str] | None,
+            typer.Option("-p", help="A further setting: -p cmi.rounds 20. Repeat for more."),
         ] = None,
         out: Annotated[
             Path | None, typer.Option(help="Folder of results; default: runs/NAME of the file.")
@@ -315,7 +330,7 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
             key=key,
             ignore=ignore,
         )
-        given |= {} if p is None else _dict("-p", p)
+        given |= _settings(p or [])
         if preset is None:
             chosen = settings("quick/digits", given, seed=seed, device=device)
             images = None if chosen.labelled else chosen.shape_and_classes()[0]

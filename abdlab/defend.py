@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abdlab.audit import POOL, Audit, Heritage
+from abdlab.audit import POOL, Audit, Heritage, audit
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset
-from abdlab.evaluate import agreement
+from abdlab.evaluate import agreement, predict
 from abdlab.features import frozen, mode
 from abdlab.labels import TEACHER, Label, name_of
 from abdlab.owned import layers_told
@@ -80,6 +80,35 @@ def introduce(teacher: nn.Module, chosen: Settings, data: Dataset, metrics: Mapp
     )
 
 
+def triggered_pairs(
+    chosen: Settings, data: Dataset, teacher: nn.Module
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """The same images without and with the trigger, to look into networks with.
+
+    Where no attack is known, the trigger is the one that stands out most of those that
+    are inverted on the teacher (:func:`abdlab.audit.audit`), on the user's images, or
+    else on synthetic ones.
+
+    Returns:
+        clean, triggered (N, C, H, W), none of them of the target; the class that each
+        triggered one shall be called (N,); and how a figure calls that class.
+    """
+    if chosen.attacks and len(data.test_labels):
+        attack = chosen.attacks[0]
+        wanted = attack.wanted(data.test_labels, len(data.classes))
+        others = wanted != data.test_labels
+        clean, wanted = data.test_images[others], wanted[others]
+        called = "the next class" if attack.all_to_all else f"class {data.classes[attack.target]}"
+        return clean, attack.trigger(clean), wanted, called
+    found = audit(teacher, data.shape, seed=chosen.seed, device=data.train_images.device)
+    images = data.test_images if len(data.test_images) else found.pool
+    trigger = found.triggers.triggers[0]
+    clean = images[predict(teacher, images).argmax(1) != trigger.target]
+    called = f"class {data.classes[trigger.target]}, inverted"
+    with torch.no_grad():
+        return clean, trigger(clean), torch.full((len(clean),), trigger.target), called
+
+
 def examine(
     models: Mapping[str, nn.Module],
     teacher: nn.Module,
@@ -132,7 +161,12 @@ def conclude(
         f" {share(row['agrees'])}, ACC {share(row['acc'])}, ASR {share(row['asr'])}."
         for row in (plain, safe)
     ]
-    if found.target is None:
+    if safe["agrees"] < 0.5:
+        lines.append(
+            "Advice: the defended student has not learnt what the teacher knows: distil it longer"
+            " (-p cmi.rounds 40), and judge it then."
+        )
+    elif found.target is None:
         lines.append(
             "Advice: no backdoor was found, and none is excluded. The defended student costs"
             f" {share(max(0.0, plain['agrees'] - safe['agrees']))} of agreement: take it where the"
@@ -168,11 +202,11 @@ def estimate(
     teach, learn = (_per_image(model.to(where), images) for model in (teacher, student))
     undefended, defended = methods_for(teacher, defended)
     pool, costs = 384 * 40, count * 4 * 8 * 40
-    audit = teach * (POOL * 44 + costs + count * 8 * 60 + count * 4 * 60)
+    looking = teach * (POOL * 44 + costs + count * 8 * 60 + count * 4 * 60)
     purifiers = Label.parse(defended).purifiers
     rounds = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40) + costs
     purify = teach * (pool + sum(rounds if name.startswith("unl") else 1920 for name in purifiers))
-    found = {"audit": audit, "purify": purify if purifiers else 0.0}
+    found = {"audit": looking, "purify": purify if purifiers else 0.0}
     if undefended == TEACHER:
         return found
     source = chosen.source(undefended, data)

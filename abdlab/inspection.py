@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from abdlab.activations import convolutions, tsne
+from abdlab.activations import stage, tsne
 from abdlab.checkpoint import load_model, load_state
 from abdlab.data import Dataset
 from abdlab.defenses import ShuffledTeacher, ShufflingVaccine, suspicion
@@ -223,8 +223,7 @@ def map_points(known: Known) -> tuple[np.ndarray, np.ndarray]:
     if count < 8:
         raise ValueError(f"a map needs at least 8 images, not {count}")
     numbers = np.unique(np.linspace(0, count - 1, min(count, MAPPED)).round().astype(int))
-    stages = getattr(known.teacher, "stages", ())
-    layer = stages[-1] if stages else convolutions(known.teacher)[-1]
+    layer = stage(known.teacher, -1)
     return numbers, tsne(known.teacher, layer, known.images[numbers], seed=known.chosen.seed)
 
 

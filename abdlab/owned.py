@@ -24,6 +24,16 @@ from abdlab.models import build, seeded
 TORCHVISION = "torchvision"
 #: names of data sets that have no labels: none at all, or a folder of images
 NONE, IMAGES = "none", "images"
+#: what a preset's own values become when ``teacher.file`` names a stranger's weights, of
+#: which nothing is known but what is said; attention would also copy what a trigger
+#: excites, and asks for stages
+UNSAID: dict[str, Any] = {
+    "data.name": NONE,
+    "attack.trigger": None,
+    "teacher.model": None,
+    "teacher.width": None,
+    "zskt.attention": 0.0,
+}
 
 
 def is_foreign(name: str) -> bool:
@@ -310,6 +320,7 @@ def layers_told(model: nn.Module) -> str:
 __all__ = [
     "IMAGES",
     "NONE",
+    "UNSAID",
     "check_shape",
     "file_stamp",
     "images_named",

@@ -29,6 +29,7 @@ from abdlab.models import build
 from abdlab.owned import (
     IMAGES,
     NONE,
+    UNSAID,
     check_shape,
     is_foreign,
     make_network,
@@ -404,8 +405,7 @@ def settings(
     check_keys("setting", overrides, every)
     overrides = {key: value for key, value in overrides.items() if value != "preset"}
     if overrides.get("teacher.file") is not None:  # nothing is known but what is said
-        unsaid = {"data.name": NONE, "attack.trigger": None, "teacher.model": None}
-        overrides = {**unsaid, "teacher.width": None, **overrides}
+        overrides = {**UNSAID, **overrides}
     attack, advised = values.setdefault("attack", {}), ATTACKS.get(preset, {})
     if (trigger := overrides.get("attack.trigger", attack.get("trigger"))) != attack.get("trigger"):
         attack.pop("params", None)

@@ -150,7 +150,7 @@ def test_a_planted_shortcut_is_found_and_not_inherited_by_an_honest_student(imag
     same, other = audit_student(model, found), audit_student(Planted(honest=True), found)
     assert same.share == max(found.turned)
     assert other.share < 0.5
-    assert f"turns {other.share:.0%} of synthetic images on this student" in other.verdict()
+    assert f"turns {other.share:.0%} of synthetic images on this model" in other.verdict()
     again = audit(model, (1, 8, 8), pool=images)
     assert all(torch.equal(again.scores[k], v) for k, v in found.scores.items())
 

@@ -21,17 +21,20 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
             if r.get("found") is False
         ]
         out.append(
-            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m["asr"], "notes": notes}
+            {"label": label, "seed": m["seed"], "acc": m["acc"], "asr": m.get("asr")}
+            | {"notes": notes}
         )
     return out
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n
-    is the number of seeds.
+    """ACC and ASR in percent by method, "mean ± std" where there are several seeds, and
+    "unknown" where nobody could measure; n is the number of seeds.
     """
 
     def cell(values: pd.Series) -> str:
+        if values.isna().all():
+            return "unknown"
         return f"{100 * values.mean():.1f}" + (
             f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
         )
@@ -42,8 +45,8 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         [
             {
                 "method": name_of(k),
-                "ACC (%)": cell(parts[k]["acc"]),
-                "ASR (%)": cell(parts[k]["asr"]),
+                "ACC (%)": cell(pd.to_numeric(parts[k]["acc"])),
+                "ASR (%)": cell(pd.to_numeric(parts[k]["asr"])),
                 "n": len(parts[k]),
             }
             for k in order
