@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abdlab.audit import POOL, Audit, Heritage, audit
+from abdlab.audit import POOL, Audit, Heritage, audit, steps_for
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset
 from abdlab.evaluate import agreement, predict
@@ -202,7 +202,8 @@ def estimate(
     teach, learn = (_per_image(model.to(where), images) for model in (teacher, student))
     undefended, defended = methods_for(teacher, defended)
     pool, costs = 384 * 40, count * 4 * 8 * 40
-    looking = teach * (POOL * 44 + costs + count * 8 * 60 + count * 4 * 60)
+    inverted = costs * steps_for(data.shape) / 40
+    looking = teach * (POOL * 44 + inverted + count * 8 * 60 + count * 4 * 60)
     purifiers = Label.parse(defended).purifiers
     rounds = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40) + costs
     purify = teach * (pool + sum(rounds if name.startswith("unl") else 1920 for name in purifiers))

@@ -434,8 +434,8 @@ def settings(
 _HOMES = {
     "data": (load,),
     "attack": (Attack,),
-    "teacher": (train, build),
-    "student": (build, distill),
+    "teacher": (train, build, make_network),
+    "student": (build, distill, make_network),
 }
 
 
