@@ -237,15 +237,17 @@ def feature_answers(
 
 
 def inclined(answers: Tensor) -> Tensor:
-    """How much the features of other classes speak for each class, (classes,), as a
-    logarithm of the mean softmax.
+    """How much the features of other classes speak for each class, (classes,): the mean
+    of the logarithms of their softmax.
+
+    The paper has the logarithm's argument alone, of which the nearest class decides:
+    among digits two that look alike. A backdoor's target is near to all.
 
     Args:
         answers: (classes, classes), those of :func:`feature_answers`.
     """
-    count = len(answers)
-    off = answers - torch.diag(answers.diagonal())
-    return (off.sum(0) / (count - 1)).clamp_min(1e-30).log().float()
+    logs = answers.clamp_min(1e-30).log()
+    return ((logs.sum(0) - logs.diagonal()) / (len(logs) - 1)).float()
 
 
 def quartile_scores(values: Tensor) -> Tensor:

@@ -119,8 +119,9 @@ def test_features_speak_for_the_class_they_were_made_for():
     assert torch.allclose(answers.sum(1), torch.ones(10, dtype=torch.float64))
     assert (answers.argmax(1) == torch.arange(10)).float().mean() > 0.7
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    by_hand = torch.tensor([answers[[i for i in range(10) if i != t], t].mean() for t in range(10)])
-    assert torch.allclose(inclined(answers), by_hand.log().float(), atol=1e-5)
+    others = [answers[[i for i in range(10) if i != t], t] for t in range(10)]
+    by_hand = torch.stack([column.log().mean() for column in others])
+    assert torch.allclose(inclined(answers), by_hand.float(), atol=1e-5)
 
 
 def test_quartiles_and_shares_by_hand():

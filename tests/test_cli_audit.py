@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import abdlab
 from abdlab.cli import app
+from abdlab.presets import DEFENDED
 from abdlab.purifiers import load_purified
 
 
@@ -54,6 +56,50 @@ def test_audit_ends_with_a_verdict(file, tmp_path):
     assert found["verdict"] in done.output
     assert {*found["scores"]} == {"inversion", "MM-BD", "FreeEagle", "bounds"}
     assert all(len(scores) == 3 for scores in found["scores"].values())
+
+
+def test_images_of_ones_own_are_only_counted(file, tmp_path):
+    from PIL import Image
+
+    for shade in range(5):
+        Image.new("L", (10, 10), 50 * shade).save(tmp_path / f"{shade}.png")
+    done = run("audit", file, *OWN, "--data", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert f"images:{tmp_path}, 5 test images" in done.output
+    assert "On 5 images of " in done.output
+    assert "ACC unknown" in done.output
+
+
+@pytest.mark.slow
+def test_defend_goes_from_a_file_to_a_verdict(tmp_path):
+    """Notebook 08 with few steps: the folders are ordinary ones, the student loads, and the
+    page says what the terminal said.
+    """
+    data = abdlab.load("digits", size=8, device="cpu")
+    net = abdlab.build("wrn-10-1", channels=1, width=4, mean=data.mean, std=data.std)
+    images, labels = data.train_images, data.train_labels
+    list(abdlab.train(net, images, labels, epochs=3, batch_size=64, device="cpu"))
+    abdlab.save_model(tmp_path / "theirs.safetensors", net)
+    tiny = {"cmi.rounds": 1, "cmi.synthesis_steps": 2, "cmi.kd_steps": 2, "student.width": 2}
+    given = [word for name, value in tiny.items() for word in ("-p", f"{name}={value}")]
+    root = tmp_path / "out"
+    file = tmp_path / "theirs.safetensors"
+    done = run("defend", file, "--shape", 8, "--device", "cpu", "--out", root, *given)
+    assert done.exit_code == 0, done.output
+    folder = root / "08_your_teacher"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["label"] == DEFENDED
+    assert found["verdict"][0].startswith("Teacher: ")
+    assert all(line in done.output for line in found["verdict"])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "unknown" in page
+    student = abdlab.load_model(folder / "student.safetensors")
+    assert student(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert abdlab.read_card(folder / "student.safetensors")["verdict"] == found["verdict"]
+    known = abdlab.table(root)
+    assert {"teacher", DEFENDED} <= {*known["label"]}
+    assert known["acc"].isna().all()
 
 
 def test_purify_writes_a_model_that_loads(file, tmp_path):
