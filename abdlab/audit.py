@@ -119,6 +119,15 @@ def measure(
 #: :mod:`abdlab.studies.calibrate`, part "calibration".
 THRESHOLDS = {"inversion": 0.45, "MM-BD": 1.3, "FreeEagle": 2.0, "bounds": 0.3}
 
+#: the detectors one of which has to name a class that is accused; the others' word counts
+#: beside theirs: alone they were wrong too often
+DECISIVE = ("inversion", "MM-BD")
+
+#: what the verdict was right in on the part "held out", on which no threshold was set:
+#: clean teachers that it accused, teachers with a backdoor of which it accused the right
+#: class, and the triggers of those that it missed
+HELD_OUT: dict = {"alarms": (0, 0), "found": (0, 0), "missed": ()}
+
 
 def named(scores: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> dict[int, list[str]]:
     """Class -> the detectors whose score of it exceeds their threshold; the class that
@@ -212,6 +221,21 @@ class Audit:
             classes: their names.
         """
         return say(self.scores, self.thresholds, classes)
+
+    def state(self) -> dict:
+        """All of it but the thresholds, as dicts of tensors and numbers."""
+        own = {k: getattr(self.evidence, k) for k in ("costs", "margins", "inclined", "changed")}
+        bank = self.evidence.bank.state()
+        found = {"evidence": own, "bank": bank, "pool": self.pool, "turned": list(self.turned)}
+        return {**found, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, state: Mapping) -> Audit:
+        """What :meth:`state` wrote, judged by today's thresholds."""
+        evidence = Evidence(**state["evidence"], bank=Bank.from_state(state["bank"]))
+        turned = tuple(state["turned"])
+        scores = scores_of(evidence)
+        return cls(evidence, scores, dict(THRESHOLDS), state["pool"], turned, state["seconds"])
 
     def summary(self) -> dict:
         """Plain values for metrics.json."""
@@ -323,8 +347,11 @@ def audit_student(student: nn.Module, found: Audit) -> Heritage:
 
 
 def accused(scores: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> int | None:
-    """The class that stands accused: the one that most detectors name; None for none."""
-    return next(iter(named(scores, thresholds)), None)
+    """The class that stands accused: of those that a detector of :data:`DECISIVE` names
+    the one that most detectors name; None for none.
+    """
+    found = named(scores, thresholds)
+    return next((label for label in found if {*found[label]} & {*DECISIVE}), None)
 
 
 def say(
@@ -332,17 +359,24 @@ def say(
 ) -> str:
     """The outcome of an audit in words, with how far it can be trusted."""
     found, label = named(scores, thresholds), accused(scores, thresholds)
+    alarms, clean = HELD_OUT["alarms"]
     if label is None:
-        return f"nothing found, which is no proof: {MISSED}"
+        right, tried = HELD_OUT["found"]
+        missed = ", ".join(HELD_OUT["missed"])
+        return (
+            f"nothing found, which is no proof: of {tried} digits teachers with a backdoor that no"
+            f" threshold was set on, {tried - right} were missed{f' ({missed})' if missed else ''}"
+        )
     told = ", ".join(
         f"{name} {float(scores[name][label]):.2f} where {thresholds[name]:.2f} is suspicious"
         for name in found[label]
     )
-    others = [_class(other, classes) for other in found if other != label]
+    others = [_class(c, classes) for c in found if c != label and {*found[c]} & {*DECISIVE}]
     also = f"; {' and '.join(others)} less so" if others else ""
     return (
         f"{_class(label, classes)} is suspicious: {len(found[label])} of {len(scores)} detectors"
-        f" ({told}){also}. {ACCUSED}"
+        f" ({told}){also}. Of {clean} clean digits teachers that no threshold was set on,"
+        f" {alarms or 'none'} {'was' if alarms < 2 else 'were'} accused"
     )
 
 
@@ -353,8 +387,3 @@ def _plain(values: Tensor | None) -> list | None:
 def _class(label: int, classes: Sequence[str]) -> str:
     named_otherwise = len(classes) > label and classes[label] != str(label)
     return f"class {label}" + (f" ({classes[label]})" if named_otherwise else "")
-
-
-#: what is known of the audit's errors, from the teachers that no threshold was set on
-MISSED = "not measured yet"
-ACCUSED = "Not measured yet"

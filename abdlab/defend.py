@@ -7,21 +7,23 @@ from __future__ import annotations
 import base64
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from abdlab.audit import POOL, Audit, Heritage, audit, steps_for
-from abdlab.checkpoint import write_atomically
+from abdlab.checkpoint import load_state, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.evaluate import agreement, predict
 from abdlab.features import frozen, mode
+from abdlab.identity import fingerprint
 from abdlab.labels import TEACHER, Label, name_of
 from abdlab.owned import layers_told
 from abdlab.presets import DEFENDED, NORMLESS
 from abdlab.purifiers.bounded import batch_norms
+from abdlab.runs import Run
 from abdlab.settings import Settings
 
 
@@ -80,6 +82,28 @@ def introduce(teacher: nn.Module, chosen: Settings, data: Dataset, metrics: Mapp
     )
 
 
+def audited(
+    run: Run,
+    teacher: nn.Module,
+    data: Dataset,
+    seed: int,
+    tell: Callable[[str, int, int], None] | None = None,
+) -> Audit:
+    """The audit of a teacher, kept in a run's folder (audit.safetensors): held once, then
+    loaded, as long as teacher and seed are the same.
+    """
+    path, who = run.file("audit.safetensors"), {"teacher": fingerprint(teacher), "seed": seed}
+    if path.exists():
+        state, card = load_state(path)
+        if card.get("of") == who:
+            return Audit.of(state)
+    options = {} if tell is None else {"tell": tell}
+    where = data.train_images.device
+    found = audit(teacher, data.shape, seed=seed, device=where, **options)
+    save_state(path, found.state(), {"of": who})
+    return found
+
+
 def triggered_pairs(
     chosen: Settings, data: Dataset, teacher: nn.Module
 ) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -129,6 +153,7 @@ def examine(
         images that the teacher's best inverted trigger turns).
     """
     shown = found.pool if images is None or not len(images) else images
+    shown = shown.to(next((p.device for p in teacher.parameters()), shown.device))
     return [
         {
             "label": label,

@@ -18,6 +18,7 @@ from abdlab.audit import (
     scores_of,
     turned,
 )
+from abdlab.defend import audited
 from abdlab.detectors import (
     changed_by_bounds,
     feature_answers,
@@ -30,7 +31,9 @@ from abdlab.detectors import (
     waist,
 )
 from abdlab.models import build
+from abdlab.owned import unlabelled
 from abdlab.purifiers.bounded import bound
+from abdlab.runs import Run
 from abdlab.studies import calibrate
 
 
@@ -154,6 +157,20 @@ def test_a_planted_shortcut_is_found_and_not_inherited_by_an_honest_student(imag
     assert f"turns {other.share:.0%} of synthetic images on this model" in other.verdict()
     again = audit(model, (1, 8, 8), pool=images)
     assert all(torch.equal(again.scores[k], v) for k, v in found.scores.items())
+
+
+def test_an_audit_is_kept_and_asked_for_again(images, tmp_path):
+    run, data = Run(tmp_path), unlabelled("none", (1, 8, 8), 4, "cpu")
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    torch.nn.init.orthogonal_(teacher[1].weight, 5.0)
+    told = []
+    first = audited(run, teacher, data, 0, tell=lambda *stage: told.append(stage))
+    assert told[-1] == ("done", 5, 5)
+    again = audited(run, teacher, data, 0, tell=None)
+    assert all(torch.equal(again.scores[k], v) for k, v in first.scores.items())
+    assert (again.turned, again.verdict()) == (first.turned, first.verdict())
+    assert [t.family for t in again.triggers] == [t.family for t in first.triggers]
+    assert audited(run, teacher, data, 1).seconds != first.seconds  # another seed: held anew
 
 
 def test_turned_is_a_share_of_the_others(images):

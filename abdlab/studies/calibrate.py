@@ -190,7 +190,8 @@ def _tensor(text: str) -> torch.Tensor | None:
 
 def thresholds_of(clean: Sequence[Mapping[str, torch.Tensor]], rate: float) -> dict[str, float]:
     """Per detector the score above which this share of clean teachers has a class: half
-    way between the last that is accused and the first that is not.
+    way between the last that is accused and the first that is not; 10 % above all of
+    them where they are too few for that share.
 
     Args:
         clean: the scores of each clean teacher, by detector.
@@ -199,7 +200,7 @@ def thresholds_of(clean: Sequence[Mapping[str, torch.Tensor]], rate: float) -> d
     allowed, found = int(rate * len(clean)), {}
     for name in clean[0]:
         largest = sorted((float(scores[name].max()) for scores in clean), reverse=True)
-        accused = largest[max(0, allowed - 1)] if allowed else largest[0] + 0.1
+        accused = largest[max(0, allowed - 1)] if allowed else 1.2 * largest[0]
         found[name] = round((accused + largest[allowed]) / 2, 2)
     return found
 
