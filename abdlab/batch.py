@@ -236,7 +236,7 @@ def _is_ours(name: str, default: Any) -> bool:
     """Whether a parameter means what it does in our notebooks: one that is called
     ``label`` but names no method by default is something else, and is let alone.
     """
-    if name not in ("label", "defended", "source") or default is None:
+    if name not in ("label", "defended", "source") or (name == "defended" and default is None):
         return True
     try:
         return Label.parse(default).source in SOURCES

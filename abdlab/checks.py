@@ -378,7 +378,7 @@ def _shell(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
     """The network of a role without its numbers."""
     name, width = _network(chosen, role)
     if name is None or is_foreign(name):
-        return getattr(chosen, role)(data).to("meta").eval()
+        return getattr(chosen, role)(data).to(torch.device("meta")).eval()
     return shell(name, width, 10, data.shape)
 
 

@@ -75,11 +75,11 @@ def cases(count: int) -> Iterator[Case]:
     >>> [(case.seed, case.trigger, case.target) for case in cases(1)]
     [(100, 'none', 0), (120, 'badnet_sq', 0), (200, 'none', 0), (220, 'badnet_sq', 5)]
     """
-    for number, (part, (clean, poisoned)) in enumerate(PARTS.items()):
-        for i in range(count):
+    for i in range(count):
+        trigger = TRIGGERS[i % len(TRIGGERS)]
+        for number, (part, (clean, poisoned)) in enumerate(PARTS.items()):
             yield Case(part, clean + i, "none", 0, clean + i)
             target = (3 * i + i // len(TRIGGERS) + 5 * number) % 10
-            trigger = TRIGGERS[i % len(TRIGGERS)]
             yield Case(part, poisoned + i, trigger, target, clean + i)
 
 
