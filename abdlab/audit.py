@@ -117,16 +117,21 @@ def measure(
 
 #: A score above these makes a detector name the class. Set on the digits teachers of
 #: :mod:`abdlab.studies.calibrate`, part "calibration".
-THRESHOLDS = {"inversion": 0.45, "MM-BD": 1.3, "FreeEagle": 2.0, "bounds": 0.3}
+THRESHOLDS = {"inversion": 0.61, "MM-BD": 2.86, "FreeEagle": 4.15, "bounds": 0.66}
 
 #: the detectors one of which has to name a class that is accused; the others' word counts
 #: beside theirs: alone they were wrong too often
 DECISIVE = ("inversion", "MM-BD")
 
-#: what the verdict was right in on the part "held out", on which no threshold was set:
-#: clean teachers that it accused, teachers with a backdoor of which it accused the right
-#: class, and the triggers of those that it missed
-HELD_OUT: dict = {"alarms": (0, 0), "found": (0, 0), "missed": ()}
+#: what the verdict was right in (:func:`abdlab.studies.calibrate.report`): the part of the
+#: study, clean teachers that it accused, teachers with a backdoor of which it accused the
+#: right class, and the triggers of those that it missed
+RECORD: dict = {"part": "calibration", "alarms": (0, 8), "found": (8, 8), "missed": ()}
+#: how a verdict calls a part
+_PARTS = {
+    "held out": "that no threshold was set on",
+    "calibration": "that its thresholds were set on (others are not measured yet)",
+}
 
 
 def named(scores: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> dict[int, list[str]]:
@@ -359,13 +364,15 @@ def say(
 ) -> str:
     """The outcome of an audit in words, with how far it can be trusted."""
     found, label = named(scores, thresholds), accused(scores, thresholds)
-    alarms, clean = HELD_OUT["alarms"]
+    (alarms, clean), part = RECORD["alarms"], _PARTS[RECORD["part"]]
     if label is None:
-        right, tried = HELD_OUT["found"]
-        missed = ", ".join(HELD_OUT["missed"])
+        right, tried = RECORD["found"]
+        missed = ", ".join(RECORD["missed"])
         return (
-            f"nothing found, which is no proof: of {tried} digits teachers with a backdoor that no"
-            f" threshold was set on, {tried - right} were missed{f' ({missed})' if missed else ''}"
+            f"nothing found, which is no proof: of {tried} digits teachers with a backdoor {part},"
+            f" {tried - right or 'none'} {'was' if tried - right < 2 else 'were'} missed"
+            f"{f' ({missed})' if missed else ''}, and other networks and triggers are not"
+            " measured at all"
         )
     told = ", ".join(
         f"{name} {float(scores[name][label]):.2f} where {thresholds[name]:.2f} is suspicious"
@@ -375,8 +382,8 @@ def say(
     also = f"; {' and '.join(others)} less so" if others else ""
     return (
         f"{_class(label, classes)} is suspicious: {len(found[label])} of {len(scores)} detectors"
-        f" ({told}){also}. Of {clean} clean digits teachers that no threshold was set on,"
-        f" {alarms or 'none'} {'was' if alarms < 2 else 'were'} accused"
+        f" ({told}){also}. Of {clean} clean digits teachers {part}, {alarms or 'none'}"
+        f" {'was' if alarms < 2 else 'were'} accused"
     )
 
 
