@@ -8,6 +8,7 @@ al., ICML 2023, arXiv 2306.02368). This module hands names on and defines nothin
 from abdlab.attacks.optimize import PGD, optimize
 from abdlab.attacks.poison import Attack, Poisoned, poison, poison_many, triggered_test
 from abdlab.attacks.triggers import TRIGGERS, Trigger, trigger_from
+from abdlab.audit import Audit, audit, audit_student
 from abdlab.checkpoint import load_model, read_card, save_model
 from abdlab.data import Dataset, augment, load, pick_device
 from abdlab.defenses import (
@@ -44,7 +45,7 @@ from abdlab.sources import (
     FastDFKD,
     Mixed,
 )
-from abdlab.stream import Step, progress
+from abdlab.stream import Step, progress, stages
 from abdlab.students import clean_teacher_control, distill_all, distillation, distilled
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher, prepare, ready_triggers
 from abdlab.train import train
@@ -67,6 +68,7 @@ __all__ = [
     "TRIGGERS",
     "ZSKT",
     "Attack",
+    "Audit",
     "CheckpointError",
     "Choi",
     "CleanKD",
@@ -90,6 +92,8 @@ __all__ = [
     "accuracy",
     "agreement",
     "attack_success",
+    "audit",
+    "audit_student",
     "augment",
     "build",
     "clean_teacher",
@@ -118,6 +122,7 @@ __all__ = [
     "save_model",
     "settings",
     "side_by_side",
+    "stages",
     "suspicion",
     "synthesize",
     "table",

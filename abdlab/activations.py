@@ -19,6 +19,28 @@ def convolutions(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
 
 
+def stage(model: nn.Module, number: int) -> str:
+    """The name of the layer that ends a stage: of the model's own ``stages``, or in a
+    network that names none the convolution about as deep among three.
+
+    Args:
+        number: counted from 0; -1 is the last.
+
+    >>> stage(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)), -1)
+    '2'
+
+    Raises:
+        ValueError: for a network without stages and without convolutions.
+    """
+    names = list(getattr(model, "stages", ()) or ())
+    if not names:
+        found = convolutions(model)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no convolution to look into")
+        names = [found[max(0, round(len(found) * part / 3) - 1)] for part in (1, 2, 3)]
+    return names[number]
+
+
 @torch.no_grad()
 def triggered_change(
     model: nn.Module,

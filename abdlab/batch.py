@@ -55,6 +55,13 @@ _KNOBS = {
     "tu_weight": "tu.weight",
     "tu_start": "tu.start",
 }
+#: and of a notebook that takes weights; elsewhere ``images`` is a number
+_OPENED = {
+    "weights": "teacher.file",
+    "architecture": "teacher.model",
+    "images": "data.name",
+    "shape": "data.shape",
+}
 
 
 class NotebookFailed(RuntimeError):
@@ -197,7 +204,7 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """
     labels = []
     for name in ("label", "defended"):
-        labels += [full[name]] if name in full else []
+        labels += [full[name]] if full.get(name) is not None else []
     labels += full.get("methods", [])
     knobs = {}
     if {"source", "defenses"} <= full.keys():
@@ -208,7 +215,7 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
             str(full["source"]),
             "+".join(map(str, (full["source"], *full["defenses"]))),
         ]
-    for name, setting in _KNOBS.items():
+    for name, setting in (_KNOBS | (_OPENED if "weights" in full else {})).items():
         if full.get(name) is not None and ("SOURCE" not in setting or "source" in full):
             knobs[setting.replace("SOURCE", str(full.get("source")))] = full[name]
     overrides = merged(knobs, full["overrides"])
@@ -223,14 +230,15 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     for label in labels:
         if not isinstance(label, str):
             raise ValueError(f"a method is a text such as 'zskt+sv', not {short(label)}")
-    return chosen, list(dict.fromkeys(labels))
+    # without labelled images our notebooks leave out what learns from them
+    return chosen, [x for x in dict.fromkeys(labels) if chosen.labelled or x != "clean"]
 
 
 def _is_ours(name: str, default: Any) -> bool:
     """Whether a parameter means what it does in our notebooks: one that is called
     ``label`` but names no method by default is something else, and is let alone.
     """
-    if name not in ("label", "defended", "source"):
+    if name not in ("label", "defended", "source") or (name == "defended" and default is None):
         return True
     try:
         return Label.parse(default).source in SOURCES

@@ -18,6 +18,7 @@ import torch
 
 from abdlab.attacks.optimize import PGD, options_of
 from abdlab.attacks.triggers import TRIGGERS, Trigger
+from abdlab.checkpoint import load_model
 from abdlab.data import DATASETS, Dataset
 from abdlab.defenses.shuffled_teacher import shuffled_layers
 from abdlab.errors import check_keys, did_you_mean, keywords, short
@@ -25,6 +26,8 @@ from abdlab.features import precision
 from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.models import build
+from abdlab.owned import IMAGES, NONE, is_foreign, unlabelled
+from abdlab.probe import classes_of
 from abdlab.settings import ATTACK, DEFENSES, Settings, defaults, homes_of, keys_of
 from abdlab.train import train
 from abdlab.values import check_plain, check_type, fits, hints
@@ -44,9 +47,18 @@ _PASSED: set[str] = set()
 #: what dotted names without an annotated home take
 _OWN = {
     "data.name": str,
-    "teacher.model": str,
+    "data.shape": list[int] | None,
+    "data.classes": int | list[str] | None,
+    "teacher.model": str | None,
+    "teacher.file": str | None,
+    "teacher.key": str | None,
+    "teacher.ignore": list[str],
+    "teacher.keywords": dict | None,
+    "teacher.mean": list[float] | None,
+    "teacher.std": list[float] | None,
     "student.model": str,
-    "attack.trigger": str | dict,
+    "student.keywords": dict | None,
+    "attack.trigger": str | dict | None,
     "attack.params": dict | None,
     "attack.optimize": dict,
     "attack.more": list[dict],
@@ -79,7 +91,8 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
     for role in ("teacher", "student"):
         _check_model(chosen, role, data)
     with _one_sentence("a teacher with these settings"):
-        _check_training(chosen, data)
+        if not chosen.opened:
+            _check_training(chosen, data)
     for name in DEFENSES:  # also of those that no label names: a trunk asks where they begin
         with _once("defense", name, chosen.values[name]) as new, _one_sentence(name):
             if new:
@@ -185,8 +198,10 @@ def stand_in(chosen: Settings) -> Dataset:
     """
     values = chosen.values["data"]
     kind, _, path = values["name"].partition(":")
-    if kind not in DATASETS:
-        raise ValueError(did_you_mean("data set", kind, DATASETS))
+    if kind not in (*DATASETS, NONE, IMAGES):
+        raise ValueError(did_you_mean("data set", kind, (*DATASETS, NONE, IMAGES)))
+    if not chosen.labelled:
+        return unlabelled(NONE, *chosen.shape_and_classes(), "cpu")
     if kind == "folder" and not path:
         raise ValueError("folder: needs a path, as in folder:data/mine")
     channels, side, classes = SHAPES.get(kind, (3, 32, None))
@@ -238,6 +253,8 @@ def _check_attacks(chosen: Settings, data: Dataset) -> None:
             for name in spec.split("+"):
                 if name.strip() not in TRIGGERS:
                     raise ValueError(did_you_mean("trigger", name.strip(), TRIGGERS))
+    if (chosen.opened and chosen.attack_values) and not chosen.labelled:
+        raise ValueError("attack.trigger is for images with labels: name them by data.name")
     with _one_sentence("the attack"):
         attacks = chosen.attacks
     for attack, values in zip(attacks, chosen.attack_values, strict=True):
@@ -273,7 +290,12 @@ def _check_options(trigger: Trigger, given: Mapping[str, Any], adversary: bool) 
 
 def _check_model(chosen: Settings, role: str, data: Dataset) -> None:
     values = chosen.values[role]
-    if "model" not in values:
+    if (role == "teacher" and chosen.opened) or is_foreign(values.get("model") or ""):
+        with _once("own", role, values, data.shape, len(data.classes)) as new:
+            if new:
+                classes_of(_own(chosen, role, data), torch.zeros(2, *data.shape), f"the {role}")
+        return
+    if values.get("model") is None:
         raise ValueError(f"{role}.model names no network: set it, for example to wrn-16-1")
     if (width := values.get("width")) is not None and not 1 <= width <= 4096:
         raise ValueError(f"{role}.width is channels, 1 to 4096, not {width}")
@@ -304,6 +326,16 @@ def shell(name: str, width: int | None, classes: int, shape: tuple) -> torch.nn.
         return build(name, width=width, classes=classes, channels=shape[0]).eval()
 
 
+def _own(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
+    """A network of the user's own, its file read where it has one."""
+    model = getattr(chosen, role)(data)
+    if role == "teacher" and chosen.opened:
+        found = chosen.section(role)
+        options = {"key": found.get("key"), "ignore": found.get("ignore") or ()}
+        load_model(at_home(chosen.opened), model, **options)
+    return model.eval()
+
+
 def _check_training(chosen: Settings, data: Dataset) -> None:
     values = {k: v for k, v in chosen.training(data).items() if k not in ("device", "compile")}
     for key, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("weight_decay", 0)):
@@ -330,9 +362,7 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
         raise ValueError(f"{label} has no step to train: make {label.source} longer")
     _check_begins(chosen, label.source, data)
     defenses = chosen.defenses(*label.defenses)
-    teacher, student = (
-        shell(*_network(chosen, role), 10, data.shape) for role in ("teacher", "student")
-    )
+    teacher, student = (_shell(chosen, role, data) for role in ("teacher", "student"))
     names = dict(teacher.named_modules())
     for defense in defenses:
         layers, target = (getattr(defense, key, None) for key in ("layers", "target"))
@@ -361,13 +391,15 @@ def _check_label(chosen: Settings, label: Label, data: Dataset) -> None:
 def _check_begins(chosen: Settings, name: str, data: Dataset) -> None:
     """The first pseudo-batch of a source in miniature: every number of things above
     :data:`_FEW` is that, in the source, its images and the networks. What it refuses only
-    when it starts, it refuses here.
+    when it starts, it refuses here. Networks that are not ours are left out.
     """
     few = {
         section: {k: _few(v) for k, v in {**defaults(section), **chosen.section(section)}.items()}
         for section in chosen.sections(name)
     }
     networks = [_network(chosen, role) for role in ("teacher", "student")]
+    if any(model is None or is_foreign(model) for model, _ in networks):
+        return  # there is no small one of somebody's own network
     with _once("begins", name, few, data.name, data.shape, networks) as new:
         if not new:
             return
@@ -387,6 +419,14 @@ def _few(value: Any) -> Any:
     return min(value, _FEW) if type(value) is int else value
 
 
+def _shell(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
+    """The network of a role without its numbers."""
+    name, width = _network(chosen, role)
+    if name is None or is_foreign(name):
+        return getattr(chosen, role)(data).to(torch.device("meta")).eval()
+    return shell(name, width, 10, data.shape)
+
+
 def _network(chosen: Settings, role: str) -> tuple[str, int | None]:
     values = chosen.values[role]
-    return values["model"], values.get("width")
+    return values.get("model"), values.get("width")

@@ -1,5 +1,5 @@
-"""abdlab demo | run | sweep | report | book | presets | notebooks. Bad input: one
-sentence on standard error and exit code 2.
+"""abdlab audit | purify | defend | demo | run | sweep | report | book | presets |
+notebooks. Bad input: one sentence on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from abdlab import batch, cli_report
+from abdlab import batch, cli_audit, cli_report
 from abdlab.cli_report import number
 from abdlab.errors import did_you_mean, short
 from abdlab.home import at_home, there
@@ -453,6 +453,9 @@ def _join_pairs(arguments: list[str]) -> list[str]:
             value = None if "=" in key else next(words, None)
             out.append(key if value is None else f"{key}={value}")
     return out
+
+
+cli_audit.add_to(app, _clear_errors, console)
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ class Exam:
     """What a model is measured with: call it on a model for ``{"acc": ..., "asr":
     ...}``, shares in [0, 1].
 
-    With several attacks "asr" is their mean, and each has its own ("asr/badnet_sq"; a
+    Without labelled images nothing can be known, and it says {"acc": None}. With
+    several attacks "asr" is their mean, and each has its own ("asr/badnet_sq"; a
     second one of that name is "asr/badnet_sq-2"). A training loop never looks inside;
     it hands the numbers on.
 
@@ -85,6 +86,8 @@ class Exam:
         """
         if isinstance(trigger, Trigger):
             trigger = Attack(trigger, target)
+        if len(labels) == 0:
+            return cls(images, labels)
         classes = int(labels.max()) + 1 if classes is None else classes
         found = {}
         for attack in [trigger] if isinstance(trigger, Attack) else trigger or ():
@@ -107,7 +110,9 @@ class Exam:
         """What the (first) attack wants them to be called."""
         return next(iter(self.attacks.values()))[1] if self.attacks else None
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        if len(self.labels) == 0:
+            return {"acc": None}
         found = {"acc": accuracy(model, self.images, self.labels)}
         each = {name: attack_success(model, *attack) for name, attack in self.attacks.items()}
         if each:

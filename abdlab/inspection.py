@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from abdlab.activations import convolutions, tsne
+from abdlab.activations import stage, tsne
 from abdlab.checkpoint import load_model, load_state
 from abdlab.data import Dataset
 from abdlab.defenses import ShuffledTeacher, ShufflingVaccine, suspicion
@@ -28,7 +28,7 @@ from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings
 from abdlab.sources import Source
 from abdlab.students import CONTROL
-from abdlab.teachers import poisoned_teacher
+from abdlab.teachers import poisoned_teacher, saved_teacher
 
 
 def vaccine_trials(
@@ -189,7 +189,9 @@ def inspect_run(
     chosen = Settings.of(run.config, device)
     data = _at_hand(chosen, {} if datasets is None else datasets)
     where = data.train_images.device if data is not None else "cpu"
-    teacher = load_model(run.path.parent / "teacher" / "teacher.safetensors", device=where)
+    path = run.path.parent / "teacher" / "teacher.safetensors"
+    known = data is not None and chosen.opened  # an architecture that its file does not name
+    teacher = saved_teacher(path, chosen, data) if known else load_model(path, device=where)
     vaccine = vaccine_of(run, chosen, teacher)
     (sv,) = chosen.defenses(ShufflingVaccine.name)
     student, samples = student_of(run, chosen, data), run.samples()
@@ -247,8 +249,7 @@ def map_points(known: Known) -> tuple[np.ndarray, np.ndarray]:
     if count < 8:
         raise ValueError(f"a map needs at least 8 images, not {count}")
     numbers = np.unique(np.linspace(0, count - 1, min(count, MAPPED)).round().astype(int))
-    stages = getattr(known.teacher, "stages", ())
-    layer = stages[-1] if stages else convolutions(known.teacher)[-1]
+    layer = stage(known.teacher, -1)
     return numbers, tsne(known.teacher, layer, known.images[numbers], seed=known.chosen.seed)
 
 

@@ -79,8 +79,7 @@ _PAPER_CLEAN = {
     "share": 0.2,  # [paper]
     "temperature": 6.0,  # [paper]
     "alpha": 0.95,  # [paper]
-    # ours, as for the teacher: the official run's constant lr and wrong normalisation
-    # would make the floor unfair
+    # ours, as for the teacher: the official run's would make the floor unfair
     "epochs": 200,
     "batch_size": 128,
     "lr": 0.1,

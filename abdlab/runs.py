@@ -32,6 +32,7 @@ from abdlab.checkpoint import load_state, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.labels import Label
+from abdlab.owned import file_stamp
 from abdlab.settings import Settings
 from abdlab.stream import Step, progress
 from abdlab.threads import check_same, threads
@@ -248,10 +249,12 @@ class Run:
 
 def config_of(chosen: Settings, data: Dataset, *sections: str) -> dict:
     """What a run's config.json records: the sections that it depends on, and the classes
-    of its data, so that a folder of images that gained or lost one is noticed, and the
-    number of threads that it is computed with.
+    of its data, so that a folder of images that gained or lost one is noticed, the number
+    of threads that it is computed with, and the SHA-256 of a teacher's file.
     """
-    return {**chosen.config(*sections), "classes": [*data.classes], "threads": threads()}
+    weights = {"weights": file_stamp(chosen.opened)} if chosen.opened else {}
+    made = {"classes": [*data.classes], "threads": threads()}
+    return {**chosen.config(*sections), **made, **weights}
 
 
 def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:

@@ -26,6 +26,17 @@ from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.evaluate import Exam
 from abdlab.labels import Label
 from abdlab.models import build
+from abdlab.owned import (
+    IMAGES,
+    NONE,
+    UNSAID,
+    check_shape,
+    is_foreign,
+    make_network,
+    named_by,
+    told_by,
+    unlabelled,
+)
 from abdlab.presets import ATTACKS, PRESETS, SCALES
 from abdlab.purifiers import PURIFIERS, Purifier
 from abdlab.registry import imported
@@ -34,7 +45,9 @@ from abdlab.sources.source import AUGMENT
 from abdlab.train import train
 from abdlab.values import as_dict
 
-_MODEL = ["model", "width"]
+_MODEL = ["model", "width", "keywords"]
+#: how a teacher that was not trained here is opened
+_OPENED = ["file", "key", "ignore", "mean", "std"]
 #: what an import path in a label may name
 _PART = "source, defense or purifier"
 _LOOP = {"exam", "exam_every", "seed", "device"}
@@ -61,10 +74,10 @@ def _free(function, *taken: str) -> list[str]:
 
 #: section -> the keys it may have, read off the signatures that they are handed to
 SECTIONS: dict[str, list[str]] = {
-    "data": ["name", "root", "size", "download"],
+    "data": ["name", "root", "size", "download", "shape", "classes"],
     # more: a list of further attacks on the same teacher, each a dict of the same keys
     "attack": [*ATTACK, "more"],
-    "teacher": [*_MODEL, *_free(train, *_LOOP, *AUGMENT)],
+    "teacher": [*_MODEL, *_OPENED, *_free(train, *_LOOP, *AUGMENT)],
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     **{name: source.keys() for name, source in SOURCES.items()},
     **{name: _free(found) for name, found in {**DEFENSES, **PURIFIERS}.items()},
@@ -153,8 +166,44 @@ class Settings:
         return replace(plain, values={**plain.values, **recorded})
 
     def dataset(self) -> Dataset:
-        """The data set, on the device."""
-        return load(**self.values["data"], device=self.device)
+        """The data set, on the device; of "none" and "images:PATH" without labels."""
+        if not self.labelled:
+            return unlabelled(self.section("data")["name"], *self.shape_and_classes(), self.device)
+        own = {k: v for k, v in self.values["data"].items() if k not in ("shape", "classes")}
+        return load(**own, device=self.device)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are images with labels, so that ACC can be known."""
+        return self.section("data").get("name", "").partition(":")[0] not in (NONE, IMAGES)
+
+    @property
+    def opened(self) -> str | None:
+        """The file of a teacher that was not trained here."""
+        return self.section("teacher").get("file")
+
+    def shape_and_classes(self) -> tuple[tuple[int, int, int], int | list[str]]:
+        """(C, H, W) and the classes of a run without labelled images: what the settings
+        say, and the weights where those do not. A shape of one number is that of a
+        square, and channels are the weights'.
+
+        Raises:
+            ValueError: naming the setting that is missing.
+        """
+        data, teacher = self.section("data"), self.section("teacher")
+        classes, shape, told = data.get("classes"), data.get("shape"), None
+        short = isinstance(shape, (list, tuple)) and len(shape) < 3
+        if (classes is None or short) and self.opened:
+            _, told, channels = told_by(self.opened, teacher.get("key"))
+            shape = [channels, *shape, *shape][:3] if short and channels else shape
+        shape = check_shape(shape, "weights do not say how large images are")
+        classes = told if classes is None else classes
+        if classes is None:
+            raise ValueError(
+                "the weights do not say how many classes there are: set data.classes, a number or"
+                " a list of names"
+            )
+        return shape, classes
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
@@ -171,13 +220,24 @@ class Settings:
 
     @property
     def attack_values(self) -> list[dict[str, Any]]:
-        """The plain values of every attack, the main one first."""
-        return [self.values["attack"], *self.values["attack"].get("more", [])]
+        """The plain values of every attack, the main one first; none for a teacher of
+        which no attack is known.
+        """
+        attack = self.values["attack"]
+        known = attack.get("trigger") is not None
+        return [attack, *attack.get("more", [])] if known else []
 
     def unpoisoned(self) -> Settings:
         """The same settings with every attack's rate at 0 and without covers: its
         teacher has no backdoor.
+
+        Raises:
+            ValueError: for a teacher from a file: there is no such twin of it.
         """
+        if self.opened:
+            raise ValueError(
+                f"{self.opened} is not trained here, so that it has no twin without a backdoor"
+            )
         attack, *more = (
             {**{k: v for k, v in values.items() if k != "covers"}, "rate": 0.0}
             for values in self.attack_values
@@ -186,14 +246,14 @@ class Settings:
         return replace(self, values={**self.values, "attack": attack})
 
     @property
-    def trigger(self) -> Trigger:
-        """The (main) attack's trigger."""
-        return self.attacks[0].trigger
+    def trigger(self) -> Trigger | None:
+        """The (main) attack's trigger; None where none is known."""
+        return self.attacks[0].trigger if self.attack_values else None
 
     @property
-    def target(self) -> int:
-        """The class that the (main) attack's trigger calls."""
-        return self.attacks[0].target
+    def target(self) -> int | None:
+        """The class that the (main) attack's trigger calls; None where none is known."""
+        return self.attacks[0].target if self.attack_values else None
 
     def poison(self, data: Dataset) -> Poisoned:
         """The training set with the attacks on it, drawn from the run's seed.
@@ -222,7 +282,13 @@ class Settings:
         return Exam.of(data.test_images, data.test_labels, self.attacks, classes=len(data.classes))
 
     def teacher(self, data: Dataset) -> nn.Module:
-        """An untrained teacher for the data set."""
+        """An untrained teacher for the data set, or the network that its file names.
+
+        Raises:
+            ValueError: for a file that names none, and no ``teacher.model``.
+        """
+        if self.opened and self.section("teacher").get("model") is None:
+            return named_by(self.opened)
         return self._model("teacher", data, self.seed)
 
     def student(self, data: Dataset) -> nn.Module:
@@ -232,7 +298,7 @@ class Settings:
     def training(self, data: Dataset) -> dict:
         """Keywords of :func:`abdlab.train.train` for the teacher."""
         return {
-            **self._beside_model("teacher"),
+            **{k: v for k, v in self._beside_model("teacher").items() if k not in _OPENED},
             "shift": data.shift,
             "flip": data.flip,
             "seed": self.seed,
@@ -293,16 +359,12 @@ class Settings:
         return {k: v for k, v in self.values[role].items() if k not in _MODEL}
 
     def _model(self, role: str, data: Dataset, seed: int) -> nn.Module:
-        values = {k: v for k, v in self.values[role].items() if k in _MODEL}
-        return build(
-            values.pop("model"),
-            **values,
-            classes=len(data.classes),
-            channels=data.shape[0],
-            mean=data.mean,
-            std=data.std,
-            seed=seed,
-        )
+        own = {k: v for k, v in self.values[role].items() if k in (*_MODEL, "mean", "std")}
+        name = own.pop("model")
+        # a network of this library knows how its data are normalised
+        known = {} if is_foreign(name) else {"mean": data.mean, "std": data.std}
+        shape = {"classes": len(data.classes), "channels": data.shape[0]}
+        return make_network(name, **shape, **{**known, **own}, seed=seed)
 
 
 def settings(
@@ -342,6 +404,8 @@ def settings(
     every = [f"{section}.{key}" for section, keys in known.items() for key in keys]
     check_keys("setting", overrides, every)
     overrides = {key: value for key, value in overrides.items() if value != "preset"}
+    if overrides.get("teacher.file") is not None:  # nothing is known but what is said
+        overrides = {**UNSAID, **overrides}
     attack, advised = values.setdefault("attack", {}), ATTACKS.get(preset, {})
     if (trigger := overrides.get("attack.trigger", attack.get("trigger"))) != attack.get("trigger"):
         attack.pop("params", None)
@@ -370,8 +434,8 @@ def settings(
 _HOMES = {
     "data": (load,),
     "attack": (Attack,),
-    "teacher": (train, build),
-    "student": (build, distill),
+    "teacher": (train, build, make_network),
+    "student": (build, distill, make_network),
 }
 
 

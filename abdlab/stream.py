@@ -63,6 +63,25 @@ def progress(
             stream.close()
 
 
+def stages(label: str) -> Callable[[str, int, int], None]:
+    """A bar for work in stages: call it with what begins now, how many stages are done,
+    and how many there are; it closes when all are.
+    """
+    held: list = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        if not held:
+            held.append(_bar(label, total))
+        bar = held[0]
+        bar.set_postfix_str(what, refresh=False)
+        bar.n = done
+        bar.refresh()
+        if done == total:
+            bar.close()
+
+    return tell
+
+
 def _bar(label: str, total: int, initial: int = 0):
     if os.environ.get(HEADLESS):
         from tqdm import tqdm

@@ -22,13 +22,14 @@ from abdlab.distill import distill, seed_of
 from abdlab.evaluate import Exam
 from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
+from abdlab.probe import classes_of
 from abdlab.purifiers import load_purified, purify, save_purified
 from abdlab.runs import Run, config_of, folder_of
 from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.stream import Step, _Board
-from abdlab.teachers import _each_asr, poisoned_teacher
+from abdlab.teachers import _each_asr, poisoned_teacher, saved_teacher
 from abdlab.threads import computing_with, pulled_with, threads
 
 #: folder below a root for :func:`clean_teacher_control`
@@ -187,11 +188,15 @@ def purified_teacher(
         with computing_with(run.threads):
             model = purify(teacher, steps, data.shape, device=device, seed=seed)
         seconds, exam = round(time.perf_counter() - began, 1), chosen.exam(data)
-        metrics = {"label": str(label), "seed": chosen.seed, **exam(model), "seconds": seconds}
+        scores = {"acc": None, "asr": None, **exam(model)}
+        metrics = {"label": str(label), "seed": chosen.seed, **scores, "seconds": seconds}
         metrics |= {"purified": list(model.purified), "threads": run.threads}
         save_purified(path, model, metrics)
         run.save_metrics(metrics)
-    return load_purified(path, chosen.teacher(data), device=device)
+    model = load_purified(path, chosen.teacher(data), device=device)
+    if chosen.opened:  # it may answer with more than its logits
+        classes_of(model, torch.zeros(2, *data.shape, device=device), "the teacher")
+    return model
 
 
 def distilled(
@@ -355,7 +360,7 @@ def _in_threads(
             except IndexError:
                 return  # another stream was faster
             path = Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors")
-            teacher = load_model(path, device=data.train_images.device)
+            teacher = saved_teacher(path, chosen, data)
             for label in labels:
                 going = distillation(root, chosen, data, teacher, label)
                 if not going.done:
@@ -404,10 +409,8 @@ def _work(root: str, chosen: Settings, labels: list[str], queue) -> None:
     """
     torch.set_num_threads(threads())
     data = chosen.dataset()
-    teacher = load_model(
-        Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors"),
-        device=data.train_images.device,
-    )
+    path = Run(Path(root) / f"seed{chosen.seed}" / "teacher").file("teacher.safetensors")
+    teacher = saved_teacher(path, chosen, data)
     for label in labels:
         distilled(
             root,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from abdlab.attacks.optimize import optimize, options_of
@@ -18,6 +20,8 @@ from abdlab.data import Dataset
 from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.home import at_home
+from abdlab.labels import TEACHER
+from abdlab.probe import classes_of, looks_saturated
 from abdlab.runs import Run, config_of
 from abdlab.settings import Settings, keyword_default, settings
 from abdlab.stream import Step
@@ -182,8 +186,8 @@ def poisoned_teacher(
     *,
     tell: Callable[[str, Step], None] | None = None,
 ) -> nn.Module:
-    """The poisoned teacher of ``chosen``: trained, or loaded when ROOT/seedN/teacher
-    has it already.
+    """The poisoned teacher of ``chosen``: trained, opened from ``teacher.file``, or loaded
+    when ROOT/seedN/teacher has it already.
 
     Writes teacher.safetensors, whose card holds the attack and the measured ACC and
     ASR, and metrics.json. An optimised trigger, and cl, need settings that
@@ -198,7 +202,9 @@ def poisoned_teacher(
         config_of(chosen, data, "data", "attack", "teacher"),
     )
     path = run.file("teacher.safetensors")
-    if not path.exists():
+    if not path.exists() and chosen.opened:
+        _open(run, chosen, data)
+    elif not path.exists():
         exam, model = chosen.exam(data), chosen.teacher(data)
         training = {"exam": exam, "exam_every": _every(chosen), **chosen.training(data)}
         with computing_with(run.threads):
@@ -222,10 +228,65 @@ def poisoned_teacher(
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(
-        run.metrics["acc"],
-        run.metrics["asr"] if any(attack.rate for attack in chosen.attacks) else None,
+        run.metrics.get("acc"),
+        run.metrics.get("asr") if any(attack.rate for attack in chosen.attacks) else None,
     )
-    return load_model(path, device=data.train_images.device)
+    return saved_teacher(path, chosen, data)
+
+
+def saved_teacher(path: Path, chosen: Settings, data: Dataset) -> nn.Module:
+    """The teacher that a run's folder holds; one that was opened answers with its logits
+    alone (:func:`abdlab.probe.classes_of`).
+    """
+    where = data.train_images.device
+    if not chosen.opened:
+        return load_model(path, device=where)
+    model = load_model(path, chosen.teacher(data), where)
+    classes_of(model, torch.zeros(2, *data.shape, device=where), "the teacher")
+    return model
+
+
+def opened_teacher(chosen: Settings, data: Dataset) -> nn.Module:
+    """The teacher of ``teacher.file``, in eval mode; it answers with its logits alone.
+
+    Warns:
+        WeakTeacher: where its answers to noise look as if it expected other pixels.
+
+    Raises:
+        ValueError: for a file, an architecture or a number of classes that do not fit.
+    """
+    teacher, where = chosen.section("teacher"), data.train_images.device
+    model = load_model(
+        at_home(chosen.opened),
+        chosen.teacher(data),
+        where,
+        key=teacher.get("key"),
+        ignore=teacher.get("ignore") or (),
+    )
+    found = classes_of(model, torch.zeros(2, *data.shape, device=where), "the teacher")
+    if found != len(data.classes):
+        raise ValueError(
+            f"the teacher tells {found} classes apart, and {data.name} has {len(data.classes)}: set"
+            " data.classes, or name another data set"
+        )
+    if odd := looks_saturated(model, data.shape):
+        warnings.warn(
+            f"the teacher {odd}: does it expect normalised images? teacher.mean and teacher.std"
+            " say how",
+            WeakTeacher,
+            stacklevel=3,
+        )
+    return model
+
+
+def _open(run: Run, chosen: Settings, data: Dataset) -> None:
+    """Put a teacher from a file into a run's folder, with what can be known of it."""
+    began, model = time.perf_counter(), opened_teacher(chosen, data)
+    scores = {"acc": None, "asr": None, **chosen.exam(data)(model)}
+    metrics = {"label": TEACHER, "seed": chosen.seed, **scores, "file": str(chosen.opened)}
+    metrics |= {"seconds": round(time.perf_counter() - began, 1)}
+    save_model(run.file("teacher.safetensors"), model, metrics)
+    run.save_metrics(metrics)
 
 
 def _every(chosen: Settings) -> int:
@@ -245,11 +306,12 @@ def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.startswith("asr/")}
 
 
-def check_teacher(acc: float, asr: float | None) -> None:
+def check_teacher(acc: float | None, asr: float | None) -> None:
     """Warn when a teacher is no use for an experiment on backdoors: ASR under .9, or
     ACC under .75 (shares).
 
-    An ASR of None is that of a teacher which is not meant to have a backdoor.
+    An ASR of None is that of a teacher which is not meant to have a backdoor, or of which
+    none is known; an ACC of None is unknown.
     """
     if asr is not None and asr < 0.9:
         warnings.warn(
@@ -258,7 +320,7 @@ def check_teacher(acc: float, asr: float | None) -> None:
             WeakTeacher,
             stacklevel=3,
         )
-    if acc < 0.75:
+    if acc is not None and acc < 0.75:
         warnings.warn(
             f"the teacher's ACC is {acc:.1%}, under 75 %: a student cannot be better (longer"
             " training, or a lower poison rate)",

@@ -355,7 +355,7 @@ def test_what_a_purifier_sees_in_four_figures():
 
     values = (torch.full((1, 1, 8, 8), 0.4),)
     bank = Bank(tuple(Inverted("additive", 0, values, cost, 0.4) for cost in (2.0, 1.0)))
-    figure = plots.inverted_figure(torch.zeros(2, 1, 8, 8), trigger_from("badnet_sq"), bank)
+    figure = plots.trigger_bank_figure(torch.zeros(2, 1, 8, 8), trigger_from("badnet_sq"), bank)
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
     assert titles == ["without\n", "true: badnet_sq", "additive\n1.00 nats"], "the cheapest"
 

@@ -235,6 +235,11 @@ class TestDefaults:
         # what has no default is named by a preset, or is empty when it is not
         assert set(SECTIONS[section]) - set(defaults(section)) <= {
             "name",
+            "shape",
+            "classes",
+            "file",
+            "key",
+            "ignore",
             "model",
             "trigger",
             "params",

@@ -167,4 +167,4 @@ def test_a_table_has_a_dash_where_there_is_no_number_and_a_row_per_axis_value():
     assert one.loc[("blend", "zskt", "none", 0.5)].tolist() == ["50.0", "-", "-", "-", "1"]
     assert tables.shown(pd.DataFrame({"x": [-0.0, -0.04]}))["x"].tolist() == ["0.0", "0.0"]
     lone = tables.results_table(pd.DataFrame([row("zskt", 0.5, None)]))
-    assert lone.loc["ZSKT"].tolist() == ["50.0", "-", 1]
+    assert lone.loc["ZSKT"].tolist() == ["50.0", "unknown", 1]

@@ -23,12 +23,14 @@ from abdlab.plots.inside import (
     overlay_figure,
     suspicion_histogram,
 )
-from abdlab.plots.purified import beyond_figure, bound_figure, cost_heatmap, inverted_figure
+from abdlab.plots.purified import beyond_figure, bound_figure, cost_heatmap, trigger_bank_figure
+from abdlab.plots.verdict import audit_figure, inverted_figure
 
 __all__ = [
     "COLORS",
     "ROLES",
     "ablation_figure",
+    "audit_figure",
     "beyond_figure",
     "bound_figure",
     "branch_curves",
@@ -48,6 +50,7 @@ __all__ = [
     "show",
     "suspicion_histogram",
     "training_curves",
+    "trigger_bank_figure",
     "trigger_figure",
     "trigger_gallery",
 ]

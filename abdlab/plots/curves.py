@@ -30,7 +30,7 @@ def training_curves(
         floor: the clean-KD student's ASR as a share, drawn as a dotted line.
     """
     ax = axes_of(ax)
-    measured = history.dropna(subset=["acc"])
+    measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
     for label, part in measured.groupby("label", sort=False):
         for column, marker, dash in (("acc", "o", "-"), ("asr", "s", "--")):
             values = part.dropna(subset=[column]) if column in part else part.iloc[:0]
@@ -55,7 +55,10 @@ def training_curves(
         )
     ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
-    ax.legend(fontsize=8, frameon=False, loc="best")
+    if measured.empty:
+        ax.text(0.5, 0.5, "ACC and ASR are unknown", ha="center", transform=ax.transAxes)
+    else:
+        ax.legend(fontsize=8, frameon=False, loc="best")
     sns.despine(ax=ax)
     return ax
 
@@ -131,7 +134,7 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         results: one row per method and seed, columns label, seed, acc, asr (shares).
     """
     order = in_order(results["label"])
-    floor = results.loc[results["label"] == "clean", "asr"].mean()
+    floor = pd.to_numeric(results.loc[results["label"] == "clean", "asr"]).mean()
     figure, axes = plt.subplots(
         1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True
     )
@@ -146,9 +149,9 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         strict=True,
     ):
         for y, label in enumerate(order):
-            values = 100 * results.loc[results["label"] == label, column].dropna()
+            values = 100 * pd.to_numeric(results.loc[results["label"] == label, column]).dropna()
             if values.empty:
-                ax.text(104, y, "-", va="center", fontsize=9)
+                ax.text(104, y, "unknown", va="center", fontsize=9)
                 continue
             spread = values.std() if len(values) > 1 else 0
             ax.barh(

@@ -59,7 +59,7 @@ def cost_heatmap(
     return ax
 
 
-def inverted_figure(images: Tensor, trigger: Trigger | None, bank: Bank) -> Figure:
+def trigger_bank_figure(images: Tensor, trigger: Trigger | None, bank: Bank) -> Figure:
     """The true trigger, where it is known, beside the cheapest inverted one of each
     family: above on the images, below its difference, brightened to fill the range.
 

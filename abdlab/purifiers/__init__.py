@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from abdlab.checkpoint import load_model, read_card, save_model
 from abdlab.errors import CheckpointError
 from abdlab.models import build
+from abdlab.probe import classes_of
 from abdlab.purifiers.bounded import Bounded, BoundedBatchNorm, beyond, bound, rebuild
 from abdlab.purifiers.clipped import Clipped
 from abdlab.purifiers.clp import CLP
@@ -55,6 +56,7 @@ def purify(
     steps = [PURIFIERS.find(p)() if isinstance(p, str) else p for p in purifiers]
     if pool is None and any(step.needs_pool for step in steps):
         own = copy.deepcopy(teacher).to(device)
+        classes_of(own, torch.zeros(2, *shape, device=device), "the teacher")
         pool = synthetic_pool(own, shape, device=device, seed=seed)
     model = teacher
     for step in steps:

@@ -97,6 +97,11 @@ def batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     }
 
 
+def boundable(model: nn.Module) -> bool:
+    """Whether a model has a layer to bound at all."""
+    return bool(batch_norms(model) or _recordable(model))
+
+
 def _recordable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers to bound by recorded statistics: the norms where there are some, else
     the convolutions, by name.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from abdlab.probe import classes_of
 from abdlab.purifiers.pool import synthetic_pool
 
 
@@ -73,6 +74,8 @@ class Purifier:
         model = copy.deepcopy(teacher).to(device)
         model.purified = list(getattr(teacher, "purified", ()))
         model.requires_grad_(True).eval()
+        for network in (origin, model):
+            classes_of(network, torch.zeros(2, *shape, device=device), "the teacher")
         if pool is None and self.needs_pool:
             pool = synthetic_pool(origin, shape, device=device, seed=seed)
         rng = torch.Generator().manual_seed(seed)

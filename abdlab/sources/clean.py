@@ -75,7 +75,13 @@ class CleanKD(Source):
 
     @classmethod
     def make(cls, data, values, build):
-        """The one source that touches real images: the data set's training split."""
+        """The one source that touches real images: the data set's training split.
+
+        Raises:
+            ValueError: for a data set without labelled images.
+        """
+        if len(data.train_labels) == 0:
+            raise ValueError(f"clean KD learns from labelled images, and {data.name} has none")
         return cls(data.train_images, data.train_labels, **cls.options(data, values))
 
     @property

@@ -162,7 +162,8 @@ def _scores(folder: Path) -> dict:
     found = runs_table(folder)
     if found.empty or not {"label", "acc"} <= set(found.columns):
         return {}
-    found = found[found["label"].notna() & found["acc"].notna()]
+    ran = found["acc"].notna() | found.get("seconds", found["acc"]).notna()
+    found = found[found["label"].notna() & ran]  # an unknown ACC is None
     if found.empty:
         return {}
     rank = found["label"].map(_rank)
@@ -170,7 +171,7 @@ def _scores(folder: Path) -> dict:
     asr = row.get("asr")
     return {
         "label": row["label"],
-        "acc": float(row["acc"]),
+        "acc": None if pd.isna(row["acc"]) else float(row["acc"]),
         "asr": None if pd.isna(asr) else float(asr),
     }
 

@@ -57,7 +57,11 @@ def results(out: str | Path) -> pd.DataFrame:
         found = runs_table(Path(out) / job.folder)
         if found.empty or not {"label", "acc"} <= set(found.columns):
             continue
-        found = found[found["label"].notna() & found["acc"].notna()].copy()
+        # of a teacher without labelled images ACC is unknown, and the run has its seconds
+        ran = found["acc"].notna() | found.get("seconds", found["acc"]).notna()
+        found = found[found["label"].notna() & ran].copy()
+        for column in {"acc", "asr"} & {*found}:
+            found[column] = pd.to_numeric(found[column])
         parsed = [label_of(label) for label in found["label"]]
         found["source"] = [label.source for label in parsed]
         found["defense"] = [label.defense or "none" for label in parsed]

@@ -35,6 +35,8 @@ def outcome(
     'ZSKT+SV takes ASR from 100 to 7 %, ACC lost 1 point; the floor is 3 %.'
     """
     frame = pd.DataFrame(rows)
+    for column in {"acc", "asr"} & {*frame}:
+        frame[column] = pd.to_numeric(frame[column])  # what is unknown is None in metrics
     frame = frame[frame["acc"].notna()] if "acc" in frame else frame
     if frame.empty:
         return "Nothing was measured."

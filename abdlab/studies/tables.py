@@ -23,20 +23,20 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
             for name, r in m.get("defenses", {}).items()
             if r.get("found") is False
         ]
-        numbers = {key: m[key] for key in ("seed", "acc", "asr")}
+        numbers = {"seed": m["seed"], "acc": m["acc"], "asr": m.get("asr")}
         out.append({"label": label, **numbers, "threads": m.get("threads"), "notes": notes})
     return out
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC and ASR in percent by method, "mean ± std" where there are several seeds; n
-    is the number of seeds.
+    """ACC and ASR in percent by method, "mean ± std" where there are several seeds, and
+    "unknown" where nobody could measure; n is the number of seeds.
     """
 
     def cell(values: pd.Series) -> str:
         values = values.dropna()
         if values.empty:
-            return NONE
+            return "unknown"
         return f"{100 * values.mean():.1f}" + (
             f" ± {100 * values.std():.1f}" if len(values) > 1 else ""
         )
@@ -47,8 +47,8 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         [
             {
                 "method": name_of(k),
-                "ACC (%)": cell(parts[k]["acc"]),
-                "ASR (%)": cell(parts[k]["asr"]),
+                "ACC (%)": cell(pd.to_numeric(parts[k]["acc"])),
+                "ASR (%)": cell(pd.to_numeric(parts[k]["asr"])),
                 "n": len(parts[k]),
             }
             for k in order
