@@ -157,8 +157,8 @@ class Answers(nn.Module):
 SPATIAL = {"shape": lambda x: x[:, :, None, None]}
 COLUMN = {"shape": lambda x: x[:, :1].squeeze(1)}
 BATCHLESS = {"shape": lambda x: x[:1]}
-FEATURES = {"shape": lambda x: (x, [x])}
-NAMED = {"shape": lambda x: {"logits": x}}
+FEATURES = {"shape": lambda x: (x, x)}
+NAMED = {"shape": lambda x: {"logits": x, "aux": x}}
 
 
 @pytest.mark.parametrize(
