@@ -80,7 +80,8 @@ def test_defend_goes_from_a_file_to_a_verdict(tmp_path):
     images, labels = data.train_images, data.train_labels
     list(abdlab.train(net, images, labels, epochs=3, batch_size=64, device="cpu"))
     abdlab.save_model(tmp_path / "theirs.safetensors", net)
-    tiny = {"cmi.rounds": 1, "cmi.synthesis_steps": 2, "cmi.kd_steps": 2, "student.width": 2}
+    tiny = {"nayer.rounds": 1, "nayer.warmup": 0, "nayer.synthesis_steps": 2, "nayer.kd_steps": 2}
+    tiny |= {"student.width": 2, "unlearn.rounds": 1, "unlearn.steps": 2, "unlearn.guard": 0}
     given = [word for name, value in tiny.items() for word in ("-p", f"{name}={value}")]
     root = tmp_path / "out"
     file = tmp_path / "theirs.safetensors"

@@ -191,7 +191,7 @@ def test_clp_by_hand():
         norm.weight.copy_(torch.tensor([2.0, -2.0, 2.0, 2.0]))
         norm.running_var.fill_(4.0)
     assert channel_lipschitz(conv, norm).tolist() == pytest.approx([1.0, 1.0, 1.0, 9.0])
-    model = nn.Sequential(conv, norm).eval()
+    model = nn.Sequential(conv, norm, nn.Flatten()).eval()
     made = purify(model, [CLP(u=1.0)], (2, 8, 8))  # mean 3, std 4
     assert made[1].weight.tolist() == [2.0, -2.0, 2.0, 0.0]
     assert made.purified[0]["pruned"] == 1
