@@ -12,8 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-import abdlab
-from abdlab import build
+# the package is imported where it is used: coverage of a worker begins after this file
 
 #: files whose tests run whole notebooks, studies or browsers: they begin first, so that
 #: no worker is left alone with one
@@ -22,7 +21,13 @@ LONG = ("test_sweep.py", "test_browser.py", "test_widgets.py", "test_notebooks.p
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    if abdlab.pick_device("auto").type == "cpu":
+    from abdlab import pick_device
+
+    # here, and not in pyproject.toml, which would import the package before coverage begins
+    loud = pytest.mark.filterwarnings("error::abdlab.defenses.VaccineNotFound")
+    for item in items:
+        item.add_marker(loud, append=False)
+    if pick_device("auto").type == "cpu":
         skip = pytest.mark.skip(reason="needs a GPU, and torch sees none on this machine")
         for item in items:
             if item.get_closest_marker("gpu"):  # not a folder of that name
@@ -67,13 +72,17 @@ def double():
 @pytest.fixture(scope="session")
 def digits():
     """200 training and 100 test digits, 1x8x8."""
-    return abdlab.load("digits", size=8, device="cpu").subset(train=200, test=100)
+    from abdlab import load
+
+    return load("digits", size=8, device="cpu").subset(train=200, test=100)
 
 
 def tiny(name="wrn-10-1", seed=0, classes=10, channels=1, width=4):
     """A tiny Wide-ResNet in eval mode whose batch-norm layers have seen data, so that
     eval and train mode differ.
     """
+    from abdlab import build
+
     model = build(name, classes=classes, channels=channels, width=width, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
