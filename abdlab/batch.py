@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import logging
 import os
 import shutil
 import signal
@@ -370,6 +371,8 @@ def _quiet_when_stopped() -> typing.Iterator[None]:
 
     def stop(number, frame) -> None:
         stopped.set()
+        # tasks that waited for the kernel end with its death, which nobody asks them about
+        logging.getLogger("asyncio").addFilter(_is_asked_for)
         raise KeyboardInterrupt
 
     def pass_on() -> None:
@@ -394,6 +397,10 @@ def _quiet_when_stopped() -> typing.Iterator[None]:
         if not pump.is_alive():
             os.close(there)
             os.close(kept)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    return "never retrieved" not in record.getMessage()
 
 
 def _short() -> str | None:

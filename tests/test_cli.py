@@ -1,7 +1,10 @@
 """The command line as a user sees it: exit codes, one clear sentence, no traceback."""
 
+import asyncio
+import gc
 import inspect
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -326,6 +329,32 @@ def test_ctrl_c_is_one_sentence_and_leaves_nothing_behind(sleeper, tmp_path):
     assert not alive(int(pid.read_text()))
     assert not [*tmp_path.glob("abdlab-*")]
     assert "results: " in (folder / "sleeper.ipynb").read_text()  # kept, up to that cell
+
+
+def test_a_task_that_died_with_its_kernel_is_not_told(caplog):
+    """asyncio logs what nobody asked a task about when the task is thrown away."""
+
+    async def dies():
+        raise RuntimeError("Kernel died")
+
+    async def forgets():
+        task = asyncio.create_task(dies())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    logger = logging.getLogger("asyncio")
+    asyncio.run(forgets())
+    assert "never retrieved" in caplog.text
+    caplog.clear()
+    logger.addFilter(batch._is_asked_for)
+    try:
+        asyncio.run(forgets())
+        logger.error("something else")
+    finally:
+        logger.removeFilter(batch._is_asked_for)
+    assert caplog.messages == ["something else"]
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ COLORS = {
     "bounded/tu": "#b8004c",
     "bounded/tc": "#5c7a29",
     "bounded+unlearn/": "#1b1f8a",
+    "unlearn+bounded/": "#3f4bc4",
     "bounded+unlearn/tu": "#7a1f1f",
     "bounded+unlearn/tc": "#00706b",
 }
