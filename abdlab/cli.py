@@ -23,6 +23,7 @@ from abdlab import batch, cli_audit, cli_report
 from abdlab.cli_report import number
 from abdlab.errors import did_you_mean, short
 from abdlab.home import at_home, there
+from abdlab.values import pairs
 
 app = typer.Typer(
     add_completion=False,
@@ -99,7 +100,7 @@ def run(
     """Run one notebook headlessly; its progress goes to the terminal."""
     path = batch.find_notebook(notebook)
     known = batch.parameters(path)
-    given = batch.check(path, _pairs(p or []), known)
+    given = batch.check(path, pairs(p or []), known)
     named = {"run": "runs", **{name: entry["default"] for name, entry in known.items()}, **given}
     folder = at_home(str(named["run"]))
     output = folder / path.name if output is None else output
@@ -424,18 +425,6 @@ def demo(
         f" {out}",
         highlight=False,
     )
-
-
-def _pairs(words: list[str]) -> dict[str, str]:
-    pairs = {}
-    for word in words:
-        key, mark, value = word.partition("=")
-        if not mark:
-            raise ValueError(f"-p takes a name and a value, as in -p seed 1; {word!r} has no value")
-        if key in pairs:
-            raise ValueError(f"-p names {key} twice: keep one of {pairs[key]!r} and {value!r}")
-        pairs[key] = value
-    return pairs
 
 
 def _join_pairs(arguments: list[str]) -> list[str]:

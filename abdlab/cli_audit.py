@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +20,7 @@ from rich.table import Table
 from abdlab.errors import short
 from abdlab.home import at_home, there
 from abdlab.owned import TORCHVISION, images_named, is_foreign
-from abdlab.values import read
+from abdlab.values import pairs, read
 
 File = Annotated[Path, typer.Argument(help="Weights: .safetensors, .pt, .pth, .ckpt or .bin.")]
 Model = Annotated[
@@ -57,17 +60,17 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 
 
 def overrides_of(
-    file: Path,
+    file: File,
     *,
-    model: str | None,
-    keywords: str | None,
-    data: str,
-    shape: str | None,
-    classes: int | None,
-    mean: str | None,
-    std: str | None,
-    key: str | None,
-    ignore: list[str] | None,
+    model: Model = None,
+    keywords: Keywords = None,
+    data: Data = "none",
+    shape: Shape = None,
+    classes: Classes = None,
+    mean: Mean = None,
+    std: Std = None,
+    key: Key = None,
+    ignore: Ignore = None,
 ) -> dict[str, Any]:
     """The settings that the options of a command stand for, by dotted name."""
     if model and is_foreign(model) and model.partition(":")[0] != TORCHVISION:
@@ -85,6 +88,27 @@ def overrides_of(
         "data.classes": classes,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _on_a_file(command: Callable) -> Callable:
+    """A command that also takes the options of :func:`overrides_of`, and is handed what
+    they stand for as ``given``.
+    """
+    shared = inspect.signature(overrides_of, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def wrapped(**values):
+        given = overrides_of(**{name: values[name] for name in shared})
+        mine = {name: value for name, value in values.items() if name in own}
+        return command(given=given, **mine)
+
+    every = {**shared, **{name: p for name, p in own.items() if name not in {"given", *shared}}}
+    wrapped.__signature__ = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in every.values()]
+    )
+    wrapped.__annotations__ = {name: p.annotation for name, p in every.items()}
+    return wrapped
 
 
 def _numbers(option: str, text: str | None, kind: type) -> list | None:
@@ -108,15 +132,10 @@ def _dict(option: str, text: str) -> dict:
 
 def _settings(words: list[str]) -> dict[str, Any]:
     """Values by dotted name from texts KEY=VALUE."""
-    found = {}
-    for word in words:
-        name, mark, text = word.partition("=")
-        if not mark:
-            raise ValueError(f"-p takes a name and a value, as in -p cmi.rounds 20, not {word!r}")
-        try:
+    found: dict[str, Any] = pairs(words)
+    for name, text in found.items():
+        with suppress(ValueError):
             found[name] = read(text)
-        except ValueError:
-            found[name] = text
     return found
 
 
@@ -143,17 +162,9 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
 
     @app.command()
     @clear_errors
+    @_on_a_file
     def audit(
-        file: File,
-        model: Model = None,
-        keywords: Keywords = None,
-        data: Data = "none",
-        shape: Shape = None,
-        classes: Classes = None,
-        mean: Mean = None,
-        std: Std = None,
-        key: Key = None,
-        ignore: Ignore = None,
+        given: dict,
         seed: Seed = 0,
         device: Device = "auto",
         as_json: Annotated[
@@ -166,18 +177,6 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         from abdlab.defend import estimate, introduce, share, told_time
         from abdlab.stream import stages
 
-        given = overrides_of(
-            file,
-            model=model,
-            keywords=keywords,
-            data=data,
-            shape=shape,
-            classes=classes,
-            mean=mean,
-            std=std,
-            key=key,
-            ignore=ignore,
-        )
         chosen, images, teacher = _opened(given, seed, device)
         scores = chosen.exam(images)(teacher)
         tell(introduce(teacher, chosen, images, scores))
@@ -216,23 +215,16 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
 
     @app.command()
     @clear_errors
+    @_on_a_file
     def purify(
         file: File,
+        given: dict,
         output: Annotated[
             Path, typer.Option("--output", "-o", help="The cleaned model: NAME.safetensors.")
         ],
         names: Annotated[
             str, typer.Option("--with", help="What cleans it, in order: unlearn+bounded.")
         ] = "unlearn+bounded",
-        model: Model = None,
-        keywords: Keywords = None,
-        data: Data = "none",
-        shape: Shape = None,
-        classes: Classes = None,
-        mean: Mean = None,
-        std: Std = None,
-        key: Key = None,
-        ignore: Ignore = None,
         seed: Seed = 0,
         device: Device = "auto",
     ) -> None:
@@ -248,29 +240,23 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         if output.suffix.lower() != ".safetensors":
             raise ValueError(f"-o names a file .safetensors, not {output}")
         label = Label.parse(f"{names}/{TEACHER}")
-        given = overrides_of(
-            file,
-            model=model,
-            keywords=keywords,
-            data=data,
-            shape=shape,
-            classes=classes,
-            mean=mean,
-            std=std,
-            key=key,
-            ignore=ignore,
-        )
         chosen, images, teacher = _opened(given, seed, device)
         steps = chosen.purifiers(*label.purifiers)
         expected = estimate(teacher, chosen.student(images), chosen, images, str(label))["purify"]
         tell(f"about {told_time(expected)} on this machine")
         bar, total, began = stages("purify"), len(steps) + 1, time.perf_counter()
-        where, made = images.train_images.device, teacher
+        where = images.train_images.device
         bar("synthetic images", 0, total)
         pool = synthetic_pool(teacher, images.shape, device=where, seed=seed)
-        for done, step in enumerate(steps, start=1):
-            bar(step.name, done, total)
-            made = clean(made, [step], images.shape, pool=pool, device=where, seed=seed)
+        made = clean(
+            teacher,
+            steps,
+            images.shape,
+            pool=pool,
+            device=where,
+            seed=seed,
+            tell=lambda name, number, count: bar(name, number, total),
+        )
         bar("done", total, total)
         scores = {"acc": None, **chosen.exam(images)(made)}
         agrees = agreement(made, teacher, pool)
@@ -284,17 +270,10 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
 
     @app.command()
     @clear_errors
+    @_on_a_file
     def defend(
         file: File,
-        model: Model = None,
-        keywords: Keywords = None,
-        data: Data = "none",
-        shape: Shape = None,
-        classes: Classes = None,
-        mean: Mean = None,
-        std: Std = None,
-        key: Key = None,
-        ignore: Ignore = None,
+        given: dict,
         seed: Seed = 0,
         device: Device = "auto",
         label: Annotated[
@@ -318,18 +297,6 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         from abdlab.settings import settings
 
         began = time.perf_counter()
-        given = overrides_of(
-            file,
-            model=model,
-            keywords=keywords,
-            data=data,
-            shape=shape,
-            classes=classes,
-            mean=mean,
-            std=std,
-            key=key,
-            ignore=ignore,
-        )
         given |= _settings(p or [])
         if preset is None:
             chosen = settings("quick/digits", given, seed=seed, device=device)

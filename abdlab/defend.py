@@ -189,7 +189,7 @@ def conclude(
     if safe["agrees"] < 0.5:
         lines.append(
             "Advice: the defended student has not learnt what the teacher knows: distil it longer"
-            " (-p cmi.rounds 40), and judge it then."
+            f" (settings of {Label.parse(defended).source}, by -p), and judge it then."
         )
     elif found.target is None:
         lines.append(

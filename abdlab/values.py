@@ -13,7 +13,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,23 @@ class _Constants(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         found = _CONSTANTS.get(node.id.lower(), node)
         return node if found is node else ast.Constant(found)
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """The texts KEY=VALUE of the command line's -p by key.
+
+    Raises:
+        ValueError: for one without a value, and for a key that stands there twice.
+    """
+    found = {}
+    for word in words:
+        key, mark, value = word.partition("=")
+        if not mark:
+            raise ValueError(f"-p takes a name and a value, as in -p seed 1; {word!r} has no value")
+        if key in found:
+            raise ValueError(f"-p names {key} twice: keep one of {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
 
 
 def merged(knobs: Mapping[str, Any], overrides: Mapping[str, Any] | str | None = None) -> dict:

@@ -111,6 +111,12 @@ def test_purify_writes_a_model_that_loads(file, tmp_path):
     model = load_purified(out, Small())
     assert model.purified[0]["name"] == "bounded"
     assert model(torch.rand(2, 1, 8, 8))["logits"].shape == (2, 3)
+    chain = run("purify", file, *OWN, "--with", "clp+bounded", "-o", out)
+    assert chain.exit_code == 0, chain.output
+    both = load_purified(out, Small()).purified
+    alone = model.purified[0]
+    assert [entry["name"] for entry in both] == ["clp", "bounded"]
+    assert (both[1]["k"] == alone["k"]) == (both[0]["pruned"] == 0), "by the teacher as it was"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,7 @@ def test_purify_writes_a_model_that_loads(file, tmp_path):
         (["purify", "FILE", *OWN, "-o", "o.safetensors", "--with", "bonded"], "'bounded'"),
         (["defend", "FILE", *OWN[:2]], "data.shape is (channels, height, width)"),
         (["defend", "FILE", *OWN, "--label", "bounded/cmii"], "did you mean 'cmi'"),
+        (["defend", "FILE", *OWN, "-p", "sv.k=1", "-p", "sv.k=2"], "-p names sv.k twice"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(file, words, told):

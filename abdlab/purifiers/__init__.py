@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ def purify(
     pool: Tensor | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> nn.Module:
     """A copy of the teacher that went through these purifiers in order; the teacher
     stays as it is. Its ``purified`` attribute says what each did.
@@ -44,6 +45,7 @@ def purify(
         teacher: maps images (N, C, H, W) in [0, 1] to logits.
         purifiers: names from :data:`PURIFIERS`, with their defaults, or made ones.
         shape: (C, H, W). pool: synthetic images of the teacher, if there are some.
+        tell: called with the name of each purifier, its number from 1, and their count.
 
     >>> from abdlab.models import build
     >>> teacher = build("wrn-10-1", channels=1, width=2)
@@ -59,7 +61,8 @@ def purify(
         classes_of(own, torch.zeros(2, *shape, device=device), "the teacher")
         pool = synthetic_pool(own, shape, device=device, seed=seed)
     model = teacher
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
+        tell(step.name, number, len(steps))
         model = step.purify(model, shape, pool=pool, origin=teacher, device=device, seed=seed)
     return model
 
