@@ -8,7 +8,16 @@ by side.
 from abdlab.widgets.defense_tuner import DefenseTuner
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.teacher_chooser import TeacherChooser, TeacherOpener
 from abdlab.widgets.trigger_designer import TriggerDesigner
 from abdlab.widgets.workbench import Workbench
 
-__all__ = ["DefenseTuner", "RunBrowser", "SampleExplorer", "TriggerDesigner", "Workbench"]
+__all__ = [
+    "DefenseTuner",
+    "RunBrowser",
+    "SampleExplorer",
+    "TeacherChooser",
+    "TeacherOpener",
+    "TriggerDesigner",
+    "Workbench",
+]

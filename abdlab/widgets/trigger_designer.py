@@ -78,6 +78,9 @@ class TriggerDesigner(w.VBox):
         data: Dataset | None = None,
     ):
         chosen = settings() if chosen is None else chosen
+        if chosen.trigger is None:  # of a stranger's teacher nothing is known to begin with
+            chosen = settings(chosen.preset, seed=chosen.seed, device=chosen.device)
+            data = None
         self.root, self.device, self.data, self._quiet = at_home(root), chosen.device, data, False
         self._data_values = dict(chosen.values["data"])
         self._preset = chosen.preset
@@ -231,13 +234,18 @@ class TriggerDesigner(w.VBox):
 
     def hand(self) -> None:
         """Hand the attack to a training run: :attr:`handed` becomes :attr:`overrides`."""
-        self.handed = None  # handing the same on again is a change too
-        self.handed = dict(self.overrides)
         looks.say(
             self.note,
             f"Handed on: {self.designed} for class {self._class()}, {self.rate.value:.1%}"
             " poisoned.",
         )
+        self.handed = None  # handing the same on again is a change too
+        self.handed = dict(self.overrides)
+
+    def refused(self, why: Any) -> None:
+        """Say why what was handed on was not taken."""
+        self.trouble.error = why
+        looks.say(self.note, "")
 
     def save(self) -> Path | None:
         """Write ROOT/triggers/NAME.yaml: parameters for ``papermill -f``, whose
