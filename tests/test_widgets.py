@@ -491,7 +491,7 @@ class TestKnobs:
             ("often", False),
         ]
         strength = tuner.knob("someones:Noise.strength")
-        assert strength.description == "NOISE: strength"
+        assert (strength.label, strength.description) == ("strength", "NOISE: strength")
         assert strength.tooltip == "of the noise, in [0, 1] units."
         for value in (0.0025, 150.0):  # a typed number stays what it is
             strength.value = value
@@ -842,6 +842,8 @@ def test_the_scripts_come_with_the_package():
     folder = Path(looks.__file__).parent
     assert {p.name for p in folder.glob("*.[jc]s*")} == {
         "copy.js",
+        "dial.js",
+        "lead.js",
         "page.css",
         "page.js",
         "picture.js",
