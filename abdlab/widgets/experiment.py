@@ -51,4 +51,5 @@ def who(chosen: Settings, root: Path, data: Dataset | None = None) -> str:
         metrics = json.loads((root / f"seed{chosen.seed}/teacher/metrics.json").read_text())
     except (OSError, json.JSONDecodeError):
         metrics = {}
-    return identity(chosen, metrics, data.classes if data is not None else ())
+    text = identity(chosen, metrics, data.classes if data is not None else ())
+    return f"{text[0].upper()}{text[1:]}"

@@ -308,10 +308,10 @@ class Knobs(w.VBox):
             what = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
             title = f"{Label(section).spoken}: {what}"
             if live := [knob.control for knob in knobs if knob.live]:
-                groups += [_title(f"{title}, also while it trains"), *live]
+                groups += [_title(title), *live]
             if settled := [knob.control for knob in knobs if not knob.live]:
                 box = w.VBox(settled, layout=w.Layout(overflow="hidden"))
-                folded.append((f"{title}, settled when a run begins", box))
+                folded.append((f"{Label(section).spoken}: settled at the start", box))
         if folded:
             titles, boxes = zip(*folded, strict=True)
             groups.append(w.Accordion(boxes, titles=titles))

@@ -155,7 +155,7 @@ class Live(w.VBox):
         history = pd.DataFrame(self.rows)
         with looks.DRAWING:
             if self.unknown:  # the losses alone
-                drawn = looks.figure(5.6, 2.6)
+                drawn = looks.figure(5.6, 3.0)
                 plots.loss_curves(history, drawn.subplots())
                 self.curves.draw(drawn)
                 return

@@ -179,7 +179,7 @@ class NextRun(w.VBox):
     def _name(self) -> None:
         """Say which teacher this is about."""
         text = who(self._chosen, self.root, self._data)
-        self.who.value = f'<div class="abdlab-who">{html.escape(text[0].upper() + text[1:])}</div>'
+        self.who.value = f'<div class="abdlab-who">{html.escape(text)}</div>'
 
     @property
     def root(self) -> Path:

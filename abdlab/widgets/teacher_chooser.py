@@ -11,7 +11,6 @@ from typing import Any
 
 import ipywidgets as w
 import traitlets as t
-from matplotlib import pyplot
 from torch import nn
 
 from abdlab import plots
@@ -277,12 +276,11 @@ class TeacherOpener(w.VBox):
         families = [trigger.family for trigger in evidence.bank if trigger.target == 0]
         suspects = [] if self.found.target is None else [self.found.target]
         with looks.DRAWING:
-            drawn = looks.figure(1.1 * len(families) + 2.2, 0.28 * len(classes) + 1.1)
+            drawn = looks.figure(5.2, 0.28 * max(5, len(classes)) + 1.2)
             plots.cost_heatmap(evidence.costs, families, classes, suspects, drawn.subplots())
             self.costs.draw(drawn)
-            drawn = plots.inverted_figure(self.found)
-            self.inverted.draw(drawn)
-            pyplot.close(drawn)
+            drawn = looks.figure(5.2, 0.78 * (len(self.found.triggers) + 1) + 0.4)
+            self.inverted.draw(plots.inverted_figure(self.found, 5, drawn))
         looks.say(self.empty, "")
 
     def _forget(self) -> None:
