@@ -206,6 +206,15 @@ class Bench:
             self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
         )
 
+    def begin(self):
+        """Start, and go on where the tiny teacher's backdoor is asked about."""
+        self.button("Start").click()
+        asked = self.text("there is next to no backdoor")
+        asked.or_(self.text("^ACC[0-9.]+%")).first.wait_for()
+        if asked.is_visible():
+            self.button("Go on").click()
+        self.text("^ACC[0-9.]+%").wait_for()
+
     def view(self, name):
         """The page as its user sees it."""
         SHOTS.mkdir(exist_ok=True)
@@ -273,8 +282,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.open("2 Defense")
     b.text("No run yet: press Start").wait_for()
     b.shot("light-2-empty")
-    b.button("Start").click()
-    b.text("^ACC[0-9.]+%").wait_for()
+    b.begin()
     b.text("^ASR[0-9.]+%").wait_for()
     b.slider("SV: alpha").focus()
     b.page.keyboard.press("ArrowRight")
@@ -347,7 +355,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     found = tmp_path / "parameters.yaml"
     found.write_text(text)
     given = yaml.safe_load(found.read_text())
-    alphas = [round(v, 2) for _, v in given["overrides"]["sv.alpha"]]
+    alphas = [v for _, v in given["overrides"]["sv.alpha"]]
     assert alphas[0] == 0.55 < alphas[1]  # a step of a slider that goes by decades
     assert alphas[-1] == 0.003  # as it was typed
     given["run"] = str(tmp_path / "again")
@@ -366,8 +374,7 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
     before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
     b = bench(how, before=before, narrow=how == "rerun", **{"zskt.pseudo_batches": 4000})
     b.open("2 Defense")
-    b.button("Start").click()
-    b.text("^ACC[0-9.]+%").wait_for()
+    b.begin()
     if how == "interrupt":
         b.menu("Kernel", "Interrupt Kernel")
         b.text("The kernel was interrupted").wait_for()
@@ -431,5 +438,4 @@ def test_a_strangers_file_to_a_defended_student(bench, folder):
     b.open("4 Runs")
     b.page.locator(".abdlab-rows tr", has_text="zskt+sv+tu@1").first.click()
     b.close()
-    (done,) = b.runs.glob("theirs-*/seed0/zskt+sv+tu@1")
-    assert metrics(done)["acc"] is None
+    assert metrics(b.runs / "seed0/zskt+sv+tu@1")["acc"] is None

@@ -39,6 +39,7 @@ from abdlab.widgets import worker as workers
 from abdlab.widgets.branches import method_of, next_folder
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
+from abdlab.widgets.live import Live
 
 TINY = {
     "data.size": 8,
@@ -508,6 +509,17 @@ class TestDefenseTuner:
         tuner.total = 20
         tuner.live._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
         assert tuner.left() == pytest.approx(15)
+
+    def test_the_time_left_counts_whole_rounds(self, monkeypatch):
+        """Of a source that makes images for 9 s and then trains 40 steps in 1 s."""
+        clock = [0.0]
+        monkeypatch.setattr("abdlab.widgets.live.time.monotonic", lambda: clock[0])
+        live = Live()
+        live.rest(0)
+        for index in range(1, 401):
+            clock[0] += 9.025 if index % 40 == 1 else 0.025
+            live.add("cmi", Step(index, 800, {}))
+        assert live.left(800) == pytest.approx(100, rel=0.3)
 
     def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
         assert tuner.chosen.values == chosen.values

@@ -75,6 +75,8 @@ class DefenseTuner(NextRun):
     ):
         self.exams, self.needs_page = exams, needs_page
         self.going: Distillation | None = None
+        #: roots whose teacher is useless, and taken all the same
+        self._agreed: set[Path] = set()
         self.worker: Worker | None = None
         # a cell that is run again takes over from its former self
         if (other := current()) is not None and getattr(other, "root", None) == at_home(root):
@@ -126,7 +128,7 @@ class DefenseTuner(NextRun):
     def start(self) -> None:
         """Begin, or go on where the run was paused or stopped."""
         if self.state in WAITING:
-            self.live.rest()
+            self.live.rest(self.step)
             self.state = "running" if self.state == "paused" else "preparing"
             self.worker.resume()
             return
@@ -211,7 +213,8 @@ class DefenseTuner(NextRun):
         data = self._data
         ready, teacher, asr = job.teacher(data, tell)
         self._name()
-        if asr is not None and asr < USELESS and worker.alive():
+        new = job.origin.folder is None and self.root not in self._agreed
+        if asr is not None and asr < USELESS and new and worker.alive():
             self._ask(worker, asr)
         if asr is not None and asr < _WEAK:
             self.live.happened(
@@ -229,6 +232,7 @@ class DefenseTuner(NextRun):
                 self._tune(knob, knob.control.value)
         if self.state == "preparing":
             self.state = "running"
+        self.live.rest(job.origin.index)
         last = going.run.watch(
             worker.gate(going.stream, lambda: going.exam(going.student)),
             job.label,
@@ -250,6 +254,7 @@ class DefenseTuner(NextRun):
         worker.pause()
         self.state = "asking"
         worker.wait()
+        self._agreed.add(self.root)  # once is enough
 
     def _tell(self, label: str, step: Step) -> None:
         """Show one step; called in the run's thread, between steps."""

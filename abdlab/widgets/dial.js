@@ -8,6 +8,8 @@ function shown(value) {
 function render({ model, el }) {
   const frame = document.createElement("div");
   frame.className = "abdlab-dial";
+  // arrow keys and letters are the dial's here, and not JupyterLab's shortcuts
+  frame.setAttribute("data-lm-suppress-shortcuts", "true");
   const label = document.createElement("label");
   const slider = document.createElement("input");
   slider.type = "range";
@@ -78,7 +80,6 @@ function render({ model, el }) {
   box.addEventListener("input", () => (box.dataset.typing = "yes"));
   box.addEventListener("blur", typed);
   box.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // a notebook's shortcuts are letters
     if (event.key === "Enter") typed();
     if (event.key === "Escape") {
       box.dataset.typing = "";

@@ -44,7 +44,7 @@ class Live(w.VBox):
         self.unknown = False
         self._images: Tensor | None = None
         self._latest: Step | None = None
-        self._pace: deque[tuple[int, float]] = deque(maxlen=30)
+        self._pace: deque[tuple[int, float]] = deque()
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
         self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="110px"))
@@ -77,9 +77,11 @@ class Live(w.VBox):
         self._images, self._latest = step.images, step
         self.redraw(floor)
 
-    def rest(self) -> None:
-        """Time does not count until the next step."""
+    def rest(self, index: int | None = None) -> None:
+        """Time does not count until the next step, or from now on, at step ``index``."""
         self._pace.clear()
+        if index is not None:
+            self._pace.append((index, time.monotonic()))
 
     def say(self, text: str) -> None:
         """Put a sentence on top."""
@@ -100,6 +102,9 @@ class Live(w.VBox):
     def add(self, label: str, step: Step) -> None:
         """Take one step in."""
         self._pace.append((step.index, time.monotonic()))
+        # long enough for several rounds of a source that first makes images, then trains
+        while self._pace[0][0] < step.index - max(30, step.total // 8):
+            self._pace.popleft()
         scores = {"acc": step.acc, "asr": step.asr}
         self.rows.append({"label": label, "step": step.index, **step.losses, **scores})
         if step.images is not None:

@@ -149,7 +149,7 @@ class TriggerDesigner(w.VBox):
             self.target,
             self.rate,
         )
-        self.saved = w.Dropdown(description="saved", style=style, layout=wide)
+        self.saved = w.Dropdown(description="saved", style=style, layout=w.Layout(width="auto"))
         save = looks.card(
             "Use or keep it",
             self.hand_button,
