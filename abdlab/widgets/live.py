@@ -73,7 +73,8 @@ class Live(w.VBox):
         self.clear()
         self.rows = [dict(row) for row in rows]
         for row in self.rows:
-            self.happened(*(row.get("events") or ()))
+            if isinstance(row.get("events"), list):  # a table has NaN where there are none
+                self.happened(*row["events"])
         self._images, self._latest = step.images, step
         self.redraw(floor)
 

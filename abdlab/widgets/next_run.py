@@ -213,12 +213,17 @@ class NextRun(w.VBox):
     def _begin_where_it_stopped(self) -> None:
         """Begin with the newest run that is not done, if there is one."""
         beside = self.root / f"seed{self._chosen.seed}"
-        place = None if headless() else newest_unfinished(beside)
-        if place is not None:
-            self.controls.choose(method_of(place.folder))
-        self.find(place)
-        self._show_state()
-        self._show_run()
+        try:
+            place = None if headless() else newest_unfinished(beside)
+            if place is not None:
+                self.controls.choose(method_of(place.folder))
+            self.find(place)
+            self._show_state()
+            self._show_run()
+        except Exception as error:  # a folder of somebody's must not close the widget
+            self.find()
+            self._show_state()
+            self.trouble.error = error
 
     def _choose(self) -> None:
         if not self._quiet:

@@ -97,15 +97,19 @@ class TeacherOpener(w.VBox):
         self.fields = {name: _field(name) for name in _FIELDS}
         self._fill(chosen)
         self.trouble, self.loaded = looks.Trouble(), looks.said()
+
+        def heard(do: Any) -> Any:
+            return looks.telling(self.trouble, do)
+
         self.check_button = looks.button(
-            "Load and check", self.check, "open the file and look whether all fits", "primary"
+            "Load and check", heard(self.check), "open it and look whether all fits", "primary"
         )
         self.audit_button = looks.button(
-            "Audit", self.audit, "is there a backdoor, towards which class? without data"
+            "Audit", heard(self.audit), "is there a backdoor, towards which class? without data"
         )
-        self.stop_button = looks.button("Stop", self.stop, "end after the stage under way")
+        self.stop_button = looks.button("Stop", heard(self.stop), "end after the stage under way")
         self.use_button = looks.button(
-            "Use this teacher", self.hand, "the tuner distils from it next", "primary"
+            "Use this teacher", heard(self.hand), "the tuner distils from it next", "primary"
         )
         self.bar = w.IntProgress(0, 0, len(STAGES), layout=w.Layout(width="160px"))
         self.progress, self.verdict = looks.said(), looks.said()
