@@ -8,13 +8,13 @@ function shown(value) {
 function render({ model, el }) {
   const frame = document.createElement("div");
   frame.className = "abdlab-dial";
-  // arrow keys and letters are the dial's here, and not JupyterLab's shortcuts
-  frame.setAttribute("data-lm-suppress-shortcuts", "true");
   const label = document.createElement("label");
   const slider = document.createElement("input");
   slider.type = "range";
   const box = document.createElement("input");
   box.type = "text";
+  // arrow keys and letters are the dial's here, and not JupyterLab's shortcuts
+  for (const input of [slider, box]) input.setAttribute("data-lm-suppress-shortcuts", "true");
   box.spellcheck = false;
   box.id = `abdlab-dial-${Math.random().toString(36).slice(2)}`;
   label.htmlFor = box.id;
