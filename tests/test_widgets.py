@@ -467,6 +467,7 @@ class TestDefenseTuner:
         assert tuner.controls.buttons["Copy as parameters"].disabled
         tuner.start()
         until(lambda: tuner.state == "asking")
+        tuner.exams = 1
         tuner.start()
         until(lambda: tuner.state == "done")
 
@@ -620,8 +621,8 @@ class TestKnobs:
         assert (made["bounded"]["k"], made["tu"]["natural"]) == (3.0, None)
         with pytest.raises(TraitError, match="TU: triggers is a whole number"):
             knobs["tu.triggers"].control.value = 2.5
-        with pytest.raises(TraitError, match="is a number"):
-            knobs["tu.start"].control.value = None
+        with pytest.raises(TraitError, match=r"TU: start .* is a number"):
+            knobs["tu.start"].control.value = "late"
 
 
 class TestTeacherOpener:
@@ -670,6 +671,7 @@ class TestTeacherOpener:
         assert "Teacher theirs.safetensors, trigger unknown, target unknown" in tuner.who.value
         assert tuner.controls.with_floor.disabled
         assert tuner.chosen.values["zskt"]["pseudo_batches"] == 8  # what was said stays
+        tuner.exams = 1
         tuner.start()
         until(lambda: tuner.state == "done")
         assert tuner.live.numbers.value.count("unknown") == 2
@@ -690,6 +692,24 @@ class TestTeacherOpener:
         assert "Teacher made here, trigger badnet_sq" in tuner.who.value
         assert tuner.chosen.opened is None
         assert tuner.chosen.values["data"] == bench.chosen.values["data"]
+
+    def test_with_labelled_images_only_the_asr_is_unknown(self, bench, tmp_path, data):
+        net = abdlab.build("wrn-10-1", classes=10, channels=1, width=4, seed=1)
+        abdlab.save_model(tmp_path / "ten.safetensors", net)
+        fields = bench.opener.fields
+        fields["file"].value, fields["images"].value = str(tmp_path / "ten.safetensors"), "digits"
+        fields["shape"].value = ""
+        bench.opener.check()
+        acc = abdlab.accuracy(net, *(bench.opener.opened[1].test_images, data.test_labels))
+        assert f"ACC {acc:.1%}".replace("%", " %") in bench.opener.loaded.value
+        assert "ASR unknown" in bench.opener.loaded.value
+        bench.opener.hand()
+        bench.tuner.exams = 1
+        bench.tuner.run()
+        assert 0 <= bench.tuner.acc <= 1
+        assert "ACC<b>unknown" not in bench.tuner.live.numbers.value
+        assert "ASR<b>unknown" in bench.tuner.live.numbers.value
+        assert bench.tuner.live.curves.png
 
     def test_audits_in_the_background_and_keeps_it(self, bench):
         opener = bench.opener

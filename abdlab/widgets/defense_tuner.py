@@ -24,6 +24,7 @@ from abdlab.widgets.branches import (
     origins,
 )
 from abdlab.widgets.controls import UNDER_WAY, WAITING
+from abdlab.widgets.experiment import unknown
 from abdlab.widgets.job import GETTING_READY, Job
 from abdlab.widgets.knobs import Knob
 from abdlab.widgets.next_run import NextRun
@@ -192,7 +193,7 @@ class DefenseTuner(NextRun):
         looks.say(self.parameters_for, "")
         self.step, self.total, self.acc, self.asr = job.origin.index, 0, None, None
         self.live.clear()
-        self.live.unknown = not self._chosen.labelled
+        self.live.unknown = unknown(self._chosen)
         self.state = "preparing"
         self.worker = Worker(
             lambda worker: self._train(worker, job),

@@ -21,7 +21,8 @@ class Dial(anywidget.AnyWidget):
     (150.0, 150.0)
 
     Traits:
-        value: a float, or an int where ``whole``; None only where ``optional``.
+        value: a float, or an int where ``whole``; None is off, and can be typed where
+            ``optional``.
         low, high, step: of the slider. log: it goes by decades; its ``low`` is above 0,
             and a 0 is typed.
         bounded: nothing beyond the ends can be typed.
@@ -46,7 +47,7 @@ class Dial(anywidget.AnyWidget):
     @t.validate("value")
     def _numbers_only(self, proposal: dict) -> Any:
         value = proposal["value"]
-        if value is None and self.optional:
+        if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise t.TraitError(f"{self.description} is a number, not {value!r}")

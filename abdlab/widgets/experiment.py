@@ -40,6 +40,17 @@ def with_teacher(first: Settings, overrides: Mapping[str, Any], preset: str = ""
     )
 
 
+def unknown(chosen: Settings) -> tuple[str, ...]:
+    """Those of "acc" and "asr" that no run of an experiment can know.
+
+    >>> unknown(settings("quick/digits"))
+    ()
+    """
+    if not chosen.labelled:
+        return ("acc", "asr")
+    return () if chosen.attacks else ("asr",)
+
+
 def who(chosen: Settings, root: Path, data: Dataset | None = None) -> str:
     """The teacher in one line, with the ACC and ASR that a root's folder knows.
 

@@ -33,7 +33,8 @@ class Live(w.VBox):
     Attributes:
         rows: one dict per step, as a history has them.
         head: status, bar and numbers in one line, for a place above this one.
-        unknown: whether ACC cannot be known, there being no labelled images.
+        unknown: those of "acc" and "asr" that cannot be known, for want of labelled
+            images or of a known attack.
         events: sentences, each once.
         grid: the picture of the latest images, for a place beside this one.
     """
@@ -41,7 +42,7 @@ class Live(w.VBox):
     def __init__(self):
         self.rows: list[dict] = []
         self.events: list[str] = []
-        self.unknown = False
+        self.unknown: tuple[str, ...] = ()
         self._images: Tensor | None = None
         self._latest: Step | None = None
         self._pace: deque[tuple[int, float]] = deque()
@@ -151,7 +152,10 @@ class Live(w.VBox):
 
     def _scores(self, floor: float | None) -> None:
         scored = next((row for row in reversed(self.rows) if pd.notna(row.get("acc"))), {})
-        acc, asr = ("unknown" if self.unknown else looks.percent(scored.get(k)) for k in _SCORES)
+        acc, asr = (
+            "unknown" if name in self.unknown else looks.percent(scored.get(name))
+            for name in _SCORES
+        )
         pairs = [("ACC", acc), ("ASR", asr)]
         if floor is not None:
             pairs.append(("floor (clean KD)", looks.percent(floor)))
@@ -160,7 +164,7 @@ class Live(w.VBox):
     def _curves(self, floor: float | None) -> None:
         history = pd.DataFrame(self.rows)
         with looks.DRAWING:
-            if self.unknown:  # the losses alone
+            if "acc" in self.unknown:  # the losses alone
                 drawn = looks.figure(5.6, 3.0)
                 plots.loss_curves(history, drawn.subplots())
                 self.curves.draw(drawn)

@@ -101,7 +101,9 @@ class Picture(anywidget.AnyWidget):
 
     def draw(self, figure: Figure) -> None:
         """Show a figure in the page's theme, at its own size."""
-        self.png, self.width = png_of(figure, page().dark), round(96 * figure.get_figwidth())
+        png, width = png_of(figure, page().dark), round(96 * figure.get_figwidth())
+        with self.hold_sync():  # at once: else the first picture shows before its width
+            self.png, self.width = png, width
 
 
 class Rows(anywidget.AnyWidget):

@@ -33,7 +33,7 @@ from abdlab.widgets.branches import (
     runs_in,
 )
 from abdlab.widgets.controls import UNDER_WAY, Controls
-from abdlab.widgets.experiment import who, with_teacher
+from abdlab.widgets.experiment import unknown, who, with_teacher
 from abdlab.widgets.knobs import Knob, trimmed
 from abdlab.widgets.live import Compared, Live, in_words
 
@@ -250,7 +250,7 @@ class NextRun(w.VBox):
         images = run.samples()
         last = max((step for step in images if step <= index), default=None)
         shown = images[last] if last is not None else None
-        self.live.unknown = not self._chosen.labelled
+        self.live.unknown = unknown(self._chosen)
         self.live.show(rows, Step(index, length, {}, images=shown), self.floor)
         self.folder, self.step, self.total, self.state = origin.folder, index, length, "idle"
         does = "Start branches off it" if origin.checkpoint else "Go on continues it"

@@ -95,6 +95,8 @@ class TeacherOpener(w.VBox):
         self.worker: Worker | None = None
         self._began = self._expected = 0.0
         self.fields = {name: _field(name) for name in _FIELDS}
+        #: what settings say of a file besides the fields, and which file
+        self._beside: tuple[str, dict[str, Any]] = ("", {})
         self._fill(chosen)
         self.trouble, self.loaded = looks.Trouble(), looks.said()
 
@@ -159,6 +161,9 @@ class TeacherOpener(w.VBox):
             many = isinstance(value, (list, tuple))
             text = ",".join(map(str, value)) if many else str(value)
             field.value = "" if value is None else text
+        more = {f"teacher.{key}": teacher.get(key) for key in ("width", "ignore")}
+        known = {name: value for name, value in more.items() if value is not None}
+        self._beside = (self.fields["file"].value, known)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -176,7 +181,8 @@ class TeacherOpener(w.VBox):
             if not given["classes"].isdigit():
                 raise ValueError(f"classes is a number, not {given['classes']!r}")
             given["classes"] = int(given["classes"])
-        return file_settings(there(file), **given)
+        more = self._beside[1] if file == self._beside[0] else {}
+        return {**file_settings(there(file), **given), **more}
 
     def check(self) -> None:
         """Open the file, and say in one sentence what it is, or why it cannot be."""
