@@ -82,7 +82,7 @@ class DefenseTuner(NextRun):
         # a cell that is run again takes over from its former self
         if (other := current()) is not None and getattr(other, "root", None) == at_home(root):
             other.stop(
-                "the cell was run again: the run has saved itself, Start goes on with it", wait=60
+                "the cell was run again: the run has saved itself, Go on continues it", wait=60
             )
         doing = {
             "Start": self.start,

@@ -288,6 +288,8 @@ class TeacherOpener(w.VBox):
         with looks.DRAWING:
             drawn = looks.figure(5.2, 0.28 * max(5, len(classes)) + 1.2)
             plots.cost_heatmap(evidence.costs, families, classes, suspects, drawn.subplots())
+            for ax in drawn.axes:
+                ax.yaxis.label.set_size(8)  # of few classes the picture is low
             self.costs.draw(drawn)
             drawn = looks.figure(5.2, 0.78 * (len(self.found.triggers) + 1) + 0.4)
             self.inverted.draw(plots.inverted_figure(self.found, 5, drawn))

@@ -172,7 +172,7 @@ class Worker:
 
     def _notice(self) -> None:
         if self.needs_page and page().silence() > PATIENCE and not _cells:
-            self.stop("the page was closed: the run has saved itself, Start goes on with it")
+            self.stop("the page was closed: the run has saved itself, Go on continues it")
 
 
 #: cells that run in this kernel just now: while one does, a page cannot be heard
@@ -191,7 +191,7 @@ def current() -> Worker | None:
 
 
 def _interrupted(_number, _frame) -> None:
-    stop_all("the kernel was interrupted: the run has saved itself, Start goes on with it")
+    stop_all("the kernel was interrupted: the run has saved itself, Go on continues it")
 
 
 def watch_kernel() -> None:
