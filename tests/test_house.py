@@ -45,7 +45,7 @@ STOREYS = [
     ],
     ["attacks"],
     ["sources"],
-    ["inversion"],
+    ["inversion", "suspects"],
     ["purifiers"],
     ["defenses"],
     ["methods", "values", "train", "train_together", "distill"],
