@@ -188,13 +188,23 @@ def check(
     known = parameters(notebook) if known is None else known
     checked = check_parameters(notebook, given, known)
     if {"preset", "overrides"} <= known.keys():
-        defaults = {name: entry["default"] for name, entry in known.items()}
-        full = defaults | checked
-        chosen, labels = settings_of({k: full[k] for k in full if _is_ours(k, defaults[k])})
-        checks.check(chosen, labels)
-        for seed in full.get("seeds", []):
+        checks.check(*asked(known, checked))
+        for seed in checked.get("seeds", []):
             checks.check_seed("each of seeds", seed)
     return checked
+
+
+def asked(known: Mapping[str, dict], given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings and the labels that a notebook trains with these parameters, the rest
+    at their defaults.
+
+    Args:
+        known: what :func:`parameters` returned for a notebook that takes a preset and
+            overrides.
+    """
+    defaults = {name: entry["default"] for name, entry in known.items()}
+    full = defaults | dict(given)
+    return settings_of({k: full[k] for k in full if _is_ours(k, defaults[k])})
 
 
 def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:

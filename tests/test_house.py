@@ -54,10 +54,11 @@ STOREYS = [
     ["runs"],
     ["teachers"],
     ["students"],
+    ["forecast"],
     ["inspection", "plots", "defend"],
     ["studies", "batch"],
     ["widgets"],
-    ["cli", "cli_report", "cli_audit"],
+    ["cli", "cli_report", "cli_audit", "cli_plan"],
 ]
 #: what only the outermost rooms may import
 HEAVY = {"papermill", "ray", "seaborn", "ipywidgets", "anywidget", "IPython", "nbclient"}
