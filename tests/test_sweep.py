@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 from chromium import CHROMIUM, SHOTS
+from ray_nodes import start_node, stop_node
 from rich.console import Console
 
 from abdlab import studies
@@ -670,42 +671,6 @@ def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
     studies.write_study(studies.make_study(notebook), tmp_path / "out")
     with pytest.raises(ValueError, match="is done yet"):
         studies.report(tmp_path / "out")
-
-
-def start_node(*words):
-    """A Ray node in a process group of its own. Ray gives a node 30 seconds, which a
-    busy machine may not grant at once.
-    """
-    ray = Path(sys.executable).with_name("ray")
-    for _ in range(3):
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the node writes to it for as long as it lives)
-        node = subprocess.Popen(
-            [ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        while node.poll() is None:
-            log.seek(0)
-            if "Ray runtime started" in (told := log.read()):
-                return node
-            time.sleep(0.5)
-        stop_node(node)
-    raise AssertionError(f"no Ray node could be started: {told[-1000:]}")
-
-
-def stop_node(node):
-    """Kill all that belongs to the node, as a machine that fails would, and nobody
-    else's Ray.
-    """
-    try:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait()
 
 
 @pytest.fixture(scope="module")

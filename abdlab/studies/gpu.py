@@ -44,11 +44,9 @@ def gpu_hours(planned: Study, jobs: Sequence[Job]) -> str:
         chosen, labels = asked(known, job.parameters)
         if chosen.section("data").get("name") not in _IMAGES:
             continue
-        seeds = job.parameters.get("seeds", [chosen.seed])
-        total += len(seeds) * sum(student_seconds(chosen, label) for label in labels)
-        for seed in seeds:
-            kind = (seed, repr({k: chosen.values[k] for k in ("data", "attack", "teacher")}))
-            teachers[kind] = teacher_seconds(chosen)
+        seeds = len(job.parameters.get("seeds", [chosen.seed]))
+        total += seeds * sum(student_seconds(chosen, label) for label in labels)
+        teachers |= dict.fromkeys(job.needs, teacher_seconds(chosen))
         counted += 1
     if not counted:
         return ""
