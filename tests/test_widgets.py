@@ -842,6 +842,7 @@ def test_the_scripts_come_with_the_package():
     folder = Path(looks.__file__).parent
     assert {p.name for p in folder.glob("*.[jc]s*")} == {
         "copy.js",
+        "fit.js",
         "page.css",
         "page.js",
         "picture.js",

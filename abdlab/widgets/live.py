@@ -82,7 +82,7 @@ class Live(w.VBox):
     def add(self, label: str, step: Step) -> None:
         """Take one step in."""
         self._pace.append((step.index, time.monotonic()))
-        scores = {"acc": step.acc, "asr": step.asr}
+        scores = {"acc": step.acc, "asr": step.asr, "events": list(step.events) or None}
         self.rows.append({"label": label, "step": step.index, **step.losses, **scores})
         if step.images is not None:
             self._images = step.images

@@ -13,6 +13,7 @@ from abdlab.widgets import looks
 from abdlab.widgets.defense_tuner import DefenseTuner, headless
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.taking_up import take_up
 from abdlab.widgets.trigger_designer import TriggerDesigner
 
 TITLES = ("1 Trigger", "2 Defense", "3 Samples", "4 Runs")
@@ -59,6 +60,7 @@ class Workbench(w.VBox):
         looks.dress(self)
         self.designer.observe(lambda change: change["new"] and self._take(change["new"]), "handed")
         self.tuner.observe(self._trained, "state")
+        self.browser.on_take(self._take_up)
         self._stale = False
         self.tabs.observe(lambda _: self._look(), "selected_index")
 
@@ -77,6 +79,10 @@ class Workbench(w.VBox):
     def _take(self, overrides: dict) -> None:
         self.tuner.use(overrides)
         self.tabs.selected_index = 1
+
+    def _take_up(self, folder: Path) -> None:
+        take_up(self.tuner, folder)
+        self.tabs.selected_index = self.tabs.children.index(self.tuner)
 
     def _trained(self, change: dict) -> None:
         """Samples and runs are looked for when their tab is next opened: at once would
