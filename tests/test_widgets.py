@@ -31,7 +31,7 @@ from abdlab.widgets import (
     looks,
 )
 from abdlab.widgets import worker as workers
-from abdlab.widgets.branches import method_of, next_folder
+from abdlab.widgets.branches import method_of, next_folder, parent_of
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 
@@ -294,6 +294,7 @@ class TestDefenseTuner:
         branch = Run(root / "seed0" / "zskt+sv+tu@2")
         assert branch.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3], [5, 0.8]]
         assert branch.history()["step"].min() <= 3  # it has its trunk's history
+        assert parent_of(branch.path) == "zskt+sv+tu@1 at 5"
 
         # and the first one goes on to its own end
         tuner.find()
@@ -751,6 +752,44 @@ class TestRunBrowser:
         assert "JSONDecodeError" in browser.trouble.sentence or browser.trouble.sentence
         assert "<details>" in browser.trouble.value
 
+    def test_any_number_of_runs_in_one_figure_and_what_can_be_done_with_one(self, browser):
+        """Notes are kept beside a run; a run is copied or continued; a folder without
+        settings says so.
+        """
+        (browser.root / "seed0/zskt").mkdir()
+        (browser.root / "seed0/zskt/metrics.json").write_text('{"label": "zskt", "seed": 0}')
+        browser.refresh()
+        names = [row["id"] for row in browser.rows.rows]
+        browser.rows.chosen = names
+        assert len(names) == 4
+        assert [run.name for run in browser.many.shown] == [n for n in names if n != "seed0/zskt"]
+        assert len(browser.sides.children) == 2
+        said = [c.value for c in browser.sides.children[0].children if "value" in c.keys]
+        assert any("records no settings" in text for text in said)
+
+        browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
+        (side,) = browser.sides.children
+        field = next(child for child in side.children if child.has_trait("placeholder"))
+        field.value = "the one for the paper\n"
+        folder = browser.root / "seed0/zskt+sv+tu@1"
+        assert (folder / "notes.txt").read_text() == "the one for the paper\n"
+        row = dict(zip(browser.rows.columns, cells_of(browser, "seed0/zskt+sv+tu@1"), strict=True))
+        assert row["notes"] == "the one for the paper"
+        assert row["weights"].startswith("sv alpha 0.55, tu weight")
+        assert row["trigger"] == "badnet_sq"
+        assert row["date"][:2] == "20"
+        assert float(row["robust (%)"]) <= 100 - float(row["ASR (%)"]) + 0.1
+        assert any("confusion" in getattr(child, "alt", "") for child in side.children)
+
+        assert yaml.safe_load(browser.copy())["overrides"]["sv.alpha"] == 0.55
+        taken = []
+        browser.on_take(taken.append)
+        browser.take_button.click()
+        assert taken == [folder]
+        browser.rows.chosen = ["seed0/teacher"]
+        browser.copy_button.click()
+        assert "teacher is no student's run" in browser.trouble.sentence
+
     def test_a_link_is_not_followed(self, browser, tmp_path):
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious/config.json").write_text("{}")
@@ -764,7 +803,38 @@ class TestRunBrowser:
         assert "by hand" in browser.trouble.sentence
 
 
+def cells_of(browser, name):
+    return next(row["cells"] for row in browser.rows.rows if row["id"] == name)
+
+
 class TestWorkbench:
+    def test_a_chosen_run_is_taken_up_by_the_tuner(self, finished, chosen, tmp_path):
+        import shutil
+
+        root = tmp_path / "runs"
+        shutil.copytree(finished, root)
+        bench = Workbench(root, chosen, "zskt")
+        bench.browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
+        bench.browser.take_button.click()
+        assert bench.tabs.children[bench.tabs.selected_index] is bench.tuner
+        assert bench.tuner.method.value == "zskt+sv+tu"
+        origin = bench.tuner.origin.value  # it is done: its latest checkpoint but the last
+        assert (origin.folder, origin.index) == ("zskt+sv+tu@1", 7)
+        assert bench.tuner.knob("sv.alpha").value == 0.55
+
+        away = root / "elsewhere/seed5/zskt+sv"  # another root's, of another seed
+        config = json.loads((root / "seed0/zskt+sv+tu@1/config.json").read_text())
+        Run(away, config | {"seed": 5, "sv": {**config["sv"], "alpha": 0.25}})
+        bench.browser.refresh()
+        bench.browser.rows.chosen = ["elsewhere/seed5/zskt+sv"]
+        bench.browser.take_button.click()
+        assert str(bench.tuner.origin.value) == "from scratch"
+        assert (bench.tuner.chosen.seed, bench.tuner.knob("sv.alpha").value) == (5, 0.25)
+        assert "begin from scratch with the settings of zskt+sv" in bench.tuner.status.value
+        bench.browser.rows.chosen = ["seed0/teacher"]
+        bench.browser.take_button.click()
+        assert "no student's run" in bench.browser.trouble.sentence
+
     def test_a_trigger_goes_from_tab_to_tab(self, root, chosen):
         bench = Workbench(root, chosen)
         assert bench.tabs.selected_index == 0

@@ -88,7 +88,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{} for _ in configs]
     for section in sections:
         values = {
-            i: flat({section: {**_defaults(section), **value}})
+            i: flat({section: {**value, **_defaults(section), **value}})
             if isinstance(value := config[section], Mapping)
             else {section: value}
             for i, config in enumerate(configs)

@@ -13,9 +13,10 @@ from typing import Any
 import ipywidgets as w
 import pandas as pd
 
+from abdlab.attacks.poison import RELABEL
 from abdlab.home import at_home
 from abdlab.labels import in_order, name_of
-from abdlab.plots import loss_curves, training_curves
+from abdlab.plots import confusion_figure, loss_curves, training_curves
 from abdlab.plots.run_words import differing, flat, spoken
 from abdlab.runs import Run
 from abdlab.settings import Settings
@@ -300,6 +301,7 @@ class RunBrowser(w.VBox):
                     [
                         ("ACC", looks.percent(facts.get("acc"))),
                         ("ASR", looks.percent(facts.get("asr"))),
+                        ("robust", looks.percent(facts.get("robust"))),
                     ]
                 )
             )
@@ -308,6 +310,8 @@ class RunBrowser(w.VBox):
         history = run.history()
         if len(history) and "acc" in history:
             parts.append(self._curves(history))
+        if confusion := run.confusion:
+            parts.append(self._confusion(confusion, run.config))
         for path in sorted((run.path / "figures").glob("*.png")):
             parts += [
                 looks.said(path.stem.replace("_", " "), "quiet"),
@@ -338,6 +342,18 @@ class RunBrowser(w.VBox):
             )
         parts.append(self._notes(name, run))
         return looks.card(name, *parts, flex="1 1 0", min_width="0")
+
+    def _confusion(self, found: dict, config: dict) -> looks.Picture:
+        """What the model answers, class by class, without and with the (first) trigger."""
+        count, attack = 1 + bool(found["triggered"]), config.get("attack") or {}
+        target = attack.get("target") if attack.get("relabel") != RELABEL[1] else None
+        shown = looks.Picture(alt="confusion matrices, the target's column framed")
+        with looks.DRAWING:
+            drawn = looks.figure(5.4, 2.9)
+            axes = drawn.subplots(1, count, squeeze=False)[0]
+            confusion_figure(found, axes, target if count > 1 else None)
+            shown.draw(drawn)
+        return shown
 
     def _notes(self, name: str, run: Run) -> w.Widget:
         """A field for what a person has to say about a run."""
