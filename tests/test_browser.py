@@ -291,7 +291,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.get_by_role(
         "button", name="Copy to the clipboard"
     ).wait_for()  # it shows once there is something to copy
-    text = b.page.locator(".abdlab-copy pre").inner_text()
+    text = b.page.locator(".abdlab-copy pre").locator("visible=true").first.inner_text()
     b.shot("light-2-done")
 
     b.open("3 Samples")

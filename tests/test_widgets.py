@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import ipywidgets
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ from abdlab.students import distilled
 from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import (
     DefenseTuner,
+    Queue,
     RunBrowser,
     SampleExplorer,
     TriggerDesigner,
@@ -769,7 +771,7 @@ class TestRunBrowser:
 
         browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
         (side,) = browser.sides.children
-        field = next(child for child in side.children if child.has_trait("placeholder"))
+        field = next(child for child in side.children if isinstance(child, ipywidgets.Textarea))
         field.value = "the one for the paper\n"
         folder = browser.root / "seed0/zskt+sv+tu@1"
         assert (folder / "notes.txt").read_text() == "the one for the paper\n"
@@ -853,6 +855,53 @@ class TestWorkbench:
         assert 0 <= bench.finish()["acc"] <= 1
         assert bench.explorer.run.value == "seed0/zskt+tu@1"
         assert "seed0/zskt+tu@1" in [row["id"] for row in bench.browser.rows.rows]
+
+
+class TestQueue:
+    @pytest.fixture
+    def queue(self, tmp_path, chosen):
+        made = Queue(tmp_path / "runs", lambda: chosen, "zskt+sv")
+        made.setting.value, made.values.value = "sv.alpha", "0.1, 5e-1"
+        return made
+
+    def test_it_is_a_study_of_the_settings_as_they_stand(self, queue, chosen):
+        queue.seeds.value = "0, 2"
+        jobs = queue.study().jobs
+        told = [(j.parameters["overrides"]["sv.alpha"], j.parameters["seeds"]) for j in jobs]
+        assert told == [(0.1, [0]), (0.1, [2]), (0.5, [0]), (0.5, [2])]
+        assert jobs[0].parameters["methods"] == ["zskt+sv"]
+        given = settings("quick/digits", jobs[0].parameters["overrides"])
+        assert given.values["teacher"] == chosen.values["teacher"]
+        assert "sv.layers" in queue.setting.options
+        assert queue.folder == queue.root / "queues/zskt+sv-sv.alpha"
+
+    @pytest.mark.parametrize(
+        ("setting", "values", "seeds", "sentence"),
+        [
+            ("sv.alpha", "", "0", "fill in both"),
+            ("", "1", "0", "fill in both"),
+            ("sv.alpha", "1; 2", "0", "values are numbers with commas"),
+            ("sv.alpha", "1", "", "seeds are numbers with commas"),
+            ("sv.alhpa", "1", "0", "did you mean"),
+        ],
+    )
+    def test_says_what_is_wrong_before_it_begins(self, queue, setting, values, seeds, sentence):
+        queue.setting.value, queue.values.value, queue.seeds.value = setting, values, seeds
+        queue.start_button.click()
+        assert sentence in queue.trouble.sentence
+        assert queue.state == "idle"
+
+    @pytest.mark.slow
+    def test_it_stops_at_once(self, queue):
+        queue.start()
+        until(lambda: queue.rows.rows)
+        assert queue.setting.disabled
+        queue.start_button.click()
+        assert "under way" in queue.trouble.sentence
+        queue.stop_button.click()
+        queue.wait(60)
+        assert (queue.state, queue.setting.disabled) == ("stopped", False)
+        assert "goes on with what is not done" in queue.status.value
 
 
 class TestLooks:
