@@ -329,7 +329,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
         b.page.locator(f".abdlab-rows tr[data-id='seed0/{name}'] td").first.click()
     line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
     b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
-    box = line.locator(".points path").nth(3).bounding_box()
+    box = line.locator(".points path").last.bounding_box()
     b.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     told = b.page.locator(".hoverlayer .hovertext").first
     told.wait_for()

@@ -21,6 +21,7 @@ from abdlab.methods import methods
 from abdlab.presets import DEFENDED
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
+from abdlab.stream import Step
 from abdlab.students import distilled
 from abdlab.teachers import poisoned_teacher, prepare
 from abdlab.widgets import (
@@ -36,6 +37,7 @@ from abdlab.widgets import worker as workers
 from abdlab.widgets.branches import method_of, next_folder, parent_of
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
+from abdlab.widgets.live import Live
 
 TINY = {
     "data.size": 8,
@@ -855,6 +857,20 @@ class TestWorkbench:
         assert 0 <= bench.finish()["acc"] <= 1
         assert bench.explorer.run.value == "seed0/zskt+tu@1"
         assert "seed0/zskt+tu@1" in [row["id"] for row in bench.browser.rows.rows]
+
+
+def test_the_time_left_of_a_source_that_works_in_rounds(monkeypatch):
+    """One slow step, then nine quick ones, as CMI has them: 1.9 s a round of ten steps."""
+    live, clock = Live(), [0.0]
+    monkeypatch.setattr("abdlab.widgets.live.time.monotonic", lambda: clock[0])
+    for index in range(1, 201):
+        clock[0] += 1.0 if index % 10 == 1 else 0.1
+        live.add("cmi", Step(index, 400, {}, seconds=clock[0]))
+        if index in (10, 50, 200):
+            assert live.left(400) == pytest.approx(0.19 * (400 - index), rel=0.1)
+    live.rest()
+    live.add("cmi", Step(201, 400, {}, seconds=999.0))  # a pause is no pace
+    assert live.left(400) is None
 
 
 class TestQueue:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -340,19 +341,19 @@ def end_of(run: Shown) -> tuple[float, float] | None:
 
 def _by_label(references: Sequence[Shown]) -> Iterator[tuple[str, str, list[Shown]]]:
     """Label, name in the legend, and runs of the references of one label below one root,
-    whatever their seeds; where there are several roots, the name says which.
+    whatever their seeds; where there are several roots, the name says which. The copies
+    of a teacher that jobs of one study took over are one.
     """
-    roots = dict.fromkeys(str(PurePath(run.name).parent.parent) for run in references)
-    for label in in_order([run.label for run in references]):
+    once = {json.dumps([r.label, r.metrics], sort_keys=True, default=str): r for r in references}
+    kept = [*once.values()]
+    roots = dict.fromkeys(PurePath(run.name).parent.parent for run in kept)
+    for label in in_order([run.label for run in kept]):
         for root in roots:
-            found = [r for r in references if r.label == label and _below(r, root)]
+            found = [r for r in kept if (r.label, PurePath(r.name).parent.parent) == (label, root)]
+            where = "/".join(root.parts[:2])
             name = "clean KD (floor)" if label == "clean" else name_of(label)
             if found:
-                yield label, f"{name} in {root}" if len(roots) > 1 else name, found
-
-
-def _below(run: Shown, root: str) -> bool:
-    return str(PurePath(run.name).parent.parent) == root
+                yield label, f"{name} in {where}" if where and len(roots) > 1 else name, found
 
 
 def _axis(title: str, log: bool) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from abdlab.labels import name_of
+from abdlab.labels import Label, name_of
 from abdlab.runs import Run
 from abdlab.settings import defaults
 
@@ -129,10 +129,18 @@ def legends(runs: Sequence[Shown]) -> list[str]:
     ['ZSKT+SV @1: alpha 0.01', 'ZSKT+SV @2: alpha 0.01 to 0.09 at 115']
     """
     apart = differing([run.config for run in runs])
+    seen: dict[str, set] = {}
+    for own in apart:
+        for key, value in own.items():
+            seen.setdefault(key, set()).add(json.dumps(value, default=str))
     short = Counter(key.rpartition(".")[2] for key in {k for own in apart for k in own})
     several = len({run.seed for run in runs}) > 1
     found = []
     for run, own in zip(runs, apart, strict=True):
+        # what tells most runs apart comes first, and of that what defends
+        defends = _defenses(run.label)
+        keys = sorted(own, key=lambda k, d=defends: (-len(seen[k]), k.partition(".")[0] not in d))
+        own = {key: own[key] for key in keys}
         words = [
             f"{key.rpartition('.')[2] if short[key.rpartition('.')[2]] == 1 else key}"
             f" {spoken(value)}"
@@ -197,6 +205,13 @@ def csv_of(runs: Sequence[Shown]) -> str:
     table = table_of(runs).astype(object)
     table = table.where(table.notna(), None)
     return table.map(lambda v: json.dumps(v) if isinstance(v, list) else v).to_csv(index=False)
+
+
+def _defenses(label: str) -> tuple[str, ...]:
+    try:
+        return Label.parse(label).defenses
+    except ValueError:
+        return ()
 
 
 def _defaults(section: str) -> dict[str, Any]:
