@@ -203,7 +203,7 @@ def test_a_report_loads_no_plotting_library(tmp_path):
     _write(tmp_path, "zskt+sv", 0, 0.72, 0.88)
     look = (
         "import sys\nfrom abdlab.cli import main\ntry: main()\n"
-        "finally: print([m for m in ('matplotlib', 'seaborn') if m in sys.modules])"
+        "finally: print([m for m in ('matplotlib', 'seaborn', 'plotly') if m in sys.modules])"
     )
     for words in ([], ["--against", "paper"]):
         done = subprocess.run(

@@ -62,6 +62,7 @@ STOREYS = [
 ]
 #: what only the outermost rooms may import
 HEAVY = {"papermill", "ray", "seaborn", "ipywidgets", "anywidget", "IPython", "nbclient"}
+HEAVY |= {"plotly"}
 #: rooms that may: (room, package)
 ALLOWED = {
     *(("widgets", name) for name in HEAVY),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 import ipywidgets as w
@@ -17,6 +16,8 @@ from abdlab.widgets import looks
 
 #: figures may take this share of the time, at most
 _DRAWING_SHARE = 0.15
+#: steps whose pace is that of all of them
+_FEW = 30
 NOTHING = "No run yet: press Start, and curves and images appear here while the student learns."
 
 
@@ -40,7 +41,8 @@ class Live(w.VBox):
         self.events: list[str] = []
         self._images: Tensor | None = None
         self._latest: Step | None = None
-        self._pace: deque[tuple[int, float]] = deque(maxlen=30)
+        self._pace: list[tuple[int, float]] = []
+        self._new = True
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
         self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="auto", margin="2px 0"))
@@ -58,10 +60,12 @@ class Live(w.VBox):
         self.rows, self.events, self._images, self._latest = [], [], None, None
         self.notes.value, self.curves.png, self.grid.png = "", b"", b""
         self.rest()
+        self._new = True
 
     def rest(self) -> None:
         """Time does not count until the next step."""
         self._pace.clear()
+        self._new = False
 
     def say(self, text: str) -> None:
         """Put a sentence on top."""
@@ -81,8 +85,11 @@ class Live(w.VBox):
 
     def add(self, label: str, step: Step) -> None:
         """Take one step in."""
+        if self._new:  # a source may make images first, for many steps: that counts
+            self._pace.append((step.index - 1, time.monotonic() - step.seconds))
+            self._new = False
         self._pace.append((step.index, time.monotonic()))
-        scores = {"acc": step.acc, "asr": step.asr}
+        scores = {"acc": step.acc, "asr": step.asr, "events": list(step.events) or None}
         self.rows.append({"label": label, "step": step.index, **step.losses, **scores})
         if step.images is not None:
             self._images = step.images
@@ -103,12 +110,14 @@ class Live(w.VBox):
         return step.index == step.total or first or time.monotonic() - self._drawn > wait
 
     def left(self, total: int) -> float | None:
-        """Seconds to step ``total`` at the present pace; None when that is not known
-        yet.
+        """Seconds to step ``total`` at the pace of the latter half of the steps so far:
+        a source that works in rounds (CMI makes images, then the student learns from
+        them for many steps) has quick and slow ones. None when that is not known yet.
         """
         if len(self._pace) < 3:
             return None
-        (first, began), (last, now) = self._pace[0], self._pace[-1]
+        since = len(self._pace) // 2 if len(self._pace) > 2 * _FEW else 0
+        (first, began), (last, now) = self._pace[since], self._pace[-1]
         return (now - began) / (last - first) * (total - last)
 
     def redraw(self, floor: float | None = None) -> None:

@@ -101,12 +101,14 @@ class Picture(anywidget.AnyWidget):
 
     def draw(self, figure: Figure) -> None:
         """Show a figure in the page's theme, at its own size."""
-        self.png, self.width = png_of(figure, page().dark), round(96 * figure.get_figwidth())
+        with self.hold_sync():  # a page that has the picture first shows it too large
+            self.width = round(96 * figure.get_figwidth())
+            self.png = png_of(figure, page().dark)
 
 
 class Rows(anywidget.AnyWidget):
     """A table. ``rows`` are dicts: id, cells (texts) and, if wanted, color; ``chosen``
-    holds ids, the latest ``most`` of them.
+    holds ids, the latest ``most`` of them; 0 is any number.
     """
 
     _esm = _HERE / "rows.js"

@@ -11,8 +11,10 @@ from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
 from abdlab.widgets.defense_tuner import DefenseTuner, headless
+from abdlab.widgets.queue import Queue
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.taking_up import take_up
 from abdlab.widgets.trigger_designer import TriggerDesigner
 
 TITLES = ("1 Trigger", "2 Defense", "3 Samples", "4 Runs")
@@ -36,6 +38,7 @@ class Workbench(w.VBox):
 
     Attributes:
         designer, tuner, explorer, browser: the widgets, in the order of the tabs.
+        queue: several runs one after another, below the browser.
     """
 
     def __init__(
@@ -53,12 +56,16 @@ class Workbench(w.VBox):
         self.tuner = DefenseTuner(root, self.chosen, data, label)
         self.explorer = SampleExplorer(root, self.chosen.device)
         self.browser = RunBrowser(root)
-        parts = (self.designer, self.tuner, self.explorer, self.browser)
+        self.queue = Queue(root, lambda: self.tuner.chosen, label)
+        runs = w.VBox([self.browser, self.queue])
+        parts = (self.designer, self.tuner, self.explorer, runs)
         self.tabs = w.Tab(parts, titles=TITLES)
         super().__init__([self.tabs])
         looks.dress(self)
         self.designer.observe(lambda change: change["new"] and self._take(change["new"]), "handed")
         self.tuner.observe(self._trained, "state")
+        self.queue.observe(self._queued, "state")
+        self.browser.on_take(self._take_up)
         self._stale = False
         self.tabs.observe(lambda _: self._look(), "selected_index")
 
@@ -77,6 +84,15 @@ class Workbench(w.VBox):
     def _take(self, overrides: dict) -> None:
         self.tuner.use(overrides)
         self.tabs.selected_index = 1
+
+    def _queued(self, change: dict) -> None:
+        if change["new"] in ("done", "stopped", "failed"):
+            self.browser.refresh()
+            self._stale = True
+
+    def _take_up(self, folder: Path) -> None:
+        take_up(self.tuner, folder)
+        self.tabs.selected_index = self.tabs.children.index(self.tuner)
 
     def _trained(self, change: dict) -> None:
         """Samples and runs are looked for when their tab is next opened: at once would
