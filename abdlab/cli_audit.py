@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,9 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from abdlab.errors import short
 from abdlab.home import at_home, there
-from abdlab.owned import TORCHVISION, images_named, is_foreign
 from abdlab.values import pairs, read
 
 File = Annotated[Path, typer.Argument(help="Weights: .safetensors, .pt, .pth, .ckpt or .bin.")]
@@ -73,21 +70,11 @@ def overrides_of(
     ignore: Ignore = None,
 ) -> dict[str, Any]:
     """The settings that the options of a command stand for, by dotted name."""
-    if model and is_foreign(model) and model.partition(":")[0] != TORCHVISION:
-        sys.path.insert(0, os.getcwd())  # where the user's my_model.py lies
-    found = {
-        "teacher.file": str(there(file)),
-        "teacher.model": model,
-        "teacher.keywords": None if keywords is None else _dict("--keywords", keywords),
-        "teacher.mean": _numbers("--mean", mean, float),
-        "teacher.std": _numbers("--std", std, float),
-        "teacher.key": key,
-        "teacher.ignore": ignore or None,
-        "data.name": images_named(data),
-        "data.shape": _numbers("--shape", shape, int),
-        "data.classes": classes,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    from abdlab.defend import file_settings
+
+    more = {"shape": shape, "classes": classes, "mean": mean, "std": std, "key": key}
+    more |= {"keywords": keywords, "ignore": ignore, "prefix": "--"}
+    return file_settings(there(file), model=model, data=data, **more)
 
 
 def _on_a_file(command: Callable) -> Callable:
@@ -111,25 +98,6 @@ def _on_a_file(command: Callable) -> Callable:
     return wrapped
 
 
-def _numbers(option: str, text: str | None, kind: type) -> list | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.strip("[]() ").split(",")]
-    except ValueError:
-        raise ValueError(f"{option} takes numbers with commas between, not {short(text)}") from None
-
-
-def _dict(option: str, text: str) -> dict:
-    try:
-        value = read(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{option} takes a dict such as '{{\"depth\": 18}}', not {short(text)}")
-    return value
-
-
 def _settings(words: list[str]) -> dict[str, Any]:
     """Values by dotted name from texts KEY=VALUE."""
     found: dict[str, Any] = pairs(words)
@@ -137,20 +105,6 @@ def _settings(words: list[str]) -> dict[str, Any]:
         with suppress(ValueError):
             found[name] = read(text)
     return found
-
-
-def _opened(given: dict[str, Any], seed: int, device: str):
-    """(settings, data, teacher) of a command that trains nothing."""
-    from abdlab.checks import check
-    from abdlab.defend import preset_for
-    from abdlab.settings import settings
-    from abdlab.teachers import opened_teacher
-
-    chosen = settings("quick/digits", given, seed=seed, device=device)
-    check(chosen)
-    data = chosen.dataset()
-    chosen = settings(preset_for(data.shape), given, seed=seed, device=device)
-    return chosen, data, opened_teacher(chosen, data)
 
 
 def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
@@ -174,11 +128,11 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         """Is there a backdoor in these weights, and towards which class? Without data."""
         from abdlab.audit import audit as look
         from abdlab.audit import turned
-        from abdlab.defend import audit_seconds, introduce, share
+        from abdlab.defend import audit_seconds, introduce, open_file, share
         from abdlab.forecast import told_time
         from abdlab.stream import stages
 
-        chosen, images, teacher = _opened(given, seed, device)
+        chosen, images, teacher = open_file(given, seed, device)
         scores = chosen.exam(images)(teacher)
         tell(introduce(teacher, chosen, images, scores))
         tell(f"about {told_time(audit_seconds(teacher, images))} on this machine")
@@ -229,7 +183,7 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         device: Device = "auto",
     ) -> None:
         """Clean a model of its backdoor, without data: a new file, the old one stays."""
-        from abdlab.defend import share
+        from abdlab.defend import open_file, share
         from abdlab.evaluate import agreement
         from abdlab.forecast import purifying_seconds, told_time
         from abdlab.labels import TEACHER, Label
@@ -241,7 +195,7 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         if output.suffix.lower() != ".safetensors":
             raise ValueError(f"-o names a file .safetensors, not {output}")
         label = Label.parse(f"{names}/{TEACHER}")
-        chosen, images, teacher = _opened(given, seed, device)
+        chosen, images, teacher = open_file(given, seed, device)
         steps = chosen.purifiers(*label.purifiers)
         expected = purifying_seconds(teacher, images, label.purifiers)
         tell(f"about {told_time(expected)} on this machine")

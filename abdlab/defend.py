@@ -6,24 +6,118 @@ from __future__ import annotations
 
 import base64
 import html
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from abdlab.audit import POOL, Audit, Heritage, audit, steps_for
 from abdlab.checkpoint import load_state, save_state, write_atomically
+from abdlab.checks import check
 from abdlab.data import Dataset
+from abdlab.errors import short
 from abdlab.evaluate import agreement, predict
 from abdlab.forecast import Forecast, forecast, seconds_per_image
 from abdlab.identity import fingerprint
 from abdlab.labels import TEACHER, Label, name_of
-from abdlab.owned import layers_told
+from abdlab.owned import NONE, TORCHVISION, images_named, is_foreign, layers_told
 from abdlab.presets import DEFENDED, NORMLESS
 from abdlab.purifiers.bounded import batch_norms
 from abdlab.runs import Run
-from abdlab.settings import Settings
+from abdlab.settings import Settings, settings
+from abdlab.teachers import opened_teacher
+from abdlab.values import read
+
+
+def file_settings(
+    file: str | Path,
+    *,
+    model: str | None = None,
+    keywords: str | None = None,
+    data: str = NONE,
+    shape: str | None = None,
+    classes: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    key: str | None = None,
+    ignore: Sequence[str] | None = None,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """What a person says about a file of weights, as settings by dotted name; nothing is
+    opened yet.
+
+    Args:
+        model: see :func:`abdlab.owned.make_network`. keywords: of its class, as a dict's
+            text.
+        data: see :func:`abdlab.owned.images_named`.
+        shape, mean, std: numbers with commas between.
+        prefix: of an argument's name in errors ("--" on the command line).
+
+    Raises:
+        ValueError: for a text that is no such thing.
+
+    >>> file_settings("/a.pt", model="wrn-16-2", shape="3,32,32")["data.shape"]
+    [3, 32, 32]
+    """
+    if model and is_foreign(model) and model.partition(":")[0] != TORCHVISION:
+        sys.path.insert(0, os.getcwd())  # where the user's my_model.py lies
+    found = {
+        "teacher.file": str(file),
+        "teacher.model": model,
+        "teacher.keywords": None if keywords is None else _dict(f"{prefix}keywords", keywords),
+        "teacher.mean": _numbers(f"{prefix}mean", mean, float),
+        "teacher.std": _numbers(f"{prefix}std", std, float),
+        "teacher.key": key,
+        "teacher.ignore": list(ignore) if ignore else None,
+        "data.name": images_named(data),
+        "data.shape": _numbers(f"{prefix}shape", shape, int),
+        "data.classes": classes,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(option: str, text: str | None, kind: type) -> list | None:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.strip("[]() ").split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas between, not {short(text)}") from None
+
+
+def _dict(option: str, text: str) -> dict:
+    try:
+        value = read(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} takes a dict such as '{{\"depth\": 18}}', not {short(text)}")
+    return value
+
+
+def open_file(
+    given: Mapping[str, Any], seed: int = 0, device: str = "auto"
+) -> tuple[Settings, Dataset, nn.Module]:
+    """A stranger's teacher, opened and probed; nothing is trained or written.
+
+    Args:
+        given: see :func:`file_settings`.
+
+    Returns:
+        settings of the preset that suits the images' size, the images, the teacher.
+
+    Raises:
+        ValueError: in one sentence, for whatever does not fit.
+    """
+    chosen = settings("quick/digits", given, seed=seed, device=device)
+    check(chosen)
+    data = chosen.dataset()
+    chosen = settings(preset_for(data.shape), given, seed=seed, device=device)
+    return chosen, data, opened_teacher(chosen, data)
 
 
 def methods_for(teacher: nn.Module, label: str | None = None) -> tuple[str, str]:
@@ -77,6 +171,36 @@ def introduce(teacher: nn.Module, chosen: Settings, data: Dataset, metrics: Mapp
             f"images: {images}, {'x'.join(map(str, data.shape))}, {len(data.classes)} classes",
             f"trigger: {trigger}, target: {target}, seed {chosen.seed}",
             f"ACC {share(metrics.get('acc'))}, ASR {share(metrics.get('asr'))}",
+        )
+    )
+
+
+def identity(chosen: Settings, metrics: Mapping, classes: Sequence[str] = ()) -> str:
+    """A teacher in one line: file or trigger, target, data, seed, ACC and ASR; what is
+    not known is "unknown".
+
+    Args:
+        metrics: the teacher's; empty before it is trained or opened.
+        classes: names of the data set's classes, where it is at hand.
+
+    >>> identity(settings("quick/digits"), {}).split(", ")[:3]
+    ['teacher made here', 'trigger badnet_sq', 'target 0']
+    """
+    values = chosen.section("data")
+    shape = "x".join(map(str, values.get("shape") or ()))
+    data = f"data {values['name']}" + (f" {shape}" if shape else "")
+    target = "unknown" if chosen.target is None else str(chosen.target)
+    if chosen.target is not None and chosen.target < len(classes) and classes[chosen.target]:
+        target = classes[chosen.target]
+    return ", ".join(
+        (
+            f"teacher {Path(chosen.opened).name if chosen.opened else 'made here'}",
+            f"trigger {chosen.trigger or 'unknown'}",
+            f"target {target}",
+            data,
+            f"seed {chosen.seed}",
+            f"ACC {share(metrics.get('acc'))}",
+            f"ASR {share(metrics.get('asr'))}",
         )
     )
 

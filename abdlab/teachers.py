@@ -143,6 +143,13 @@ def _ready(
     )
 
 
+def _request(chosen: Settings, trigger: Trigger, target: int, options: dict) -> tuple[dict, str]:
+    """What an optimised trigger is made from, and the name of the file that holds it."""
+    request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
+    stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    return request, f"seed{chosen.seed}/trigger/{trigger.name}-{stamp}.json"
+
+
 def _optimised(
     root: str | Path, chosen: Settings, data: Dataset, trigger: Trigger, target: int, options: dict
 ) -> Trigger:
@@ -150,9 +157,8 @@ def _optimised(
     holds what it was made from.
     """
     options = options_of(trigger, **options)
-    request = {"trigger": trigger.card(), "target": target, "options": options, "seed": chosen.seed}
-    stamp = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
-    path = at_home(root) / f"seed{chosen.seed}" / "trigger" / f"{trigger.name}-{stamp}.json"
+    request, name = _request(chosen, trigger, target, options)
+    path = at_home(root) / name
     model, _ = clean_teacher(root, chosen, data)
     if not path.exists():
         images, labels = data.train_images, data.train_labels
@@ -170,6 +176,10 @@ def _optimised(
         write_atomically(
             path, (json.dumps({**request, "made": made.card()}, indent=2) + "\n").encode()
         )
+    return _made(path)
+
+
+def _made(path: Path) -> Trigger:
     try:
         return trigger_from(json.loads(path.read_text())["made"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -177,6 +187,24 @@ def _optimised(
             f"{path} holds no trigger that abdlab wrote ({error!r}): delete it, and it is made"
             " again"
         ) from None
+
+
+def made_trigger(root: str | Path, chosen: Settings) -> Trigger | None:
+    """The main attack's trigger with every pattern in it, as :func:`prepare` has made and
+    kept them below a root; None where one is not made yet. Nothing is trained.
+    """
+    trigger, values = chosen.trigger, chosen.attack_values[0]
+    first, *rest = [Trigger(trigger.name, trigger.params), *trigger.then]
+    parts = []
+    for part in (first, *rest):
+        if part.needs_pattern:
+            options = options_of(part, **values.get("optimize", {}))
+            path = at_home(root) / _request(chosen, part, chosen.target, options)[1]
+            if not path.exists():
+                return None
+            part = _made(path)
+        parts.append(part)
+    return replace(parts[0], then=tuple(parts[1:]))
 
 
 def poisoned_teacher(

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
 
-from abdlab import batch
+from abdlab import batch, build
 from abdlab.checkpoint import read_card
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +127,9 @@ def browser():
 class Bench:
     """The workbench in a page, in a user's words."""
 
-    def __init__(self, browser, lab, folder, name, before="", theme="Light", **overrides):
+    def __init__(
+        self, browser, lab, folder, name, before="", theme="Light", narrow=False, **overrides
+    ):
         self.runs = folder / name
         book = json.loads((ROOT / "notebooks/00_workbench.ipynb").read_text())
         code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
@@ -136,7 +139,8 @@ class Bench:
         )
         code[1]["source"] = before + "".join(code[1]["source"])
         (folder / f"{name}.ipynb").write_text(json.dumps(book))
-        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.size = {"width": 1280, "height": 800 if narrow else 1000}
+        self.page = browser.new_page(viewport=self.size)
         self.page.set_default_timeout(PATIENCE)
         self.troubles = []
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
@@ -148,11 +152,11 @@ class Bench:
         if (ask := self.page.locator(".jp-Dialog button", has_text="Select").last).is_visible():
             ask.click()  # which kernel
         self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        # the file browser would take a fifth of the page
-        if self.page.locator("#jp-left-stack").is_visible():
+        # the file browser takes a fifth of the page
+        if self.page.locator("#jp-left-stack").is_visible() != narrow:
             self.page.keyboard.press("Control+b")
         self.menu("Run", "Run All Cells")
-        self.tab("1 Trigger").wait_for()
+        self.tab("1 Teacher").wait_for()
 
     @staticmethod
     def set(lab, what, values):
@@ -176,18 +180,22 @@ class Bench:
         return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
 
     def slider(self, label):
-        return (
-            self.page.locator(
-                ".widget-slider", has=self.page.locator(f".widget-label:text-is('{label}')")
-            )
-            .locator(".noUi-handle")
-            .first
-        )
+        return self.page.locator(f"input[type=range][aria-label='{label}']:visible").first
+
+    def field(self, label):
+        return self.page.get_by_label(label, exact=True).locator("visible=true").first
+
+    def in_sight(self, picture):
+        """Whether a picture is wholly inside the page, with nothing scrolled by hand."""
+        box = picture.bounding_box()
+        right, below = box["x"] + box["width"], box["y"] + box["height"]
+        return box["y"] >= 0 and below <= self.size["height"] and right <= self.size["width"]
 
     def text(self, pattern):
         return (
             self.page.locator(
-                ".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty"
+                ".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty,"
+                " .abdlab-who"
             )
             .locator("visible=true")
             .filter(has_text=re.compile(pattern))
@@ -198,6 +206,20 @@ class Bench:
         return (
             self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
         )
+
+    def begin(self):
+        """Start, and go on where the tiny teacher's backdoor is asked about."""
+        self.button("Start").click()
+        asked = self.text("there is next to no backdoor")
+        asked.or_(self.text("^ACC[0-9.]+%")).first.wait_for()
+        if asked.is_visible():
+            self.button("Go on").click()
+        self.text("^ACC[0-9.]+%").wait_for()
+
+    def view(self, name):
+        """The page as its user sees it."""
+        SHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png")
 
     def shot(self, name):
         """The whole workbench, however tall it is."""
@@ -213,7 +235,7 @@ class Bench:
         assert top.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), (
             f"{name} is wider than the page"
         )
-        self.page.set_viewport_size({"width": 1280, "height": 1000})
+        self.page.set_viewport_size(self.size)
 
     def close(self):
         assert not self.troubles
@@ -247,7 +269,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.open("3 Samples")
     b.text("No samples yet").wait_for()
 
-    b.open("1 Trigger")
+    b.open("1 Teacher")
     picture = b.picture("clean, triggered and difference")
     picture.wait_for()
     before = picture.get_attribute("src")
@@ -261,8 +283,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.open("2 Defense")
     b.text("No run yet: press Start").wait_for()
     b.shot("light-2-empty")
-    b.button("Start").click()
-    b.text("^ACC[0-9.]+%").wait_for()
+    b.begin()
     b.text("^ASR[0-9.]+%").wait_for()
     b.slider("SV: alpha").focus()
     b.page.keyboard.press("ArrowRight")
@@ -280,10 +301,12 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
 
     b.button("Branch here").click()
     b.text(f"branches off zskt.sv.tu@1 at step {stopped}").wait_for()
-    b.slider("SV: alpha").focus()
-    for _ in range(5):
-        b.page.keyboard.press("ArrowLeft")
-    b.button("Start").click()  # the slider's latest value may come after it
+    typed = b.field("SV: alpha, typed")
+    typed.fill("much")
+    typed.press("Enter")
+    b.page.locator(".abdlab-dialwrong", has_text='"much" is no number; it stays').wait_for()
+    typed.fill(".003")
+    b.button("Start").click()  # what was typed may come after it
     b.text("^Done: zskt.sv.tu@2").wait_for()
     b.page.locator("select[multiple]").select_option(["zskt+sv+tu@1", "zskt+sv+tu@2"])
     b.picture("ACC and ASR of the chosen runs").wait_for()
@@ -353,7 +376,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
 
     b.menu("Settings", "Theme", "JupyterLab Dark")
     b.page.wait_for_timeout(5000)
-    for name in ("1 Trigger", "2 Defense", "3 Samples", "4 Runs"):
+    for name in ("1 Teacher", "2 Defense", "3 Samples", "4 Runs"):
         b.open(name)
         b.shot(f"dark-{name[0]}")
     b.close()
@@ -361,8 +384,9 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     found = tmp_path / "parameters.yaml"
     found.write_text(text)
     given = yaml.safe_load(found.read_text())
-    alphas = [round(v, 2) for _, v in given["overrides"]["sv.alpha"]]
-    assert (alphas[:2], alphas[-1]) == ([0.55, 0.56], 0.51)
+    alphas = [v for _, v in given["overrides"]["sv.alpha"]]
+    assert alphas[0] == 0.55 < alphas[1]  # a step of a slider that goes by decades
+    assert alphas[-1] == 0.003  # as it was typed
     given["run"] = str(tmp_path / "again")
     batch.execute("02_distillation", tmp_path / "02.ipynb", given, threads=1)
     branch, again = (
@@ -377,20 +401,26 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
     # a page that is closed is believed gone after seconds, not minutes, and the run is
     # long enough for that
     before = "from abdlab.widgets import worker\nworker.PATIENCE = 12\n"
-    b = bench(how, before=before, **{"zskt.pseudo_batches": 4000})
+    b = bench(how, before=before, narrow=how == "rerun", **{"zskt.pseudo_batches": 4000})
     b.open("2 Defense")
-    b.button("Start").click()
-    b.text("^ACC[0-9.]+%").wait_for()
+    b.begin()
     if how == "interrupt":
         b.menu("Kernel", "Interrupt Kernel")
         b.text("The kernel was interrupted").wait_for()
     elif how == "rerun":
+        # a small page with Lab's file browser open: all that matters is in sight
+        curves = b.picture("ACC, ASR and losses")
+        curves.wait_for()
+        b.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
+        b.view("narrow-2-running")
+        assert b.in_sight(curves)
+        assert b.in_sight(b.text("^ACC[0-9.]+%"))
         b.menu("Run", "Run All Cells")
         b.page.wait_for_timeout(2000)
         b.open("2 Defense")
-        b.page.locator("select option", has_text="go on with zskt+sv+tu@1").first.wait_for(
-            state="attached"
-        )
+        b.text(r"zskt.sv.tu@1 at step \d+ of 4000: Go on continues it").wait_for()
+        curves.wait_for()  # those of the run that was stopped
+        assert b.button("Copy as parameters").is_enabled()
     else:
         b.page.close()
     found = b.runs / "seed0" / "zskt+sv+tu@1"
@@ -401,3 +431,40 @@ def test_a_run_that_loses_its_page_or_kernel_saves_itself(bench, folder, how):
     assert metrics(found)["stopped_at"] == read_card(found / "checkpoint.safetensors")["index"]
     time.sleep(2)
     assert metrics(found)["stopped_at"] == read_card(found / "checkpoint.safetensors")["index"]
+
+
+def test_a_strangers_file_to_a_defended_student(bench, folder):
+    torch.manual_seed(0)
+    net = build("wrn-16-1", classes=3, channels=1)
+    torch.save({"net": net.state_dict(), "epoch": 3}, folder / "theirs.pt")
+    b = bench("own", narrow=True, **{"zskt.pseudo_batches": 60})
+    b.page.get_by_role("button", name="open a file of weights").click()
+    b.field("file").fill(str(folder / "theirs.pt"))
+    b.button("Load and check").click()
+    b.text("weights do not say how large images are").wait_for()
+    for field, text in (("architecture", "wrn-16-1"), ("shape", "8")):
+        b.field(field).fill(text)
+        b.field(field).press("Tab")
+    b.button("Load and check").click()
+    b.text("^Loaded: .*3 classes; teacher theirs.pt, trigger unknown").wait_for()
+    b.button("Audit").click()
+    b.picture("inverted triggers on synthetic images").wait_for()
+    b.text("^(Class . is suspicious|Nothing found)").wait_for()
+    b.picture("what the cheapest trigger of every class costs").wait_for()
+    b.shot("narrow-1-audited")
+    b.button("Use this teacher").click()
+    b.text("^Teacher theirs.pt, trigger unknown, target unknown, data none").wait_for()
+    b.button("Start").click()
+    b.text("^ACCunknown").wait_for()
+    curves = b.picture("ACC, ASR and losses")
+    curves.wait_for()
+    assert b.in_sight(curves)
+    b.text("^Done: zskt.sv.tu@1").wait_for()
+    b.shot("narrow-2-own")
+    b.open("3 Samples")
+    b.text("Teacher theirs.pt, trigger unknown").wait_for()
+    b.picture("synthetic images; click one").wait_for()
+    b.open("4 Runs")
+    b.page.locator(".abdlab-rows tr", has_text="zskt+sv+tu@1").first.click()
+    b.close()
+    assert metrics(b.runs / "seed0/zskt+sv+tu@1")["acc"] is None

@@ -9,9 +9,13 @@ import ipywidgets
 import pytest
 import torch
 import yaml
+from traitlets import TraitError
 
 import abdlab
 from abdlab import batch
+from abdlab.attacks.optimize import options_of
+from abdlab.attacks.patterns import pack
+from abdlab.attacks.triggers import Trigger
 from abdlab.checkpoint import load_state, read_card, read_weights
 from abdlab.defenses import DEFENSES
 from abdlab.defenses.late import Late
@@ -23,7 +27,7 @@ from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.stream import Step
 from abdlab.students import distilled
-from abdlab.teachers import poisoned_teacher, prepare
+from abdlab.teachers import _request, poisoned_teacher, prepare
 from abdlab.widgets import (
     DefenseTuner,
     Queue,
@@ -231,6 +235,37 @@ class TestTriggerDesigner:
         assert designer.picture.png
         assert not designer.trouble.sentence
 
+    def test_a_saved_trigger_is_loaded_with_all_that_was_chosen(self, designer):
+        designer.trigger.value, designer.also.value = "blend", "sig"
+        designer.controls["alpha"].value, designer.rate.value = 0.003, 0.25
+        designer.target.value, designer.name.value = 7, "mine"
+        designer.save()
+        saved = dict(designer.overrides)
+        designer.trigger.value, designer.also.value = "badnet_sq", "nothing more"
+        designer.target.value, designer.rate.value = 0, 0.1
+        designer.saved.value = "mine"
+        assert not designer.trouble.sentence
+        assert designer.overrides == saved
+        (designer.root / "triggers/bad.yaml").write_text("overrides: 3\n")
+        with pytest.raises(ValueError, match="holds no trigger that was saved here"):
+            designer.load("bad")
+
+    def test_an_optimised_trigger_is_drawn_once_a_run_has_made_it(self, designer, chosen):
+        designer.trigger.value = "l2_inv"
+        assert not designer.picture.png
+        before = dict(designer.overrides)
+        wanted = settings("quick/digits", {**TINY, **before}, device="cpu")
+        options = options_of(wanted.trigger, **wanted.values["attack"].get("optimize", {}))
+        name = _request(wanted, wanted.trigger, wanted.target, options)[1]
+        levels = torch.zeros(1, 8, 8)
+        levels[:, 2, 3] = 200
+        made = Trigger("l2_inv", {**wanted.trigger.params, "pattern": pack(levels)})
+        (designer.root / name).parent.mkdir(parents=True)
+        (designer.root / name).write_text(json.dumps({"made": made.card()}))
+        designer.draw()
+        assert designer.picture.png
+        assert designer.overrides == before  # a run makes it from the same request
+
     def test_hands_over_again_and_again(self, designer):
         seen = []
         designer.observe(lambda change: seen.append(change["new"]), "handed")
@@ -355,6 +390,10 @@ class TestDefenseTuner:
 
         tuner.knob("sv.layers").value = layers + 1  # of the next run
         assert tuner.knob("sv.layers").value == layers + 1
+        # what was turned stays for the next run, until its user wants the preset's values
+        assert tuner.knob("sv.alpha").value == 0.3
+        tuner.reset()
+        assert (tuner.knob("sv.alpha").value, tuner.knob("sv.layers").value) == (0.55, layers)
 
     def test_stop_finishes_the_step_measures_and_saves(self, tuner, root):
         hold(tuner, 2)
@@ -400,8 +439,40 @@ class TestDefenseTuner:
         again = DefenseTuner(root, chosen, data, needs_page=False)
         assert not tuner.worker.alive()
         assert [t for t in threading.enumerate() if t.name == "abdlab-run"] == []
-        options = [text for text, _ in again.origin.options]
-        assert "go on with zskt+sv+tu@1 at step 1" in options
+        # it begins with the run that was stopped, and shows it
+        assert str(again.origin.value) == "go on with zskt+sv+tu@1 at step 1"
+        assert again.controls.buttons["Start"].description == "Go on"
+        assert not again.controls.buttons["Copy as parameters"].disabled
+        assert not again.controls.buttons["Branch here"].disabled
+        assert [row["step"] for row in again.live.rows] == [1]
+        assert again.live.curves.png
+        assert "zskt+sv+tu@1 at step 1 of 8: Go on continues it" in again.status.value
+
+    def test_asks_before_it_distils_from_a_teacher_without_a_backdoor(
+        self, tuner, root, monkeypatch
+    ):
+        monkeypatch.setattr("abdlab.widgets.defense_tuner.USELESS", 1.1)
+        tuner.live.add("old", Step(8, 8, {"kd": 0.5}, acc=0.9, asr=0.2))
+        tuner.live.redraw()
+        tuner.start()
+        until(lambda: tuner.state == "asking")
+        assert "there is next to no backdoor" in tuner.status.value
+        # nothing is left of the run before
+        assert (tuner.live.numbers.value, tuner.live.curves.png, tuner.live.bar.value) == (
+            "",
+            b"",
+            0,
+        )
+        tuner.stop()
+        until(lambda: tuner.state == "stopped")
+        assert not list((root / "seed0").glob("*@*"))
+        assert tuner.folder == ""
+        assert tuner.controls.buttons["Copy as parameters"].disabled
+        tuner.start()
+        until(lambda: tuner.state == "asking")
+        tuner.exams = 1
+        tuner.start()
+        until(lambda: tuner.state == "done")
 
     def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):
         monkeypatch.setattr(workers, "PATIENCE", 0.0)
@@ -442,6 +513,17 @@ class TestDefenseTuner:
         tuner.total = 20
         tuner.live._pace.extend([(1, 0.0), (2, 1.0), (5, 4.0)])
         assert tuner.left() == pytest.approx(15)
+
+    def test_the_time_left_counts_whole_rounds(self, monkeypatch):
+        """Of a source that makes images for 9 s and then trains 40 steps in 1 s."""
+        clock = [0.0]
+        monkeypatch.setattr("abdlab.widgets.live.time.monotonic", lambda: clock[0])
+        live = Live()
+        live.rest(0)
+        for index in range(1, 401):
+            clock[0] += 9.025 if index % 40 == 1 else 0.025
+            live.add("cmi", Step(index, 800, {}))
+        assert live.left(800) == pytest.approx(100, rel=0.3)
 
     def test_knobs_that_are_not_turned_change_nothing(self, tuner, chosen):
         assert tuner.chosen.values == chosen.values
@@ -496,7 +578,7 @@ class TestKnobs:
             ("often", False),
         ]
         strength = tuner.knob("someones:Noise.strength")
-        assert strength.description == "NOISE: strength"
+        assert (strength.label, strength.description) == ("strength", "NOISE: strength")
         assert strength.tooltip == "of the noise, in [0, 1] units."
         for value in (0.0025, 150.0):  # a typed number stays what it is
             strength.value = value
@@ -528,6 +610,148 @@ class TestKnobs:
         with pytest.raises(ValueError, match="TU would have begun at step 20"):
             check_branch("zskt+tu", old, settings("quick/digits", {"tu.start": 0.2}), 40, 100)
         check_branch("zskt+sv", old, other, index=51, length=100)
+
+    def test_purifiers_and_what_may_be_off_have_knobs_too(self):
+        chosen = settings("quick/digits")
+        knobs = Knobs()
+        knobs.show("unlearn+bounded/zskt+tu", chosen)
+        assert {"bounded.k", "unlearn.rounds", "tu.natural", "tu.cover", "tu.hold"} <= {
+            knob.name for knob in knobs.shown
+        }
+        assert knobs["bounded.k"].control.value is None
+        knobs["bounded.k"].control.value, knobs["tu.natural"].control.value = 3, None
+        made = knobs.applied(chosen).values
+        assert (made["bounded"]["k"], made["tu"]["natural"]) == (3.0, None)
+        with pytest.raises(TraitError, match="TU: triggers is a whole number"):
+            knobs["tu.triggers"].control.value = 2.5
+        with pytest.raises(TraitError, match=r"TU: start .* is a number"):
+            knobs["tu.start"].control.value = "late"
+
+
+class TestTeacherOpener:
+    """A stranger's file: none of its teacher's attack is known."""
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        net = abdlab.build("wrn-10-1", classes=3, channels=1, width=4, seed=1)
+        return abdlab.save_model(tmp_path / "theirs.safetensors", net)
+
+    @pytest.fixture
+    def bench(self, tmp_path, chosen, file):
+        bench = Workbench(tmp_path / "runs", chosen, "zskt+sv")
+        bench.opener.fields["file"].value = str(file)
+        bench.opener.fields["shape"].value = "8"
+        return bench
+
+    @pytest.mark.parametrize(
+        ("field", "text", "told"),
+        [
+            ("file", "", "name a file of weights first"),
+            ("file", "/no/such.pt", "there is no file"),
+            ("shape", "", "weights do not say how large images are"),
+            ("shape", "big", "shape takes numbers"),
+            ("classes", "few", "classes is a number"),
+            ("architecture", "wrn-16-1", "theirs.safetensors"),
+            ("images", "digitz", "did you mean 'digits'"),
+            ("mean", "0,5,x", "mean takes numbers"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_sentence_beside_the_button(self, bench, field, text, told):
+        bench.opener.fields[field].value = text
+        bench.opener.check()
+        assert told in bench.opener.trouble.sentence
+        assert bench.opener.audit_button.disabled
+        assert bench.opener.use_button.disabled
+
+    def test_from_the_file_to_a_student_with_all_that_is_unknown(self, bench, file):
+        opener, tuner = bench.opener, bench.tuner
+        opener.check()
+        assert not opener.trouble.sentence
+        assert "3 classes; teacher theirs.safetensors, trigger unknown" in opener.loaded.value
+        assert "ACC unknown, ASR unknown" in opener.loaded.value
+        opener.hand()
+        assert bench.tabs.selected_index == 1
+        assert "Teacher theirs.safetensors, trigger unknown, target unknown" in tuner.who.value
+        assert tuner.controls.with_floor.disabled
+        assert tuner.chosen.values["zskt"]["pseudo_batches"] == 8  # what was said stays
+        tuner.exams = 1
+        tuner.start()
+        until(lambda: tuner.state == "done")
+        assert tuner.live.numbers.value.count("unknown") == 2
+        assert (tuner.acc, tuner.asr, tuner.floor) == (None, None, None)
+        assert tuner.live.curves.png
+        given = yaml.safe_load(tuner.parameters())
+        assert given["overrides"]["teacher.file"] == str(file)
+
+        bench.tabs.selected_index = 2
+        assert "Teacher theirs.safetensors, trigger unknown" in bench.explorer.who.value
+        assert bench.explorer.detail.png
+        assert not bench.explorer.trouble.sentence
+        bench.tabs.selected_index = 3
+        bench.browser.rows.chosen = [row["id"] for row in bench.browser.rows.rows]
+        assert not bench.browser.trouble.sentence
+
+        bench.designer.hand()  # and back to one that is made here
+        assert "Teacher made here, trigger badnet_sq" in tuner.who.value
+        assert tuner.chosen.opened is None
+        assert tuner.chosen.values["data"] == bench.chosen.values["data"]
+
+    def test_with_labelled_images_only_the_asr_is_unknown(self, bench, tmp_path, data):
+        net = abdlab.build("wrn-10-1", classes=10, channels=1, width=4, seed=1)
+        abdlab.save_model(tmp_path / "ten.safetensors", net)
+        fields = bench.opener.fields
+        fields["file"].value, fields["images"].value = str(tmp_path / "ten.safetensors"), "digits"
+        fields["shape"].value = ""
+        bench.opener.check()
+        acc = abdlab.accuracy(net, *(bench.opener.opened[1].test_images, data.test_labels))
+        assert f"ACC {acc:.1%}".replace("%", " %") in bench.opener.loaded.value
+        assert "ASR unknown" in bench.opener.loaded.value
+        bench.opener.hand()
+        bench.tuner.exams = 1
+        bench.tuner.run()
+        assert 0 <= bench.tuner.acc <= 1
+        assert "ACC<b>unknown" not in bench.tuner.live.numbers.value
+        assert "ASR<b>unknown" in bench.tuner.live.numbers.value
+        assert bench.tuner.live.curves.png
+
+    def test_audits_in_the_background_and_keeps_it(self, bench):
+        opener = bench.opener
+        opener.check()
+        opener.audit()
+        assert opener.state == "auditing"
+        assert opener.check_button.disabled
+        until(lambda: opener.state != "auditing", 300)
+        assert opener.state == "audited", opener.trouble.sentence
+        assert "suspicious" in opener.verdict.value or "Nothing found" in opener.verdict.value
+        assert opener.costs.png.startswith(b"\x89PNG")
+        assert opener.inverted.png.startswith(b"\x89PNG")
+        first = opener.found.seconds
+        opener.check()
+        opener.audit()  # read from its folder
+        until(lambda: opener.state == "audited", 300)
+        assert opener.found.seconds == first
+        opener.fields["shape"].value = "9"  # another file is meant
+        assert (opener.state, opener.costs.png, opener.opened) == ("idle", b"", None)
+
+    def test_a_run_under_way_refuses_and_the_tab_stays(self, bench):
+        bench.tuner.state = "running"
+        bench.designer.hand()
+        assert bench.tabs.selected_index == 0
+        assert "a run is under way" in bench.designer.trouble.sentence
+        assert "Handed on" not in bench.designer.note.value
+        bench.opener.check()
+        bench.opener.hand()
+        assert "a run is under way" in bench.opener.trouble.sentence
+        bench.tuner.state = "idle"
+
+    def test_begins_with_the_file_that_the_settings_name(self, tmp_path, file):
+        more = {"teacher.file": str(file), "data.shape": [1, 8, 8]}
+        bench = Workbench(tmp_path / "r", settings("quick/digits", {**TINY, **more}), "zskt")
+        assert bench.opener.fields["shape"].value == "1,8,8"
+        assert bench.designer.layout.display == "none"
+        bench.opener.check()
+        assert not bench.opener.trouble.sentence
+        assert str(bench.designer.designed) == "badnet_sq"
 
 
 class TestMethods:
@@ -977,7 +1201,9 @@ def test_the_scripts_come_with_the_package():
     folder = Path(looks.__file__).parent
     assert {p.name for p in folder.glob("*.[jc]s*")} == {
         "copy.js",
+        "dial.js",
         "fit.js",
+        "lead.js",
         "page.css",
         "page.js",
         "picture.js",

@@ -39,19 +39,19 @@ def audit_figure(found: Audit, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def inverted_figure(found: Audit, images: int = 6) -> Figure:
+def inverted_figure(found: Audit, images: int = 6, figure: Figure | None = None) -> Figure:
     """The inverted triggers of the suspicious class on synthetic images: a row per
     trigger, the images as they are above.
+
+    Args:
+        figure: to draw on; by default a new one of pyplot's.
     """
     shown = found.pool[:images]
     bank = found.triggers
-    figure, axes = plt.subplots(
-        len(bank) + 1,
-        len(shown),
-        figsize=(1.0 * len(shown) + 1.6, 1.05 * (len(bank) + 1) + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
+    if figure is None:
+        size = (1.0 * len(shown) + 1.6, 1.05 * (len(bank) + 1) + 0.4)
+        figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(bank) + 1, len(shown), squeeze=False)
     with torch.no_grad():
         rows = {"synthetic": shown} | {t.family: t(shown) for t in bank}
     shares = dict(zip((t.family for t in bank), found.turned, strict=False))

@@ -9,6 +9,7 @@ from abdlab.widgets.many_runs import ManyRuns
 from abdlab.widgets.queue import Queue
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.teacher_chooser import TeacherChooser, TeacherOpener
 from abdlab.widgets.trigger_designer import TriggerDesigner
 from abdlab.widgets.workbench import Workbench
 
@@ -18,6 +19,8 @@ __all__ = [
     "Queue",
     "RunBrowser",
     "SampleExplorer",
+    "TeacherChooser",
+    "TeacherOpener",
     "TriggerDesigner",
     "Workbench",
 ]

@@ -95,6 +95,26 @@ def origins(folder: Path) -> list[Origin]:
     return [*found, *(Origin(folder.name, index, points[index]) for index in sorted(points))]
 
 
+def length_of(run: Path) -> int:
+    """The length in steps of the run that a checkpoint, or a run's folder, holds."""
+    file = run / "checkpoint.safetensors" if run.is_dir() else run
+    return read_card(file)["run"]["length"]
+
+
+def newest_unfinished(beside: Path) -> Origin | None:
+    """Where the run that was stopped last goes on; None where all are done.
+
+    A later run that is done does not hide it: nothing else would say that it is there.
+    """
+    files = [path / "checkpoint.safetensors" for path in runs_in(beside)]
+    there = sorted((f for f in files if f.exists()), key=lambda f: -f.stat().st_mtime)
+    for file in there:
+        for place in origins(file.parent):
+            if place.checkpoint is None:
+                return place
+    return None
+
+
 def root_of(top: Path, chosen: Settings) -> Path:
     """Where an experiment's teacher and students are: ``top``, or a folder in it where
     that has another teacher.
@@ -105,7 +125,8 @@ def root_of(top: Path, chosen: Settings) -> Path:
     if not there or all(there.get(k) == config[k] for k in ("data", "attack", "teacher")):
         return top
     stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6]
-    return top / f"{chosen.trigger}-{stamp}"
+    name = Path(chosen.opened).stem if chosen.opened else chosen.trigger
+    return top / f"{name}-{stamp}"
 
 
 def next_folder(beside: Path, label: str) -> str:

@@ -18,7 +18,9 @@ from abdlab.widgets.branches import Origin
 from abdlab.widgets.knobs import Knob, Knobs
 
 #: states of a tuner whose run is not over
-UNDER_WAY = ("preparing", "running", "paused", "stopping")
+UNDER_WAY = ("preparing", "asking", "running", "paused", "stopping")
+#: those in which it waits for its user
+WAITING = ("asking", "paused")
 #: button -> its tooltip and style
 _BUTTONS = {
     "Start": ("begin, or go on", "primary"),
@@ -26,6 +28,7 @@ _BUTTONS = {
     "Stop": ("finish this step, measure, save", "warning"),
     "Branch here": ("begin a new run where this one is now, with other weights", ""),
     "Copy as parameters": ("parameters for papermill that repeat exactly this run", ""),
+    "Preset's values": ("put every knob back where the settings have it", ""),
 }
 
 
@@ -41,7 +44,10 @@ class Controls(w.VBox):
         label: the method to begin with.
         doing: text of a button -> what it does.
         turned: called with a knob and its new value.
-        trouble: shows what a button raises.
+        trouble: shows what a button raises; it stands beside them.
+
+    Attributes:
+        bar: the buttons and what went wrong, for a place on top.
     """
 
     def __init__(
@@ -51,8 +57,8 @@ class Controls(w.VBox):
         turned: Callable[[Knob, Any], None],
         trouble: looks.Trouble,
     ):
-        wide = w.Layout(width="390px")
-        beside = {"style": {"description_width": "140px"}, "layout": wide}
+        wide = w.Layout(width="auto")
+        beside = {"style": {"description_width": "52px"}, "layout": wide}
         self.method = w.Dropdown(description="method", **beside)
         #: the first label's methods, and what cleans the teacher where that is wanted
         self._known = methods(str(replace(Label.parse(label), purifiers=())))
@@ -80,13 +86,16 @@ class Controls(w.VBox):
             )
             for text, (tooltip, style) in _BUTTONS.items()
         }
+        back = self.buttons["Preset's values"]
+        back.layout.align_self = "flex-start"
+        above = [button for button in self.buttons.values() if button is not back]
+        self.bar = looks.row(*above, trouble, align_items="center")
         super().__init__(
             [
                 looks.card(
                     "Run", self.method, self.purify, self.origin, self.with_floor, self.keep_on
                 ),
-                looks.card("Defense", self.knobs),
-                looks.card("", looks.row(*self.buttons.values())),
+                looks.card("Defense", self.knobs, back),
             ],
             layout=w.Layout(grid_gap="8px"),
         )
@@ -119,6 +128,7 @@ class Controls(w.VBox):
         branches: bool = False,
         begun: bool = False,
         there: bool = False,
+        floor: bool = True,
     ) -> None:
         """Disable what cannot be used now.
 
@@ -127,14 +137,18 @@ class Controls(w.VBox):
             goes_on, branches: whether Start goes on with a run, or branches off one.
             begun: whether the latest run has done a step, so that one can branch off it.
             there: whether its folder is there, so that its parameters can be copied.
+            floor: whether there can be one: labelled images, and a known attack.
         """
         busy = state in UNDER_WAY
         self.knobs.lock(busy=busy, begun=goes_on, branches=branches)
         for control in (self.method, self.purify, self.origin, self.with_floor):
             control.disabled = busy
-        self.buttons["Start"].disabled = busy and state != "paused"
-        self.buttons["Start"].description = "Go on" if state == "paused" or goes_on else "Start"
+        self.with_floor.disabled = busy or not floor
+        waits = state in WAITING
+        self.buttons["Preset's values"].disabled = busy or goes_on
+        self.buttons["Start"].disabled = busy and not waits
+        self.buttons["Start"].description = "Go on" if waits or goes_on else "Start"
         self.buttons["Pause"].disabled = state != "running"
-        self.buttons["Stop"].disabled = state not in ("preparing", "running", "paused")
+        self.buttons["Stop"].disabled = not busy or state == "stopping"
         self.buttons["Branch here"].disabled = (busy and state != "paused") or not begun
         self.buttons["Copy as parameters"].disabled = not there

@@ -71,6 +71,13 @@ class Job:
         teacher = poisoned_teacher(self.root, ready, data, tell=tell)
         return ready, teacher, Run(self.place.parent / "teacher").metrics.get("asr")
 
+    @property
+    def has_floor(self) -> bool:
+        """Whether clean KD can be distilled and its ASR known: labelled images and an
+        attack.
+        """
+        return self.chosen.labelled and bool(self.chosen.attacks)
+
     def floor(
         self, ready: Settings, data: Dataset, teacher: nn.Module, tell: Callable[[str, Step], None]
     ) -> float | None:

@@ -4,13 +4,15 @@ a run goes on, and what is settled when it begins.
 
 from __future__ import annotations
 
+import html
 import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import ipywidgets as w
 
@@ -19,8 +21,12 @@ from abdlab.defenses.late import Late
 from abdlab.defenses.plans import plan_of, steps_of, then, tunable, until
 from abdlab.errors import keywords
 from abdlab.labels import Label
+from abdlab.presets import PRESETS
+from abdlab.purifiers import PURIFIERS
 from abdlab.settings import Settings, keyword_default
+from abdlab.values import hints
 from abdlab.widgets import looks
+from abdlab.widgets.dial import Dial
 
 #: parameter -> words beside its knob; others have their own name
 _WORDS = {
@@ -32,16 +38,45 @@ _WORDS = {
 }
 #: parameter -> a linear slider's ends and step; one whose settings lie beyond grows
 _LINEAR = {
-    "alpha": (0.0, 2.0, 0.01),
     "k": (1, 8, 1),
     "layers": (1, 20, 1),
-    "inner_steps": (1, 20, 1),
+    "inner_steps": (1, 60, 1),
     "start": (0.0, 0.99, 0.01),
     "warmup": (0.0, 0.99, 0.01),
     "stop": (0.0, 1.0, 0.01),
+    "fraction": (0.01, 1.0, 0.01),
+    "threshold": (0.0, 0.2, 0.005),
+    "agreement": (0.5, 1.0, 0.01),
 }
-#: parameter -> a logarithmic slider's ends, as powers of ten
-_LOG = {"weight": (-3, 3), "lr": (-5, -2)}
+#: parameter -> the ends of a slider that goes by decades
+_LOG = {"alpha": (1e-3, 10.0), "weight": (1e-3, 1e3), "lr": (1e-5, 1e-1), "penalty": (1e-4, 1.0)}
+#: parameter -> what a higher value does
+_HIGHER = {
+    "alpha": "keeps images further from where teacher and vaccine agree, and costs accuracy",
+    "weight": "removes more of the backdoor, and costs accuracy",
+    "inner_steps": "finds stronger triggers, and takes longer",
+    "lr": "changes the student faster; too high undoes what it learnt",
+    "start": "leaves more time to learn, and less to defend",
+    "stop": "defends longer",
+    "warmup": "verifies on more images, and defends less long",
+    "copies": "shuffles more, and takes longer",
+    "layers": "shuffles more, and the vaccine answers more at random",
+    "natural": "unlearns more triggers, some of which may be a class's own features",
+    "rounds": "unlearns more, and takes longer",
+    "steps": "unlearns more, and takes longer",
+    "triggers": "unlearns more at once, and each is seen less often",
+    "renewals": "makes new triggers more often, and takes longer",
+    "threshold": "refuses vaccines that find little",
+}
+#: parameter -> what it is, where its docstring says "see the module's head"
+_HEAD = {
+    "class_mean": "divide the term by the number of classes as well",
+    "ascent": "weights rise on suspicious samples, as in the official code; the paper weakens them",
+    "reverse": "KL(T || T~) as in the official code, not KL(T~ || T) as printed",
+    "cap": "upper limit of the term, in nats; none: no limit",
+}
+#: the preset of the paper's own values, where a section has one
+_PAPER = next(name for name in PRESETS if name.startswith("paper/"))
 
 
 @dataclass(frozen=True)
@@ -73,17 +108,16 @@ class Knob:
     def adopt(self, chosen: Settings) -> None:
         """Stand as the settings have it. A value that is no number leaves it alone."""
         value = self.of(chosen)
-        if _is_number(value):
-            _reach(self.control, value)
+        if _is_number(value) or (value is None and getattr(self.control, "optional", False)):
             self.control.value = value
 
 
 def knobs_of(chosen: Settings, section: str) -> list[Knob]:
-    """Knobs for every number and switch of one defense, those that can be turned while
-    it trains first.
+    """Knobs for every number and switch of one defense or purifier, those that can be
+    turned while it trains first.
 
-    Parameters that the settings leave without a number (None, names of layers, texts)
-    have none.
+    A number that may be None can be switched off; parameters that are names or texts
+    have no knob.
 
     >>> from abdlab.settings import settings
     >>> knobs = knobs_of(settings("quick/digits"), "sv")
@@ -91,18 +125,53 @@ def knobs_of(chosen: Settings, section: str) -> list[Knob]:
     ('sv.alpha', True, 0.01)
 
     Raises:
-        ValueError: for a defense that there is not.
+        ValueError: for one that there is not.
     """
-    kind = DEFENSES.find(section)
-    found = []
+    kind, found = kind_of(section), []
     for key in keywords(kind):
         live = key in tunable(kind)
         value = _value(chosen, section, key, live)
-        if _is_number(value):
-            whole = isinstance(value, int) and not isinstance(_default(section, key), float)
-            control = _control(key, value, whole, Label(section).spoken, about(kind, key))
-            found.append(Knob(section, key, live, issubclass(kind, Late), control))
+        if not _is_number(value) and not (value is None and _may_be_off(kind, key)):
+            continue
+        late = issubclass(kind, Late)
+        found.append(Knob(section, key, live, late, _control(section, key, value, kind)))
     return sorted(found, key=lambda knob: not knob.live)
+
+
+def kind_of(section: str) -> type:
+    """The class of a defense or a purifier by its name. Raises ValueError for neither."""
+    return PURIFIERS[section] if section in PURIFIERS else DEFENSES.find(section)
+
+
+def explained(kind: type, section: str, key: str) -> str:
+    """A knob's tooltip: what its parameter does, what more of it does, and the paper's
+    value where there is one.
+
+    >>> print(explained(DEFENSES["sv"], "sv", "alpha"))
+    of the synthesis term; may be a plan.
+    Higher keeps images further from where teacher and vaccine agree, and costs accuracy.
+    The paper has 0.1; the default is 0.1.
+    """
+    lines, ours = [_plainly(kind, key)], kind.__module__.startswith("abdlab.")
+    higher = _HIGHER.get("copies" if lines[0].startswith("copies") else key)
+    if ours and higher:
+        lines.append(f"Higher {higher}.")
+    default, paper = _default(section, key), PRESETS[_PAPER].get(section, {}).get(key)
+    said = [f"The paper has {paper}"] if paper is not None else []
+    if ours and default is not inspect.Parameter.empty:
+        said.append(f"{'the' if said else 'The'} default is {default}")
+    return "\n".join([*filter(None, lines), *([f"{'; '.join(said)}."] if said else [])])
+
+
+def _plainly(kind: type, key: str) -> str:
+    """What a parameter is, without the marks of a docstring."""
+    text = about(kind, key)
+    if text.startswith("see :class:") and issubclass(kind, Late):
+        text = about(Late, key)
+    if text.startswith("see the module"):
+        text = _HEAD.get(key, "")
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    return re.sub(r"[`*]+", "", text).rstrip(":")
 
 
 def about(kind: type, key: str) -> str:
@@ -159,7 +228,8 @@ class Knobs(w.VBox):
 
     def show(self, label: str, chosen: Settings) -> None:
         """Show the knobs of a method, as the settings have them."""
-        sections = Label.parse(label).defenses
+        method = Label.parse(label)
+        sections = (*method.defenses, *method.purifiers)
         for section in sections:
             if section not in self._all:
                 self._all[section] = knobs_of(chosen, section)
@@ -209,6 +279,20 @@ class Knobs(w.VBox):
             settled = busy or begun or (branches and not knob.late)
             knob.control.disabled = settled and not knob.live
 
+    def turned(self) -> dict[str, Any]:
+        """The knobs that stand elsewhere than the settings had them, by name."""
+        return {name: v for name, v in self.values().items() if v != self._before[name]}
+
+    def turn(self, values: Mapping[str, Any]) -> None:
+        """Put knobs where they stood, telling nobody; names that are not shown are left
+        out.
+        """
+        self._quiet = True
+        for knob in self.shown:
+            if knob.name in values:
+                knob.control.value = values[knob.name]
+        self._quiet = False
+
     def turn_back(self, name: str, value: Any) -> None:
         """Put a knob where it stood, telling nobody."""
         self._quiet, self[name].control.value, self._quiet = True, value, False
@@ -218,17 +302,25 @@ class Knobs(w.VBox):
             self._turned(knob, change["new"])
 
     def _lay_out(self) -> None:
-        live = [knob.control for knob in self.shown if knob.live]
-        parts = []
+        groups, folded = [], []
         for section in self._sections:
-            settled = [knob.control for knob in self._all[section] if not knob.live]
-            if settled:
-                parts.append((f"{Label(section).spoken}: settled when a run begins", settled))
-        folded = w.Accordion(
-            [w.VBox(controls) for _, controls in parts], titles=[title for title, _ in parts]
-        )
+            kind, knobs = kind_of(section), self._all[section]
+            what = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+            title = f"{Label(section).spoken}: {what}"
+            if live := [knob.control for knob in knobs if knob.live]:
+                groups += [_title(title), *live]
+            if settled := [knob.control for knob in knobs if not knob.live]:
+                box = w.VBox(settled, layout=w.Layout(overflow="hidden"))
+                folded.append((f"{Label(section).spoken}: settled at the start", box))
+        if folded:
+            titles, boxes = zip(*folded, strict=True)
+            groups.append(w.Accordion(boxes, titles=titles))
         nothing = looks.said("This method has no defense to tune.", "quiet")
-        self.children = (*live, *([folded] if parts else [])) or (nothing,)
+        self.children = tuple(groups) or (nothing,)
+
+
+def _title(text: str) -> w.HTML:
+    return w.HTML(f'<div class="abdlab-group">{html.escape(text)}</div>')
 
 
 def trimmed(base: Settings, label: str, index: int) -> Settings:
@@ -283,41 +375,53 @@ def _value(chosen: Settings, section: str, key: str, live: bool) -> Any:
 
 
 def _default(section: str, key: str) -> Any:
-    return keyword_default(DEFENSES.find(section), key)
+    return keyword_default(kind_of(section), key)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float)) and math.isfinite(value)
 
 
-def _control(key: str, value: float, whole: bool, whose: str, text: str) -> w.Widget:
-    common = {
-        "description": f"{whose}: {_WORDS.get(key, key.replace('_', ' '))}",
-        "tooltip": text,
-        "style": {"description_width": "160px"},
-        "layout": w.Layout(width="390px"),
-    }
+def _may_be_off(kind: type, key: str) -> bool:
+    """Whether a parameter is a number or None, and nothing else."""
+    annotation = hints(kind).get(key)
+    if get_origin(annotation) not in (Union, UnionType):
+        return False
+    kinds = {*get_args(annotation)}
+    return NoneType in kinds and kinds <= {NoneType, int, float}
+
+
+def _control(section: str, key: str, value: float | None, kind: type) -> w.Widget:
+    whose, text = Label(section).spoken, explained(kind, section, key)
+    label = _WORDS.get(key, key.replace("_", " "))
     if isinstance(value, bool):
-        return w.Checkbox(value, indent=False, **common)
-    kinds = (w.IntSlider, w.IntText) if whole else (w.FloatSlider, w.FloatText)
-    if key in _LOG and value > 0:
-        low, high = _LOG[key]
-        made = w.FloatLogSlider(
-            min=low, max=high, step=0.05, readout_format=".2g", continuous_update=False, **common
-        )
+        layout = w.Layout(width="auto")
+        return w.Checkbox(value, indent=False, description=label, tooltip=text, layout=layout)
+    default = _default(section, key)
+    example = value if value is not None else default
+    annotated = {*get_args(hints(kind).get(key))}
+    whole = (
+        isinstance(example, int) and not isinstance(default, float)
+        if example is not None and example is not inspect.Parameter.empty
+        else float not in annotated
+    )
+    made = Dial(value=None, optional=True, whole=whole, label=label, tooltip=text)
+    made.description = f"{whose}: {label}"
+    if key in _LOG and not whole:
+        made.log, (made.low, made.high) = True, _LOG[key]
     elif key in _LINEAR:
-        low, high, step = _LINEAR[key]
-        made = kinds[0](min=low, max=high, step=step, continuous_update=False, **common)
+        made.low, made.high, made.step = map(float, _LINEAR[key])
     else:
-        made = kinds[1](continuous_update=False, **common)
-    _reach(made, value)
+        made.low, made.high, made.step = _span(example, whole)
     made.value = value
+    made.optional = _may_be_off(kind, key)
     return made
 
 
-def _reach(control: w.Widget, value: float) -> None:
-    """Move a slider's ends so that it can stand at the value."""
-    if isinstance(control, w.FloatLogSlider):
-        value = math.log10(value) if value > 0 else control.min
-    if isinstance(control, (w.FloatLogSlider, w.FloatSlider, w.IntSlider)):
-        control.max, control.min = max(control.max, value), min(control.min, value)
+def _span(value: Any, whole: bool) -> tuple[float, float, float]:
+    """A slider's ends and step for a number of which nothing is known but one value."""
+    size = abs(value) if isinstance(value, (int, float)) and value else 1.0
+    if whole:
+        high = max(4.0, 4.0 * size)
+        return 0.0, high, max(1.0, float(round(high / 40)))
+    return 0.0, 4 * size, size / 50

@@ -18,6 +18,7 @@ from abdlab.widgets import looks
 _DRAWING_SHARE = 0.15
 #: steps whose pace is that of all of them
 _FEW = 30
+_SCORES = ("acc", "asr")
 NOTHING = "No run yet: press Start, and curves and images appear here while the student learns."
 
 
@@ -32,6 +33,9 @@ class Live(w.VBox):
 
     Attributes:
         rows: one dict per step, as a history has them.
+        head: status, bar and numbers in one line, for a place above this one.
+        unknown: those of "acc" and "asr" that cannot be known, for want of labelled
+            images or of a known attack.
         events: sentences, each once.
         grid: the picture of the latest images, for a place beside this one.
     """
@@ -39,33 +43,51 @@ class Live(w.VBox):
     def __init__(self):
         self.rows: list[dict] = []
         self.events: list[str] = []
+        self.unknown: tuple[str, ...] = ()
         self._images: Tensor | None = None
         self._latest: Step | None = None
         self._pace: list[tuple[int, float]] = []
         self._new = True
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="auto", margin="2px 0"))
+        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="110px"))
         self.numbers, self.notes = w.HTML(), w.HTML()
+        self.status.layout.flex = "1 1 200px"
+        self.head = looks.row(self.status, self.bar, self.numbers, align_items="center")
+        self.head.layout.flex_flow = "row nowrap"
+        self.head.add_class("abdlab-now")
         self.curves = looks.Picture(alt="ACC, ASR and losses over training")
         self.grid = looks.Picture(alt="synthetic images that the student learns from")
-        super().__init__(
-            [self.status, self.bar, self.numbers, self.empty, self.curves, self.notes],
-            layout=w.Layout(min_width="0"),
-        )
+        super().__init__([self.empty, self.curves, self.notes], layout=w.Layout(min_width="0"))
         self.bar.layout.display = "none"
 
     def clear(self) -> None:
         """Forget the run."""
         self.rows, self.events, self._images, self._latest = [], [], None, None
         self.notes.value, self.curves.png, self.grid.png = "", b"", b""
+        self.numbers.value, self.bar.value, self.bar.layout.display = "", 0, "none"
+        self._drawn = 0.0
         self.rest()
         self._new = True
 
-    def rest(self) -> None:
-        """Time does not count until the next step."""
+    def show(self, rows: Sequence[Mapping], step: Step, floor: float | None = None) -> None:
+        """A run that is there already, as far as it came: its history, and the step that
+        it ended with.
+        """
+        self.clear()
+        self.rows = [dict(row) for row in rows]
+        for row in self.rows:
+            if isinstance(row.get("events"), list):  # a table has NaN where there are none
+                self.happened(*row["events"])
+        self._images, self._latest = step.images, step
+        self.redraw(floor)
+
+    def rest(self, index: int | None = None) -> None:
+        """Time does not count until the next step, or from now on, at step ``index``."""
         self._pace.clear()
         self._new = False
+        if index is not None:
+            self._pace.append((index, time.monotonic()))
 
     def say(self, text: str) -> None:
         """Put a sentence on top."""
@@ -130,23 +152,30 @@ class Live(w.VBox):
             self._curves(floor)
         looks.say(self.empty, "" if self.rows else NOTHING, "empty")
         if self._images is not None:
-            self.grid.png = looks.mosaic([self._images[:64]], 8, side=46, gap=3)
+            self.grid.png = looks.mosaic([self._images[:64]], 8, side=31, gap=3)
         self._drawn = time.monotonic()
         self._drawing = self._drawn - began
 
     def _scores(self, floor: float | None) -> None:
         scored = next((row for row in reversed(self.rows) if pd.notna(row.get("acc"))), {})
-        pairs = [
-            ("ACC", looks.percent(scored.get("acc"))),
-            ("ASR", looks.percent(scored.get("asr"))),
-            ("floor: ASR of clean KD", looks.percent(floor)),
-        ]
+        acc, asr = (
+            "unknown" if name in self.unknown else looks.percent(scored.get(name))
+            for name in _SCORES
+        )
+        pairs = [("ACC", acc), ("ASR", asr)]
+        if floor is not None:
+            pairs.append(("floor (clean KD)", looks.percent(floor)))
         self.numbers.value = looks.scores(pairs)
 
     def _curves(self, floor: float | None) -> None:
         history = pd.DataFrame(self.rows)
         with looks.DRAWING:
-            drawn = looks.figure(6.1, 5.6)
+            if "acc" in self.unknown:  # the losses alone
+                drawn = looks.figure(5.6, 3.0)
+                plots.loss_curves(history, drawn.subplots())
+                self.curves.draw(drawn)
+                return
+            drawn = looks.figure(5.6, 4.3)
             above, below = drawn.subplots(2, 1)
             if history["acc"].notna().any():
                 plots.training_curves(history, above, floor)
@@ -209,6 +238,7 @@ def in_words(state: str, folder: str, step: int, total: int, left: float | None 
         "preparing": "Getting ready: data, teacher, floor.",
         "running": f"Training {folder}: {at}{about}.",
         "paused": f"Paused {folder} at {at}: weights can be changed, Go on continues.",
+        "asking": "Go on all the same, or Stop and change the trigger, its rate or the training.",
         "stopping": "Stopping: the step is finished, the student measured and saved.",
         "done": f"Done: {folder}, {total} steps.",
         "stopped": stopped if step else "Stopped.",

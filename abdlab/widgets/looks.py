@@ -101,9 +101,9 @@ class Picture(anywidget.AnyWidget):
 
     def draw(self, figure: Figure) -> None:
         """Show a figure in the page's theme, at its own size."""
-        with self.hold_sync():  # a page that has the picture first shows it too large
-            self.width = round(96 * figure.get_figwidth())
-            self.png = png_of(figure, page().dark)
+        png, width = png_of(figure, page().dark), round(96 * figure.get_figwidth())
+        with self.hold_sync():  # at once: else the first picture shows before its width
+            self.png, self.width = png, width
 
 
 class Rows(anywidget.AnyWidget):

@@ -20,7 +20,8 @@ from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.inspection import Known, inspect_run, map_points
 from abdlab.widgets import looks
-from abdlab.widgets.sample_figures import box_of, draw_detail, draw_map, draw_scores
+from abdlab.widgets import sample_figures as figures
+from abdlab.widgets.experiment import who
 
 #: images on one page of the grid, and how many of them stand in a row
 PAGE, COLUMNS = 48, 12
@@ -124,7 +125,7 @@ class SampleExplorer(w.VBox):
             alt="the image, its classes, the nearest real image and the activation"
         )
         self.note, self.empty = looks.said("", "quiet"), looks.said()
-        self.said = looks.said("", "quiet")
+        self.said, self.who = looks.said("", "quiet"), looks.said("", "quiet")
         self.no_map = looks.said(
             "Draw the map shows which images the teacher finds alike; what is selected here is"
             " selected there.",
@@ -163,7 +164,7 @@ class SampleExplorer(w.VBox):
             layout=w.Layout(grid_gap="8px"),
         )
         super().__init__(
-            [self.trouble, looks.card("Samples", head, choose, self.empty), self._body]
+            [self.trouble, looks.card("Samples", head, self.who, choose, self.empty), self._body]
         )
         looks.dress(self)
         self.run.observe(heard(self._open), "value")
@@ -219,6 +220,7 @@ class SampleExplorer(w.VBox):
             self.known, self.trouble.error = None, error
             return
         known, self._quiet = self.known, True
+        looks.say(self.who, who(known.chosen, known.run.path.parents[1], known.data), "quiet")
         steps = sorted(known.table["step"].unique().tolist())
         self.time.options = steps
         self.time.value = steps[-1]
@@ -272,7 +274,7 @@ class SampleExplorer(w.VBox):
             f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange"
             " frames); the enlarged one has a blue frame."
         )
-        if column_is_missing(passing, ORDERS[self.order.value][0]):
+        if figures.column_is_missing(passing, ORDERS[self.order.value][0]):
             text = "This run has no student yet that could disagree. " + text
         looks.say(self.said, text, "quiet")
         self.time.disabled = self.all_steps.value
@@ -312,7 +314,7 @@ class SampleExplorer(w.VBox):
         facts = known.table.loc[number]
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.6)
-            draw_detail(drawn, known, number, self._classes)
+            figures.draw_detail(drawn, known, number, self._classes)
             self.detail.draw(drawn)
         parts = [
             f"suspicion {facts['suspicion']:.2f}",
@@ -399,9 +401,9 @@ class SampleExplorer(w.VBox):
             return
         with looks.DRAWING:
             drawn = looks.figure(5.6, 3.8)
-            ax = draw_scores(drawn, self.known, self.selected)
+            ax = figures.draw_scores(drawn, self.known, self.selected)
             self.histogram.draw(drawn)
-            self._boxes["histogram"], self._limits = box_of(ax), ax.get_xlim()
+            self._boxes["histogram"], self._limits = figures.box_of(ax), ax.get_xlim()
         scores = self.known.table
         share = len(self.selected) / len(scores)
         looks.say(
@@ -432,9 +434,9 @@ class SampleExplorer(w.VBox):
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.2)
             ink, what = looks.INK[looks.page().dark], (self._mapped, self._points)
-            ax = draw_map(drawn, self.known, *what, self.selected, self._classes, ink)
+            ax = figures.draw_map(drawn, self.known, *what, self.selected, self._classes, ink)
             self.map.draw(drawn)
-            self._boxes["map"], self._extent = box_of(ax), (ax.get_xlim(), ax.get_ylim())
+            self._boxes["map"], self._extent = figures.box_of(ax), (ax.get_xlim(), ax.get_ylim())
         self.no_map.layout.display = "none"
 
     @property
@@ -471,8 +473,3 @@ class SampleExplorer(w.VBox):
         write_atomically(folder / "picture.png", looks.mosaic([images], min(16, len(numbers)), 64))
         looks.say(self.note, f"{len(numbers)} images exported to {folder}.", "said")
         return folder
-
-
-def column_is_missing(table: pd.DataFrame, column: str) -> bool:
-    """Whether a column says nothing about these images."""
-    return bool(len(table)) and bool(table[column].isna().all())

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def draw_detail(drawn: Figure, known: Known, number: int, classes: Sequence[str]
     title = f"step {facts['step']:.0f}, image {facts['index']:.0f}"
     plots.show(axes["image"], image, title)
     _heat(axes["heat"], known, image)
-    if known.data is None:
+    if known.data is None or not len(known.data.train_images):
         axes["real"].axis("off")
         words = {"ha": "center", "va": "center", "fontsize": 9, "color": "0.5"}
         axes["real"].text(0.5, 0.5, "no real data\nat hand", **words)
@@ -119,3 +120,8 @@ def _bars(ax: Axes, known: Known, number: int, classes: Sequence[str]) -> None:
     ax.set_xticklabels([classes[c] for c in best], fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(**_ABOVE, ncols=3)
+
+
+def column_is_missing(table: pd.DataFrame, column: str) -> bool:
+    """Whether a column says nothing about these images."""
+    return bool(len(table)) and bool(table[column].isna().all())

@@ -5,9 +5,7 @@ to a training run or save it.
 from __future__ import annotations
 
 import html
-import inspect
 import time
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,26 +16,20 @@ import traitlets as t
 import yaml
 
 from abdlab.attacks.poison import Attack
-from abdlab.attacks.triggers import ADVERSARIAL, CORNERS, TRIGGERS, Trigger
+from abdlab.attacks.triggers import TRIGGERS, Trigger
 from abdlab.checkpoint import write_atomically
 from abdlab.data import Dataset, load
 from abdlab.errors import keywords
 from abdlab.evaluate import trigger_size
 from abdlab.home import at_home
 from abdlab.settings import Settings, settings
+from abdlab.teachers import made_trigger
 from abdlab.widgets import looks
+from abdlab.widgets.branches import root_of
+from abdlab.widgets.dial import Dial
+from abdlab.widgets.experiment import with_teacher
+from abdlab.widgets.trigger_controls import control_of
 
-#: what a parameter's control is called
-_WORDS = {
-    "size": "size (pixels)",
-    "corner": "position",
-    "margin": "margin (pixels)",
-    "alpha": "strength",
-    "strength": "strength",
-    "value": "brightness",
-    "frequency": "periods per width",
-    "pattern_seed": "pattern",
-}
 _NONE = "nothing more"
 #: images that the sizes are means over
 _MEASURED = 16
@@ -78,14 +70,19 @@ class TriggerDesigner(w.VBox):
         data: Dataset | None = None,
     ):
         chosen = settings() if chosen is None else chosen
+        if chosen.trigger is None:  # of a stranger's teacher nothing is known to begin with
+            chosen = settings(chosen.preset, seed=chosen.seed, device=chosen.device)
+            data = None
         self.root, self.device, self.data, self._quiet = at_home(root), chosen.device, data, False
         self._data_values = dict(chosen.values["data"])
-        self._preset = chosen.preset
+        self._chosen = chosen
+        #: place -> parameters without a control, of a trigger that was loaded
+        self._patterns: dict[str, dict[str, Any]] = {}
         #: (place, trigger) -> the parameters that it was left with
         self._left: dict[tuple[str, str], dict[str, Any]] = {}
         name = self._data_values["name"]
-        style = {"description_width": "118px"}
-        wide = w.Layout(width="330px")
+        style = {"description_width": "92px"}
+        wide = w.Layout(width="auto")
         self.dataset = w.Dropdown(
             options=list(dict.fromkeys([name, "digits", "cifar10", "gtsrb"])),
             value=name,
@@ -108,15 +105,15 @@ class TriggerDesigner(w.VBox):
             style=style,
             layout=wide,
         )
-        self.rate = w.FloatSlider(
-            chosen.attacks[0].rate,
-            min=0,
-            max=0.5,
+        self.rate = Dial(
+            value=chosen.attacks[0].rate,
+            high=0.5,
             step=0.005,
-            readout_format=".1%",
+            continuous=True,
+            label="poison rate",
             description="poison rate",
-            style=style,
-            layout=wide,
+            tooltip="Share of the training images that carry the trigger: higher is learnt more"
+            " easily, and seen more easily.",
         )
         self.target = w.Dropdown(
             options=[("?", chosen.target)], description="target class", style=style, layout=wide
@@ -152,7 +149,16 @@ class TriggerDesigner(w.VBox):
             self.target,
             self.rate,
         )
-        save = looks.card("Keep it", self.name, looks.row(self.hand_button, self.save_button))
+        self.saved = w.Dropdown(description="saved", style=style, layout=w.Layout(width="auto"))
+        save = looks.card(
+            "Use or keep it",
+            self.hand_button,
+            self.trouble,
+            self.note,
+            self.name,
+            self.save_button,
+            self.saved,
+        )
         right = looks.card(
             "What it does",
             self._legend,
@@ -161,8 +167,9 @@ class TriggerDesigner(w.VBox):
             self.shift_button,
             flex="1 1 560px",
         )
-        column = w.VBox([left, save], layout=w.Layout(width="372px", grid_gap="8px"))
-        super().__init__([self.trouble, looks.row(column, right), self.note])
+        narrow = w.Layout(width="312px", flex="0 0 312px", grid_gap="8px")
+        column = w.VBox([left, save], layout=narrow)
+        super().__init__([looks.row(column, right, flex_flow="row nowrap")])
         looks.dress(self)
         self._left["first", chosen.trigger.name] = dict(chosen.trigger.params)
         for then in chosen.trigger.then[:1]:
@@ -176,6 +183,8 @@ class TriggerDesigner(w.VBox):
         self.dataset.observe(heard(self._load), "value")
         self.trigger.observe(lambda change: self._choose("first", change), "value")
         self.also.observe(lambda change: self._choose("more", change), "value")
+        self.saved.observe(heard(self._open), "value")
+        self._list()
         for control in (self.rate, self.target):
             control.observe(heard(self.draw), "value")
         self._load()
@@ -183,12 +192,15 @@ class TriggerDesigner(w.VBox):
     @property
     def designed(self) -> Trigger:
         """The trigger as the controls have it."""
-        made = Trigger(self.trigger.value, {name: c.value for name, c in self.controls.items()})
+        made = Trigger(self.trigger.value, self._parameters("first"))
         if self.also.value != _NONE:
-            made = made + Trigger(
-                self.also.value, {name: c.value for name, c in self._more.items()}
-            )
+            made = made + Trigger(self.also.value, self._parameters("more"))
         return made
+
+    def _parameters(self, place: str) -> dict[str, Any]:
+        """What the controls of a place say, and a loaded pattern, which has none."""
+        values = {name: control.value for name, control in self._place(place)[1].items()}
+        return {**self._patterns.get(place, {}), **values}
 
     def draw(self) -> None:
         """Show the trigger as the controls have it now; called at every change."""
@@ -199,6 +211,7 @@ class TriggerDesigner(w.VBox):
             trigger = self.designed
             Attack(trigger, int(self.target.value), self.rate.value)
             images = self.data.test_images[self._first : self._first + _MEASURED].cpu()
+            designed, trigger = trigger, self._made(trigger)
             if trigger.needs_pattern:
                 self._without_pattern(trigger)
                 return
@@ -225,19 +238,31 @@ class TriggerDesigner(w.VBox):
         ]
         self.measured.value = looks.scores([*pairs, ("SSIM", f"{sizes['ssim']:.3f}")])
         self.trouble.error = None
-        self.sizes, self.overrides = sizes, self._overrides(trigger)
+        self.sizes, self.overrides = sizes, self._overrides(designed)
         self.seconds = time.perf_counter() - began
         self.hand_button.disabled = self.save_button.disabled = False
 
+    def _made(self, trigger: Trigger) -> Trigger:
+        """The trigger with its pattern where a run has optimised it already."""
+        if not trigger.needs_pattern:
+            return trigger
+        chosen = with_teacher(self._chosen, self._overrides(trigger))
+        return made_trigger(root_of(self.root, chosen), chosen) or trigger
+
     def hand(self) -> None:
         """Hand the attack to a training run: :attr:`handed` becomes :attr:`overrides`."""
-        self.handed = None  # handing the same on again is a change too
-        self.handed = dict(self.overrides)
         looks.say(
             self.note,
             f"Handed on: {self.designed} for class {self._class()}, {self.rate.value:.1%}"
             " poisoned.",
         )
+        self.handed = None  # handing the same on again is a change too
+        self.handed = dict(self.overrides)
+
+    def refused(self, why: Any) -> None:
+        """Say why what was handed on was not taken."""
+        self.trouble.error = why
+        looks.say(self.note, "")
 
     def save(self) -> Path | None:
         """Write ROOT/triggers/NAME.yaml: parameters for ``papermill -f``, whose
@@ -252,7 +277,55 @@ class TriggerDesigner(w.VBox):
         )
         path = write_atomically(self.root / "triggers" / f"{name}.yaml", text.encode())
         looks.say(self.note, f"Saved as {path}.")
+        self._list()
         return path
+
+    def load(self, name: str) -> None:
+        """Show a saved trigger, ROOT/triggers/NAME.yaml, with its data set, rate and
+        target.
+
+        Raises:
+            ValueError: for a file that holds no trigger's parameters.
+        """
+        path = self.root / "triggers" / f"{name}.yaml"
+        try:
+            overrides = dict(yaml.safe_load(path.read_text())["overrides"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no trigger that was saved here") from error
+        chosen = settings(self._chosen.preset, overrides)
+        trigger, rest = chosen.trigger, chosen.trigger.then[:1]
+        data = chosen.values["data"]
+        if data["name"] not in self.dataset.options:
+            self.dataset.options = [*self.dataset.options, data["name"]]
+        if data != self._data_values:
+            self.data, self._data_values = None, dict(data)
+            self.dataset.value = data["name"]
+            if self.data is None:  # the same one otherwise
+                self._load()
+        self._quiet = True
+        for place, part in (("first", trigger), ("more", rest[0] if rest else None)):
+            shown = self.trigger if place == "first" else self.also
+            shown.value = part.name if part else _NONE
+            if part is not None:
+                self._left[place, part.name] = dict(part.params)
+                self._build(place, part.name)
+        self.rate.value = chosen.attacks[0].rate
+        self.target.value = chosen.target
+        self._quiet = False
+        self.name.value = name
+        self.draw()
+        looks.say(self.note, f"Loaded {path}.")
+
+    def _list(self) -> None:
+        """Offer what is saved."""
+        names = sorted(path.stem for path in (self.root / "triggers").glob("*.yaml"))
+        self.saved.options = [("choose one to load", ""), *((name, name) for name in names)]
+        self.saved.value = ""
+        self.saved.layout.display = "" if names else "none"
+
+    def _open(self) -> None:
+        if self.saved.value:
+            self.load(self.saved.value)
 
     def shift(self) -> None:
         """Show the next images."""
@@ -316,11 +389,9 @@ class TriggerDesigner(w.VBox):
             c
             for group in (self.controls, self._more)
             for c in group.values()
-            if isinstance(c, w.IntSlider)
+            if isinstance(c, Dial) and c.description.startswith("size")
         ):
-            control.max = (
-                max(control.max, side) if control.description.startswith("size") else control.max
-            )
+            control.high = max(control.high, side)
         self._first, self._quiet = 0, False
         self.draw()
 
@@ -331,7 +402,8 @@ class TriggerDesigner(w.VBox):
 
         def do() -> None:
             controls = self._place(place)[1]
-            self._left[place, change["old"]] = {key: c.value for key, c in controls.items()}
+            if not self._quiet:
+                self._left[place, change["old"]] = {key: c.value for key, c in controls.items()}
             if place == "first" and self.rate.value == self._recommended(change["old"])["rate"]:
                 self.rate.value = self._recommended(change["new"])["rate"]
             self._build(place, change["new"])
@@ -341,7 +413,7 @@ class TriggerDesigner(w.VBox):
 
     def _recommended(self, name: str) -> dict[str, Any]:
         """What the preset says about an attack with this trigger: rate, and params."""
-        known = settings(self._preset, {"attack.trigger": name}).values["attack"]
+        known = settings(self._chosen.preset, {"attack.trigger": name}).values["attack"]
         return {"rate": Attack.rate, **known}
 
     def _place(self, place: str) -> tuple[w.VBox, dict[str, w.Widget]]:
@@ -353,71 +425,24 @@ class TriggerDesigner(w.VBox):
         """Controls for the parameters of one trigger, read off its signature."""
         box, controls = self._place(place)
         controls.clear()
+        hidden: dict[str, Any] = {}
         if name != _NONE:
             recommended = self._recommended(name).get("params", {})
-            values = self._left.get((place, name), recommended)
+            values = hidden = self._left.get((place, name), recommended)
             side = min(self.data.shape[1:]) if self.data is not None else 32
             for key in keywords(TRIGGERS[name])[1:]:
                 made = control_of(name, key, values.get(key), side)
                 if made is not None:
                     controls[key] = made
+        self._patterns[place] = {k: v for k, v in hidden.items() if k not in controls}
+
+        def changed() -> None:
+            self._patterns[place] = {}  # it was made for what stood there
+            self.draw()
+
         for control in controls.values():
-            control.observe(looks.telling(self.trouble, self.draw), "value")
+            control.observe(looks.telling(self.trouble, changed), "value")
         box.children = tuple(controls.values())
-
-
-def control_of(name: str, key: str, value: Any, side: int) -> w.Widget | None:
-    """The control for one parameter of a trigger, by its name or else by its type;
-    None for a pattern, and for a parameter that says no type.
-
-    >>> type(control_of("badnet_sq", "size", None, 32)).__name__
-    'IntSlider'
-
-    Args:
-        name: of the trigger. key: of the parameter.
-        value: what it stands at; None takes the signature's default.
-        side: of the images, in pixels.
-    """
-    if key == "pattern":
-        return None
-    given = inspect.signature(TRIGGERS[name]).parameters[key].default
-    default = None if given is inspect.Parameter.empty else given
-    value = default if value is None else value
-    common = {
-        "description": _WORDS.get(key, key.replace("_", " ")),
-        "style": {"description_width": "118px"},
-        "layout": w.Layout(width="330px"),
-    }
-    if key == "corner":
-        corners = [(c.replace("_", " "), c) for c in CORNERS]
-        return w.Dropdown(options=corners, value=value, **common)
-    if key == "size":
-        least = 3 if "grid" in name or name in ADVERSARIAL else 2
-        value = value or max(least, round(side * 3 / 32))
-        return w.IntSlider(value, min=1, max=max(side, value), **common)
-    if key in ("margin", "pattern_seed"):
-        return w.IntSlider(value, min=0, max=max(1, side // 2, value), **common)
-    if key == "frequency":
-        return w.FloatSlider(
-            value, min=0.5, max=max(side / 2, value), step=0.5, readout_format=".1f", **common
-        )
-    kind = type(value) if value is not None else _annotated(TRIGGERS[name], key)
-    if kind is bool:
-        return w.Checkbox(bool(value), indent=False, **common)
-    if kind is int:
-        return w.IntText(value or 0, **common)
-    if kind is float and 0 <= (value or 0.0) <= 1:
-        return w.FloatSlider(value or 0.0, min=0, max=1, step=0.01, **common)
-    if kind is float:
-        return w.FloatText(value, **common)
-    return w.Text(value or "", **common) if kind is str else None
-
-
-def _annotated(function: Callable, key: str) -> type | None:
-    """The plain type that a signature says, the first of several; None for none."""
-    said = typing.get_type_hints(function).get(key)
-    kinds = typing.get_args(said) or (said,)
-    return next((kind for kind in kinds if kind in (bool, int, float, str)), None)
 
 
 def _plain(value: Any) -> Any:

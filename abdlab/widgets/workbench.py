@@ -1,33 +1,45 @@
-"""The four widgets as one dashboard: what one makes, the others take up."""
+"""The widgets as one dashboard: what one makes, the others take up."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import anywidget
 import ipywidgets as w
+import traitlets as t
 
 from abdlab.presets import METHOD
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
-from abdlab.widgets.defense_tuner import DefenseTuner, headless
+from abdlab.widgets.defense_tuner import DefenseTuner
+from abdlab.widgets.next_run import headless
 from abdlab.widgets.queue import Queue
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
 from abdlab.widgets.taking_up import take_up
+from abdlab.widgets.teacher_chooser import TeacherChooser, TeacherOpener
 from abdlab.widgets.trigger_designer import TriggerDesigner
 
-TITLES = ("1 Trigger", "2 Defense", "3 Samples", "4 Runs")
+TITLES = ("1 Teacher", "2 Defense", "3 Samples", "4 Runs")
+_HERE = Path(__file__).parent
+
+
+class _Lead(anywidget.AnyWidget):
+    """Brings the cell that it is in to the top of the page, once. Draws nothing."""
+
+    _esm = _HERE / "lead.js"
+    done = t.Bool(False).tag(sync=True)
 
 
 class Workbench(w.VBox):
-    """Design a trigger, tune a defense against it, look at what the student learns
+    """Make or open a teacher, tune a defense against its backdoor, look at what the student learns
     from, and browse what is there.
 
     >>> import tempfile
     >>> bench = Workbench(tempfile.mkdtemp())
     >>> bench.designer.hand()  # the trigger goes from tab to tab
-    >>> bench.tuner.status.value.count("badnet_sq")
+    >>> bench.tuner.who.value.count("badnet_sq")
     1
 
     Args:
@@ -37,7 +49,8 @@ class Workbench(w.VBox):
         label: the method to begin with, such as "zskt+sv+tu".
 
     Attributes:
-        designer, tuner, explorer, browser: the widgets, in the order of the tabs.
+        teacher, tuner, explorer, browser: the widgets, in the order of the tabs.
+        designer, opener: the two halves of the first.
         queue: several runs one after another, below the browser.
     """
 
@@ -52,17 +65,21 @@ class Workbench(w.VBox):
             data = self.chosen.dataset()
         except (ValueError, OSError, RuntimeError):
             data = None  # the designer says what is missing
-        self.designer = TriggerDesigner(root, self.chosen, data)
+        self.teacher = TeacherChooser(root, self.chosen, data)
+        self.designer, self.opener = self.teacher.designer, self.teacher.opener
         self.tuner = DefenseTuner(root, self.chosen, data, label)
         self.explorer = SampleExplorer(root, self.chosen.device)
         self.browser = RunBrowser(root)
         self.queue = Queue(root, lambda: self.tuner.chosen, label)
         runs = w.VBox([self.browser, self.queue])
-        parts = (self.designer, self.tuner, self.explorer, runs)
+        parts = (self.teacher, self.tuner, self.explorer, runs)
         self.tabs = w.Tab(parts, titles=TITLES)
-        super().__init__([self.tabs])
+        # above the tabs it is true of all of them
+        self.tuner.children = [part for part in self.tuner.children if part is not self.tuner.who]
+        super().__init__([_Lead(), self.tuner.who, self.tabs])
         looks.dress(self)
-        self.designer.observe(lambda change: change["new"] and self._take(change["new"]), "handed")
+        self.designer.observe(lambda change: self._take(self.designer, change["new"]), "handed")
+        self.opener.observe(lambda change: self._take(self.opener, change["new"]), "handed")
         self.tuner.observe(self._trained, "state")
         self.queue.observe(self._queued, "state")
         self.browser.on_take(self._take_up)
@@ -81,9 +98,17 @@ class Workbench(w.VBox):
         folder = self.tuner.folder
         return Run(self.tuner._place(folder)).metrics if folder else {}
 
-    def _take(self, overrides: dict) -> None:
-        self.tuner.use(overrides)
-        self.tabs.selected_index = 1
+    def _take(self, part: TriggerDesigner | TeacherOpener, overrides: dict | None) -> None:
+        """The tuner takes a teacher over; where it refuses, the part that handed it on
+        says why, and its tab stays.
+        """
+        if not overrides:
+            return
+        preset = part.preset_beside(self.chosen) if part is self.opener else ""
+        if self.tuner.use(overrides, preset):
+            self.tabs.selected_index = 1
+        else:
+            part.refused(self.tuner.trouble.error)
 
     def _queued(self, change: dict) -> None:
         if change["new"] in ("done", "stopped", "failed"):
@@ -102,6 +127,8 @@ class Workbench(w.VBox):
             self._stale = True
 
     def _look(self) -> None:
+        if self.tabs.selected_index == 0:
+            self.designer.draw()  # a run may have made an optimised trigger
         if self.tabs.selected_index in (2, 3) and self._stale:
             self.explorer.refresh()
             self.browser.refresh()
