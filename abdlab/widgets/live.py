@@ -48,7 +48,7 @@ class Live(w.VBox):
         self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="auto", margin="2px 0"))
         self.numbers, self.notes = w.HTML(), w.HTML()
         self.curves = looks.Picture(alt="ACC, ASR and losses over training")
-        self.grid = looks.Picture(alt="synthetic images that the student learns from")
+        self.grid = looks.Picture(alt="images that the student learns from")
         super().__init__(
             [self.status, self.bar, self.numbers, self.empty, self.curves, self.notes],
             layout=w.Layout(min_width="0"),
