@@ -88,7 +88,7 @@ def runs(console: Console, folder: Path) -> pd.DataFrame:
         )
     grid = Table(title=str(folder), title_justify="left", box=None)
     shown = found[found["acc"].notna()] if "acc" in found else found.iloc[:0]
-    robust = "robust" in shown and shown["robust"].notna().any()  # older runs do not say
+    robust = bool("robust" in shown and shown["robust"].notna().any())  # older runs do not say
     headings = ("run", "method", "seed", "ACC (%)", "ASR (%)", *(["robust (%)"] * robust))
     for heading in (*headings, "seconds", "threads"):
         grid.add_column(

@@ -318,12 +318,12 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.shot("light-2-done")
 
     b.open("3 Samples")
-    b.picture("synthetic images; click one").wait_for()
+    b.picture("images learnt from; click one").wait_for()
     b.button("Suspicious tail").click()
     b.text("of [0-9]+ images are selected").wait_for()
     detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
     before = detail.get_attribute("alt")
-    b.picture("synthetic images; click one").click(position={"x": 300, "y": 25})
+    b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
     b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
     b.button("Draw the map").click()
     plan = b.picture("t-SNE map")

@@ -57,7 +57,7 @@ class Live(w.VBox):
         self.head.layout.flex_flow = "row nowrap"
         self.head.add_class("abdlab-now")
         self.curves = looks.Picture(alt="ACC, ASR and losses over training")
-        self.grid = looks.Picture(alt="synthetic images that the student learns from")
+        self.grid = looks.Picture(alt="images that the student learns from")
         super().__init__([self.empty, self.curves, self.notes], layout=w.Layout(min_width="0"))
         self.bar.layout.display = "none"
 

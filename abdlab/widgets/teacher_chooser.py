@@ -24,7 +24,6 @@ from abdlab.defend import (
     identity,
     open_file,
     preset_for,
-    told_time,
 )
 from abdlab.forecast import told_time
 from abdlab.home import at_home, there
