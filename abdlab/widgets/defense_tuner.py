@@ -214,6 +214,8 @@ class DefenseTuner(NextRun):
         data = self._data
         ready, teacher, asr = job.teacher(data, tell)
         self._name()
+        if not any(attack.rate for attack in job.chosen.attacks):
+            asr = None  # it is not meant to have a backdoor
         new = job.origin.folder is None and self.root not in self._agreed
         if asr is not None and asr < USELESS and new and worker.alive():
             self._ask(worker, asr)
@@ -224,6 +226,8 @@ class DefenseTuner(NextRun):
             )
         if self.controls.with_floor.value and job.has_floor:
             self.floor = job.floor(ready, data, teacher, tell)
+        if job.cleans:
+            self.live.say(f"First the teacher is cleaned: {', '.join(job.cleans)}.")
         going = job.begin(ready, data, teacher, self.exams)
         # what the folder holds already, for a run that goes on, or a branch's trunk
         self.live.rows = going.run.history().to_dict("records")

@@ -11,6 +11,7 @@ from torch import nn
 
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
+from abdlab.labels import Label
 from abdlab.runs import Run
 from abdlab.settings import Settings
 from abdlab.stream import Step
@@ -70,6 +71,11 @@ class Job:
         ready = prepare(self.root, self.chosen, data, tell=tell)
         teacher = poisoned_teacher(self.root, ready, data, tell=tell)
         return ready, teacher, Run(self.place.parent / "teacher").metrics.get("asr")
+
+    @property
+    def cleans(self) -> tuple[str, ...]:
+        """The purifiers that the teacher goes through first."""
+        return Label.parse(self.label).purifiers
 
     @property
     def has_floor(self) -> bool:
