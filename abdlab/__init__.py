@@ -23,6 +23,7 @@ from abdlab.distill import distill
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
 from abdlab.features import record
+from abdlab.forecast import forecast
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.models import build
 from abdlab.presets import PRESETS, SCALES
@@ -103,6 +104,7 @@ __all__ = [
     "distillation",
     "distilled",
     "folder_of",
+    "forecast",
     "history",
     "load",
     "load_model",

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from abdlab.detectors import (
     changed_by_bounds,
     feature_answers,
-    gamma_scores,
     inclined,
-    largest_margins,
     quartile_scores,
     share_scores,
 )
@@ -30,6 +28,7 @@ from abdlab.inversion import Bank, costs, outlier_index
 from abdlab.probe import classes_of
 from abdlab.purifiers.bounded import ALONE, agreement_curve, boundable, choose_k
 from abdlab.purifiers.pool import rough_pool
+from abdlab.suspects import THRESHOLD, gamma_scores, joint, largest_margins
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def measure(
 #: :mod:`abdlab.studies.calibrate`, part "calibration".
 THRESHOLDS = {"inversion": 0.61, "MM-BD": 2.86, "FreeEagle": 4.15, "bounds": 0.66}
 
-#: the detectors one of which has to name a class that is accused; the others' word counts
-#: beside theirs: alone they were wrong too often
+#: the two whose joint score accuses a class (:func:`abdlab.suspects.joint`); all four have
+#: their word about it
 DECISIVE = ("inversion", "MM-BD")
 
 #: what the verdict was right in (:func:`abdlab.studies.calibrate.report`): the part of the
@@ -195,7 +194,7 @@ class Audit:
         """The class that a backdoor most likely turns images into; None where nothing
         was found.
         """
-        return accused(self.scores, self.thresholds)
+        return accused(self.scores)
 
     @property
     def triggers(self) -> Bank:
@@ -351,19 +350,21 @@ def audit_student(student: nn.Module, found: Audit) -> Heritage:
     return Heritage(label, found.target is not None, found.turned, own, mean)
 
 
-def accused(scores: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> int | None:
-    """The class that stands accused: of those that a detector of :data:`DECISIVE` names
-    the one that most detectors name; None for none.
+def accused(scores: Mapping[str, Tensor]) -> int | None:
+    """The class that stands accused: the one with the largest joint score of the
+    detectors of :data:`DECISIVE`, where it exceeds :data:`abdlab.suspects.THRESHOLD`;
+    None for none.
     """
-    found = named(scores, thresholds)
-    return next((label for label in found if {*found[label]} & {*DECISIVE}), None)
+    both = joint(*(scores[name] for name in DECISIVE))
+    label = int(both.argmax())
+    return label if both[label] > THRESHOLD else None
 
 
 def say(
     scores: Mapping[str, Tensor], thresholds: Mapping[str, float], classes: Sequence[str] = ()
 ) -> str:
     """The outcome of an audit in words, with how far it can be trusted."""
-    found, label = named(scores, thresholds), accused(scores, thresholds)
+    found, label = named(scores, thresholds), accused(scores)
     (alarms, clean), part = RECORD["alarms"], _PARTS[RECORD["part"]]
     if label is None:
         right, tried = RECORD["found"]
@@ -374,16 +375,18 @@ def say(
             f"{f' ({missed})' if missed else ''}, and other networks and triggers are not"
             " measured at all"
         )
+    both = joint(*(scores[name] for name in DECISIVE))
+    own = found.get(label, [])
     told = ", ".join(
-        f"{name} {float(scores[name][label]):.2f} where {thresholds[name]:.2f} is suspicious"
-        for name in found[label]
+        f"{name} {float(scores[name][label]):.2f} where {thresholds[name]:.2f} is" for name in own
     )
-    others = [_class(c, classes) for c in found if c != label and {*found[c]} & {*DECISIVE}]
-    also = f"; {' and '.join(others)} less so" if others else ""
+    others = [c for c in both.argsort(descending=True).tolist() if both[c] > THRESHOLD][1:]
+    also = f"; {' and '.join(_class(c, classes) for c in others)} less so" if others else ""
     return (
-        f"{_class(label, classes)} is suspicious: {len(found[label])} of {len(scores)} detectors"
-        f" ({told}){also}. Of {clean} clean digits teachers {part}, {alarms or 'none'}"
-        f" {'was' if alarms < 2 else 'were'} accused"
+        f"{_class(label, classes)} is suspicious: {' and '.join(DECISIVE)} together"
+        f" {float(both[label]):.2f} where {THRESHOLD:.2f} is; by themselves {len(own)} of"
+        f" {len(scores)} detectors name it{f' ({told})' if told else ''}{also}. Of {clean} clean"
+        f" digits teachers {part}, {alarms or 'none'} {'was' if alarms < 2 else 'were'} accused"
     )
 
 

@@ -17,14 +17,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-import nbformat
-import papermill
-from nbformat import NotebookNode
-from papermill.exceptions import PapermillExecutionError
-from papermill.translators import papermill_translators
-from traitlets.config import Config
+from typing import TYPE_CHECKING, Any, TextIO
 
 from abdlab import checks
 from abdlab.errors import did_you_mean, short
@@ -36,6 +29,9 @@ from abdlab.stream import HEADLESS
 from abdlab.threads import THREADS
 from abdlab.threads import threads as todays_threads
 from abdlab.values import check_plain, fits, merged, read, say
+
+if TYPE_CHECKING:  # nbformat takes 1.5 s to import, which no kernel needs to pay
+    from nbformat import NotebookNode
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
@@ -107,6 +103,8 @@ def open_notebook(path: Path) -> NotebookNode:
 
 def as_notebook(name: str, text: str | bytes) -> NotebookNode:
     """The same from its text."""
+    import nbformat
+
     try:
         text = text.decode() if isinstance(text, bytes) else text
         book = nbformat.reads(text, as_version=4)
@@ -142,6 +140,8 @@ def parameters_of(book: NotebookNode) -> dict[str, dict]:
 
 
 def _inspected(cell: NotebookNode) -> Iterable:
+    from papermill.translators import papermill_translators
+
     return papermill_translators.find_translator("python3", "python").inspect(cell)
 
 
@@ -188,13 +188,23 @@ def check(
     known = parameters(notebook) if known is None else known
     checked = check_parameters(notebook, given, known)
     if {"preset", "overrides"} <= known.keys():
-        defaults = {name: entry["default"] for name, entry in known.items()}
-        full = defaults | checked
-        chosen, labels = settings_of({k: full[k] for k in full if _is_ours(k, defaults[k])})
-        checks.check(chosen, labels)
-        for seed in full.get("seeds", []):
+        checks.check(*asked(known, checked))
+        for seed in checked.get("seeds", []):
             checks.check_seed("each of seeds", seed)
     return checked
+
+
+def asked(known: Mapping[str, dict], given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings and the labels that a notebook trains with these parameters, the rest
+    at their defaults.
+
+    Args:
+        known: what :func:`parameters` returned for a notebook that takes a preset and
+            overrides.
+    """
+    defaults = {name: entry["default"] for name, entry in known.items()}
+    full = defaults | dict(given)
+    return settings_of({k: full[k] for k in full if _is_ours(k, defaults[k])})
 
 
 def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -303,6 +313,8 @@ def execute(
             error in one sentence. KeyboardInterrupt: when the user stops it; the kernel
             has ended by then, and the executed notebook is kept up to that cell.
     """
+    from papermill.exceptions import PapermillExecutionError
+
     path, output = find_notebook(notebook), Path(output)
     given = check(path, given or {})
     try:
@@ -335,7 +347,10 @@ def run_kernel(
     default the working directory), whose relative folders lie in ``place`` (by default
     where this process has them).
     """
-    book = notebook if isinstance(notebook, NotebookNode) else open_notebook(Path(notebook))
+    import papermill
+    from traitlets.config import Config
+
+    book = open_notebook(notebook) if isinstance(notebook, Path) else notebook
     extra = {HEADLESS: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     extra |= {HOME: str(place or home())}
     extra |= {THREADS: str(todays_threads() if threads is None else threads)}

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from abdlab import batch, cli_audit, cli_report
+from abdlab import batch, cli_audit, cli_plan, cli_report
 from abdlab.cli_report import number
 from abdlab.errors import did_you_mean, short
 from abdlab.home import at_home, there
@@ -108,6 +108,7 @@ def run(
     if dry_run:
         for name, value in given.items():
             _say(f"{name}: {short(value, 200)}")
+        cli_plan.run(_say, known, given, folder)
         _say(f"{path.stem} can run with these; nothing was started")
         return
     try:
@@ -171,7 +172,7 @@ def sweep(
     out = at_home(out or Path("runs/sweeps") / study.stem)
     _say(f"results: {out}")
     if dry_run:
-        _plan(planned, out, slots or engines.default_slots())
+        cli_plan.study(console, planned, out, slots or engines.default_slots())
         return
     if engine == "ray":
         place = engines.RayEngine(
@@ -229,31 +230,6 @@ def _stopped(folder: Path) -> NoReturn:
     """End after Ctrl-C with how to go on."""
     print(f"abdlab: stopped; the same command goes on where it was ({folder})", file=sys.stderr)
     raise typer.Exit(130) from None
-
-
-def _plan(study, out: Path, slots: int) -> None:
-    """What a sweep would do."""
-    from abdlab.studies.job import status_of
-    from abdlab.studies.sweep import estimate
-
-    grid = Table(title=escape(study.title), title_justify="left", box=None)
-    for heading in ("job", "notebook", "state"):
-        grid.add_column(heading, overflow="fold")
-    for job in study.all_jobs:
-        grid.add_row(escape(job.name), job.notebook, status_of(out, job)["state"])
-    console.print(grid)
-    left, seconds = estimate(study, out, slots)
-    console.print(
-        f"{len(study.jobs)} jobs and {len(study.teachers)} shared teachers, {left} to run, {slots}"
-        " at a time",
-        highlight=False,
-    )
-    told = (
-        f"about {max(1, round(seconds / 60))} min"
-        if seconds is not None
-        else "no estimate: no job of these notebooks is done yet"
-    )
-    console.print(f"{told}; folder: {out}", highlight=False)
 
 
 @app.command()

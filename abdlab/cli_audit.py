@@ -128,14 +128,14 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         """Is there a backdoor in these weights, and towards which class? Without data."""
         from abdlab.audit import audit as look
         from abdlab.audit import turned
-        from abdlab.defend import estimate, introduce, open_file, share, told_time
+        from abdlab.defend import audit_seconds, introduce, open_file, share
+        from abdlab.forecast import told_time
         from abdlab.stream import stages
 
         chosen, images, teacher = open_file(given, seed, device)
         scores = chosen.exam(images)(teacher)
         tell(introduce(teacher, chosen, images, scores))
-        expected = estimate(teacher, chosen.student(images), chosen, images)["audit"]
-        tell(f"about {told_time(expected)} on this machine")
+        tell(f"about {told_time(audit_seconds(teacher, images))} on this machine")
         where = images.train_images.device
         found = look(teacher, images.shape, seed=seed, device=where, tell=stages("audit"))
         grid = Table(box=None, pad_edge=False)
@@ -183,8 +183,9 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         device: Device = "auto",
     ) -> None:
         """Clean a model of its backdoor, without data: a new file, the old one stays."""
-        from abdlab.defend import estimate, open_file, share, told_time
+        from abdlab.defend import open_file, share
         from abdlab.evaluate import agreement
+        from abdlab.forecast import purifying_seconds, told_time
         from abdlab.labels import TEACHER, Label
         from abdlab.purifiers import purify as clean
         from abdlab.purifiers import save_purified
@@ -196,7 +197,7 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         label = Label.parse(f"{names}/{TEACHER}")
         chosen, images, teacher = open_file(given, seed, device)
         steps = chosen.purifiers(*label.purifiers)
-        expected = estimate(teacher, chosen.student(images), chosen, images, str(label))["purify"]
+        expected = purifying_seconds(teacher, images, label.purifiers)
         tell(f"about {told_time(expected)} on this machine")
         bar, total, began = stages("purify"), len(steps) + 1, time.perf_counter()
         where = images.train_images.device

@@ -87,11 +87,13 @@ def runs(console: Console, folder: Path) -> pd.DataFrame:
             " abdlab demo"
         )
     grid = Table(title=str(folder), title_justify="left", box=None)
-    for heading in ("run", "method", "seed", "ACC (%)", "ASR (%)", "seconds", "threads"):
+    shown = found[found["acc"].notna()] if "acc" in found else found.iloc[:0]
+    robust = bool("robust" in shown and shown["robust"].notna().any())  # older runs do not say
+    headings = ("run", "method", "seed", "ACC (%)", "ASR (%)", *(["robust (%)"] * robust))
+    for heading in (*headings, "seconds", "threads"):
         grid.add_column(
             heading, justify="left" if heading in ("run", "method") else "right", overflow="fold"
         )
-    shown = found[found["acc"].notna()] if "acc" in found else found.iloc[:0]
     for row in shown.to_dict("records"):
         cells = [
             row["run"],
@@ -99,7 +101,8 @@ def runs(console: Console, folder: Path) -> pd.DataFrame:
             number(row.get("seed"), 0),
             number(row["acc"], 1, 100),
         ]
-        cells += [number(row.get("asr"), 1, 100), number(row.get("seconds"), 0)]
+        cells += [number(row.get("asr"), 1, 100)]
+        cells += [number(row.get("robust"), 1, 100)] * robust + [number(row.get("seconds"), 0)]
         grid.add_row(*cells, number(row.get("threads"), 0))
     console.print(grid, markup=False)
     _say_threads(console, shown)

@@ -8,7 +8,6 @@ import base64
 import html
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from abdlab.checks import check
 from abdlab.data import Dataset
 from abdlab.errors import short
 from abdlab.evaluate import agreement, predict
-from abdlab.features import frozen, mode
+from abdlab.forecast import Forecast, forecast, seconds_per_image
 from abdlab.identity import fingerprint
 from abdlab.labels import TEACHER, Label, name_of
 from abdlab.owned import NONE, TORCHVISION, images_named, is_foreign, layers_told
@@ -334,61 +333,32 @@ def conclude(
 
 
 def estimate(
-    teacher: nn.Module,
-    student: nn.Module,
+    run: str | Path | None,
     chosen: Settings,
     data: Dataset,
+    teacher: nn.Module,
     defended: str | None = None,
-) -> dict[str, float]:
-    """About how many seconds audit, purification and both distillations take here, from
-    the time of one pass through each network.
+) -> list[Forecast]:
+    """About what the audit and both students of a teacher take here, purification
+    included, from passes and pseudo-batches that are timed (:mod:`abdlab.forecast`).
 
-    It counts images times passes of the default settings; sources other than those that
-    go by rounds or pseudo-batches are left out.
+    Args:
+        run: the folder; what is done in it is left out. None counts all.
+        defended: as for :func:`methods_for`.
     """
-    where, count = data.train_images.device, len(data.classes)
-    images = torch.rand(32, *data.shape, device=where)
-    teach, learn = (_per_image(model.to(where), images) for model in (teacher, student))
-    undefended, defended = methods_for(teacher, defended)
-    pool, costs = 384 * 40, count * 4 * 8 * 40
-    inverted = costs * steps_for(data.shape) / 40
-    looking = teach * (POOL * 44 + inverted + count * 8 * 60 + count * 4 * 60)
-    purifiers = Label.parse(defended).purifiers
-    rounds = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40) + costs
-    purify = teach * (pool + sum(rounds if name.startswith("unl") else 1920 for name in purifiers))
-    found = {"audit": looking, "purify": purify if purifiers else 0.0}
-    if undefended == TEACHER:
-        return found
-    source = chosen.source(undefended, data)
-    batch = getattr(source, "batch_size", 0)
-    if hasattr(source, "kd_steps"):
-        making = source.rounds * source.synthesis_steps * source.synthesis_batch
-        seen = len(source) * batch
-        distil = making * (teach + 0.3 * learn) + seen * (0.35 * teach + learn)
-    else:
-        distil = len(source) * batch * (teach + learn * getattr(source, "student_steps", 1))
-    return {**found, "distil": 2 * distil}
+    labels = [label for label in methods_for(teacher, defended) if label != TEACHER]
+    looking = Forecast("audit", 0, audit_seconds(teacher, data))
+    return [looking, *forecast(run, chosen, data, labels, teacher)]
 
 
-def _per_image(model: nn.Module, images: Tensor) -> float:
-    """Seconds of one image's way forwards and backwards, the best of three."""
-    best = float("inf")
-    with mode(model, training=False), frozen(model):
-        for _ in range(3):
-            began = time.perf_counter()
-            given = images.clone().requires_grad_()
-            torch.autograd.grad(model(given).float().sum(), [given])[0].sum().item()
-            best = min(best, time.perf_counter() - began)
-    return best / len(images)
-
-
-def told_time(seconds: float) -> str:
-    """A duration as people say it.
-
-    >>> told_time(42.0), told_time(400.0)
-    ('42 s', '7 min')
+def audit_seconds(teacher: nn.Module, data: Dataset) -> float:
+    """About how long :func:`abdlab.audit.audit` takes here: its images times passes,
+    times the time of one, which is measured.
     """
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    count = len(data.classes)
+    inverted = count * 4 * 8 * steps_for(data.shape)
+    passes = POOL * 44 + inverted + count * 8 * 60 + count * 4 * 60
+    return passes * seconds_per_image(teacher, data)
 
 
 _STYLE = (

@@ -8,7 +8,6 @@ for :mod:`abdlab.audit` to say.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,95 +17,6 @@ from torch.optim import Adam
 from abdlab.data import deliver
 from abdlab.features import frozen, mode, module_at
 from abdlab.purifiers.bounded import batch_norms, bound, statistics
-
-
-def largest_margins(
-    model: nn.Module,
-    shape: Sequence[int],
-    classes: int,
-    *,
-    starts: int = 8,
-    steps: int = 60,
-    lr: float = 0.05,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """The largest margin (logit of the class - largest other logit) that each class
-    reaches on any image in [0, 1], (classes,).
-
-    MM-BD (Wang et al., S&P 2024, eq. 1): a backdoor lets its target win by far more than
-    any natural class. All classes and starts are one batch. Where ours deviates: Adam
-    on clamped pixels instead of SGD, and 8 starts instead of 30.
-
-    Args:
-        shape: (C, H, W). starts: uniform random images of each class.
-        steps, lr: of Adam, in pixel units.
-
-    >>> from abdlab.models import build
-    >>> largest_margins(build("wrn-10-1", width=2), (3, 8, 8), 10, starts=2, steps=2).shape
-    torch.Size([10])
-    """
-    rng = torch.Generator().manual_seed(seed)
-    wanted = deliver(torch.arange(classes).repeat_interleave(starts), torch.device(device))
-    images = deliver(torch.rand(len(wanted), *shape, generator=rng), wanted.device)
-    adam = Adam([images], lr=lr)
-    best = torch.full((len(wanted),), -float("inf"), device=wanted.device)
-    with mode(model, training=False), frozen(model):
-        for step in range(steps + 1):
-            images.requires_grad_()
-            found = margins_of(model(images), wanted)
-            best = torch.maximum(best, found.detach())
-            if step < steps:
-                (images.grad,) = torch.autograd.grad(-found.sum(), [images])
-                images.requires_grad_(False)
-                adam.step()
-                images.clamp_(0, 1)
-    return best.view(classes, starts).amax(1).cpu()
-
-
-def margins_of(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(B,): each row's logit of its wanted class less the largest of the others.
-
-    >>> margins_of(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([2]))
-    tensor([-2.])
-    """
-    own = logits.gather(1, wanted[:, None]).squeeze(1)
-    others = logits.scatter(1, wanted[:, None], -float("inf"))
-    return own - others.amax(1)
-
-
-def gamma_scores(margins: Tensor) -> Tensor:
-    """How unlikely each class's margin is among the others', (classes,): -log10 of p.
-
-    MM-BD's test: a Gamma distribution is fitted to the margins of the other classes
-    (maximum likelihood, location 0), and p is the chance that the largest of as many
-    draws as there are classes exceeds this one. The paper tests the largest margin
-    alone; p = .05 is a score of 1.3. Margins below 1e-3 count as that.
-
-    >>> scores = gamma_scores(torch.tensor([5.0, 6.0, 5.5, 6.5, 30.0]))
-    >>> int(scores.argmax()), bool(scores[4] > 1.3), bool(scores[:4].amax() < 1.3)
-    (4, True, True)
-    """
-    values = margins.double().clamp_min(1e-3)
-    found = []
-    for c in range(len(values)):
-        shape, scale = fit_gamma(torch.cat([values[:c], values[c + 1 :]]))
-        tail = torch.special.gammaincc(shape, values[c] / scale).clamp(1e-300, 1 - 1e-16)
-        p = -torch.expm1(len(values) * torch.log1p(-tail))
-        found.append(-torch.log10(p.clamp_min(1e-300)))
-    return torch.stack(found).float()
-
-
-def fit_gamma(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(shape, scale) of the Gamma distribution that makes these numbers above 0 most
-    likely, by Newton's method on log k - digamma(k) = log(mean) - mean(log).
-    """
-    gap = (values.mean().log() - values.log().mean()).clamp_min(1e-9)
-    k = (3 - gap + ((gap - 3) ** 2 + 24 * gap).sqrt()) / (12 * gap)
-    for _ in range(20):
-        slope = 1 / k - torch.special.polygamma(1, k)
-        k = (k - (k.log() - torch.special.digamma(k) - gap) / slope).clamp_min(1e-6)
-    return k, values.mean() / k
 
 
 def waist(model: nn.Module, images: Tensor, after: float = 1 / 3) -> str:

@@ -1,4 +1,4 @@
-"""ACC, ASR, agreement and suspicion scores: numbers about a model, in eval mode,
+"""ACC, ASR, robust accuracy, agreement and suspicion scores: numbers about a model, in eval mode,
 without gradients.
 """
 
@@ -62,11 +62,14 @@ class Exam:
         images, labels: clean test images (N, C, H, W) and their classes (N,).
         attacks: name -> triggered images, and the class (or classes, one per image)
             that they shall be called.
+        true: name of an attack -> the true classes (N,) of its triggered images, for
+            :meth:`details`.
     """
 
     images: Tensor
     labels: Tensor
     attacks: dict[str, tuple[Tensor, int | Tensor]] = field(default_factory=dict)
+    true: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -89,16 +92,14 @@ class Exam:
         if len(labels) == 0:
             return cls(images, labels)
         classes = int(labels.max()) + 1 if classes is None else classes
-        found = {}
+        found, classes_of = {}, {}
         for attack in [trigger] if isinstance(trigger, Attack) else trigger or ():
             same = sum(name.partition("-")[0] == str(attack.trigger) for name in found)
             triggered, true = triggered_test(images, labels, attack)
             wanted = attack.wanted(true, classes) if attack.all_to_all else attack.target
-            found[f"{attack.trigger}-{same + 1}" if same else str(attack.trigger)] = (
-                triggered,
-                wanted,
-            )
-        return cls(images, labels, found)
+            name = f"{attack.trigger}-{same + 1}" if same else str(attack.trigger)
+            found[name], classes_of[name] = (triggered, wanted), true
+        return cls(images, labels, found, classes_of)
 
     @property
     def triggered(self) -> Tensor | None:
@@ -121,6 +122,71 @@ class Exam:
             **found,
             **({f"asr/{name}": asr for name, asr in each.items()} if len(each) > 1 else {}),
         }
+
+    def details(self, model: nn.Module, classes: int) -> Details | None:
+        """What a finished model answers, class by class; None without labelled images.
+
+        Args:
+            classes: how many the model tells apart.
+        """
+        if len(self.labels) == 0:
+            return None
+        answers = predict(model, self.images).argmax(1)
+        triggered = {
+            name: confusion(predict(model, self.attacks[name][0]).argmax(1), true, classes)
+            for name, true in self.true.items()
+        }
+        return Details(confusion(answers, self.labels, classes), triggered)
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a model answers, class by class: counts, of true classes (rows) by predicted
+    ones (columns), int64 (classes, classes).
+
+    Attributes:
+        clean: of the clean test images.
+        triggered: name of an attack -> of its triggered images.
+
+    >>> both = Details(torch.tensor([[3, 1], [0, 2]]), {"sig": torch.tensor([[0, 0], [3, 1]])})
+    >>> both.per_class, both.robust
+    ([0.75, 1.0], {'robust': 0.25})
+    """
+
+    clean: Tensor
+    triggered: dict[str, Tensor]
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """ACC of each class, a share in [0, 1]; None of a class without test images."""
+        right, count = self.clean.diagonal().tolist(), self.clean.sum(1).tolist()
+        return [r / n if n else None for r, n in zip(right, count, strict=True)]
+
+    @property
+    def robust(self) -> dict[str, float]:
+        """Robust accuracy: share of the triggered images, in [0, 1], that are given
+        their true class. It is at most 1 - ASR. Of several attacks each, and "robust",
+        their mean; empty where there is no trigger.
+        """
+        each = {k: (c.diagonal().sum() / c.sum()).item() for k, c in self.triggered.items()}
+        found = {"robust": sum(each.values()) / len(each)} if each else {}
+        return found | ({f"robust/{k}": v for k, v in each.items()} if len(each) > 1 else {})
+
+    def card(self) -> dict:
+        """Plain values, as a run keeps them."""
+        triggered = {name: counts.tolist() for name, counts in self.triggered.items()}
+        return {"clean": self.clean.tolist(), "triggered": triggered}
+
+
+def confusion(answers: Tensor, true: Tensor, classes: int) -> Tensor:
+    """Counts of true classes (rows) by predicted ones (columns), int64 (classes,
+    classes), on the CPU.
+
+    >>> confusion(torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    places = true * classes + answers
+    return torch.bincount(places, minlength=classes**2).reshape(classes, classes).cpu()
 
 
 def trigger_size(images: Tensor, trigger: Trigger) -> dict[str, float]:

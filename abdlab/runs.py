@@ -8,6 +8,7 @@ table.
         config.json                the settings that the model depends on
         history.jsonl              one line per reported Step
         metrics.json               the numbers that the run ended with
+        confusion.json             what the model answers, class by class, also with a trigger
         teacher.safetensors        or student.safetensors, and the run's checkpoint.safetensors
         samples.safetensors        inputs of the student over training, by step
       seed0/clean_teacher/         the same network on clean data, to optimise an attack against
@@ -20,7 +21,7 @@ from __future__ import annotations
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ from abdlab.threads import check_same, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from abdlab.evaluate import Details
 
 
 class Run:
@@ -101,6 +104,23 @@ class Run:
     def save_metrics(self, metrics: dict) -> Path:
         """Write metrics.json, whole."""
         return self._write("metrics.json", metrics)
+
+    def save_details(self, details: Details | None, classes: Sequence[str]) -> dict:
+        """Write confusion.json; returns what metrics.json says of it: robust (of several
+        attacks each, too) and per_class. Nothing where nothing is known.
+        """
+        if details is None:
+            return {}
+        counts = json.dumps({"classes": [*classes], **details.card()})
+        write_atomically(self.file("confusion.json"), f"{counts}\n".encode())
+        return {**details.robust, "per_class": details.per_class}
+
+    @property
+    def confusion(self) -> dict:
+        """What confusion.json holds: classes (names), clean, and triggered by attack,
+        counts of true classes (rows) by predicted ones; empty when there is none.
+        """
+        return self._read("confusion.json")
 
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write figures/NAME.png (150 dpi). pyplot forgets the figure, so that a

@@ -29,7 +29,7 @@ from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.stream import Step, _Board
-from abdlab.teachers import _each_asr, poisoned_teacher, saved_teacher
+from abdlab.teachers import _each_asr, answered, poisoned_teacher, saved_teacher
 from abdlab.threads import computing_with, pulled_with, threads
 
 #: folder below a root for :func:`clean_teacher_control`
@@ -101,6 +101,7 @@ class Distillation:
             "branched_from": self.resume_from and str(self.resume_from),
             "defenses": {d.name: d.report() for d in self.defenses},
             **_each_asr(self.exam, self.student),
+            **answered(self.run, self.exam, self.student),
         }
 
 
@@ -191,6 +192,7 @@ def purified_teacher(
         scores = {"acc": None, "asr": None, **exam(model)}
         metrics = {"label": str(label), "seed": chosen.seed, **scores, "seconds": seconds}
         metrics |= {"purified": list(model.purified), "threads": run.threads}
+        metrics |= answered(run, exam, model)
         save_purified(path, model, metrics)
         run.save_metrics(metrics)
     model = load_purified(path, chosen.teacher(data), device=device)

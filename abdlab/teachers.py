@@ -252,7 +252,7 @@ def poisoned_teacher(
             "seconds": round(last.seconds, 1),
             "threads": run.threads,
         }
-        metrics |= _each_asr(exam, model)
+        metrics |= {**_each_asr(exam, model), **answered(run, exam, model)}
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(
@@ -310,7 +310,8 @@ def opened_teacher(chosen: Settings, data: Dataset) -> nn.Module:
 def _open(run: Run, chosen: Settings, data: Dataset) -> None:
     """Put a teacher from a file into a run's folder, with what can be known of it."""
     began, model = time.perf_counter(), opened_teacher(chosen, data)
-    scores = {"acc": None, "asr": None, **chosen.exam(data)(model)}
+    exam = chosen.exam(data)
+    scores = {"acc": None, "asr": None, **exam(model), **answered(run, exam, model)}
     metrics = {"label": TEACHER, "seed": chosen.seed, **scores, "file": str(chosen.opened)}
     metrics |= {"seconds": round(time.perf_counter() - began, 1)}
     save_model(run.file("teacher.safetensors"), model, metrics)
@@ -332,6 +333,14 @@ def _each_asr(exam: Exam, model: nn.Module) -> dict[str, float]:
     """
     found = exam(model) if len(exam.attacks) > 1 else {}
     return {name: value for name, value in found.items() if name.startswith("asr/")}
+
+
+def answered(run: Run, exam: Exam, model: nn.Module) -> dict:
+    """Keep what a finished model answers, class by class, in its run's folder; returns
+    what its metrics say of that (:meth:`abdlab.runs.Run.save_details`).
+    """
+    classes = run.config["classes"]
+    return run.save_details(exam.details(model, len(classes)), classes)
 
 
 def check_teacher(acc: float | None, asr: float | None) -> None:

@@ -22,10 +22,7 @@ from abdlab.defend import audited
 from abdlab.detectors import (
     changed_by_bounds,
     feature_answers,
-    fit_gamma,
-    gamma_scores,
     inclined,
-    largest_margins,
     quartile_scores,
     share_scores,
     waist,
@@ -35,6 +32,7 @@ from abdlab.owned import unlabelled
 from abdlab.purifiers.bounded import bound
 from abdlab.runs import Run
 from abdlab.studies import calibrate
+from abdlab.suspects import fit_gamma, gamma_scores, largest_margins
 
 
 class Planted(nn.Module):
@@ -184,11 +182,14 @@ def test_turned_is_a_share_of_the_others(images):
 
 def test_the_verdict_names_what_speaks_for_it_and_what_it_does_not_know():
     calm = {name: torch.zeros(3) for name in THRESHOLDS}
-    assert accused(calm, THRESHOLDS) is None
+    assert accused(calm) is None
     assert say(calm, THRESHOLDS).startswith("nothing found, which is no proof")
     loud = {**calm, "inversion": torch.tensor([0.0, 9.0, 0.0]), "MM-BD": torch.tensor([0, 99, 0])}
     assert named(loud, THRESHOLDS) == {1: ["inversion", "MM-BD"]}
-    assert "class 1 is suspicious: 2 of 4 detectors" in say(loud, THRESHOLDS)
+    assert accused(loud) == 1
+    said = say(loud, THRESHOLDS)
+    assert said.startswith("class 1 is suspicious: inversion and MM-BD together 10.00 where 1.46")
+    assert "by themselves 2 of 4 detectors name it" in said
 
 
 def test_rows_of_the_study_hold_the_evidence(images):

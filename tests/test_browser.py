@@ -14,6 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -313,16 +314,16 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.get_by_role(
         "button", name="Copy to the clipboard"
     ).wait_for()  # it shows once there is something to copy
-    text = b.page.locator(".abdlab-copy pre").inner_text()
+    text = b.page.locator(".abdlab-copy pre").locator("visible=true").first.inner_text()
     b.shot("light-2-done")
 
     b.open("3 Samples")
-    b.picture("synthetic images; click one").wait_for()
+    b.picture("images learnt from; click one").wait_for()
     b.button("Suspicious tail").click()
     b.text("of [0-9]+ images are selected").wait_for()
     detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
     before = detail.get_attribute("alt")
-    b.picture("synthetic images; click one").click(position={"x": 300, "y": 25})
+    b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
     b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
     b.button("Draw the map").click()
     plan = b.picture("t-SNE map")
@@ -343,7 +344,35 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     row.focus()
     b.page.keyboard.press("Enter")
     b.text("Settings that differ").wait_for()
+    known = {}
+    for name in ("zskt+sv+tu@1", "zskt+sv+tu@2", "clean", "teacher"):
+        lines = (b.runs / "seed0" / name / "history.jsonl").read_text().splitlines()
+        known[f"seed0/{name}"] = [json.loads(line) for line in lines]
+    for name in ("clean", "teacher"):
+        b.page.locator(f".abdlab-rows tr[data-id='seed0/{name}'] td").first.click()
+    line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
+    b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
+    box = line.locator(".points path").last.bounding_box()
+    b.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    told = b.page.locator(".hoverlayer .hovertext").first
+    told.wait_for()
+    step, value = re.search(r"step ([0-9]+): ACC ([0-9.]+ %)", told.text_content()).groups()
+    assert (int(step), value) in {
+        (row["step"], f"{100 * row['acc']:.2f} %")
+        for rows in known.values()
+        for row in rows
+        if "acc" in row
+    }
     b.shot("light-4-runs")
+    b.button("Save as CSV").click()
+    b.text("4 histories saved to").wait_for()
+    table = pd.read_csv(b.runs / "exports/runs-1.csv").astype(object)
+    for name, rows in known.items():
+        part = table[table["run"] == name].drop(columns="run").to_dict("records")
+        part = [{k: v for k, v in row.items() if v == v} for row in part]
+        assert [
+            row | {"events": json.loads(row["events"])} if "events" in row else row for row in part
+        ] == rows
 
     b.menu("Settings", "Theme", "JupyterLab Dark")
     b.page.wait_for_timeout(5000)

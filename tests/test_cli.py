@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import io
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from rich.console import Console
 
-from abdlab import batch, cli
+from abdlab import batch, cli, cli_report
 from abdlab.home import home, there
 from abdlab.presets import ABOUT, PRESETS
 from abdlab.processes import alive
@@ -203,7 +205,7 @@ def test_a_report_loads_no_plotting_library(tmp_path):
     _write(tmp_path, "zskt+sv", 0, 0.72, 0.88)
     look = (
         "import sys\nfrom abdlab.cli import main\ntry: main()\n"
-        "finally: print([m for m in ('matplotlib', 'seaborn') if m in sys.modules])"
+        "finally: print([m for m in ('matplotlib', 'seaborn', 'plotly') if m in sys.modules])"
     )
     for words in ([], ["--against", "paper"]):
         done = subprocess.run(
@@ -214,6 +216,19 @@ def test_a_report_loads_no_plotting_library(tmp_path):
         )
         assert done.stdout.strip().endswith("[]"), done.stdout[-200:]
         assert "zskt+sv" in done.stdout
+        assert "robust" not in done.stdout  # older runs do not say
+
+
+def test_a_report_shows_robust_accuracy_where_a_run_says_it(tmp_path):
+    for label, more in (("zskt", {"robust": 0.125}), ("zskt+sv", {})):
+        scores = {"label": label, "seed": 0, "acc": 0.72, "asr": 0.8, **more}
+        Run(tmp_path / label).save_metrics(scores)
+    console = Console(file=io.StringIO(), width=100)
+    cli_report.runs(console, tmp_path)
+    head, first, second = console.file.getvalue().splitlines()[-3:]
+    assert "robust (%)" in head
+    assert first.split() == ["zskt", "zskt", "0", "72.0", "80.0", "12.5"]
+    assert second.split() == ["zskt+sv", "zskt+sv", "0", "72.0", "80.0"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +242,8 @@ def test_a_report_loads_no_plotting_library(tmp_path):
 )
 def test_json_is_understood_as_python_is(here, words, shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # tests/test_forecast.py times steps; here every run is too short for that
+    monkeypatch.setattr(sys.modules["abdlab.forecast"], "WORTH", 10**6)
     code, out, err = here("run", *words, "--dry-run", columns=200)
     assert code == 0, err
     assert shown in out

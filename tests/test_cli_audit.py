@@ -76,12 +76,15 @@ def test_defend_goes_from_a_file_to_a_verdict(tmp_path):
     page says what the terminal said.
     """
     data = abdlab.load("digits", size=8, device="cpu")
-    net = abdlab.build("wrn-10-1", channels=1, width=4, mean=data.mean, std=data.std)
-    images, labels = data.train_images, data.train_labels
+    # every class more is inverted again, by the audit and by the purifier
+    seen = data.train_labels < 4
+    images, labels = data.train_images[seen], data.train_labels[seen]
+    net = abdlab.build("wrn-10-1", classes=4, channels=1, width=4, mean=data.mean, std=data.std)
     list(abdlab.train(net, images, labels, epochs=3, batch_size=64, device="cpu"))
     abdlab.save_model(tmp_path / "theirs.safetensors", net)
     tiny = {"nayer.rounds": 1, "nayer.warmup": 0, "nayer.synthesis_steps": 2, "nayer.kd_steps": 2}
     tiny |= {"student.width": 2, "unlearn.rounds": 1, "unlearn.steps": 2, "unlearn.guard": 0}
+    tiny |= {"unlearn.starts": 1}
     given = [word for name, value in tiny.items() for word in ("-p", f"{name}={value}")]
     root = tmp_path / "out"
     file = tmp_path / "theirs.safetensors"
@@ -96,7 +99,7 @@ def test_defend_goes_from_a_file_to_a_verdict(tmp_path):
     assert page.count("data:image/png;base64,") == 2
     assert "unknown" in page
     student = abdlab.load_model(folder / "student.safetensors")
-    assert student(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert student(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     assert abdlab.read_card(folder / "student.safetensors")["verdict"] == found["verdict"]
     known = abdlab.table(root)
     assert {"teacher", DEFENDED} <= {*known["label"]}

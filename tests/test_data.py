@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from abdlab import distill_all, folder_of, load_model, settings
 from abdlab.data import DATASETS, augment, load, pick_device, to_unit
 from abdlab.folders import IMAGE_SUFFIXES
 
@@ -894,6 +895,21 @@ class TestGTSRB:
             assert self.seen(images) == labels.tolist()
         assert data.classes == tuple(map(str, range(43)))
         assert not data.flip
+
+    @pytest.mark.filterwarnings("ignore::abdlab.WeakTeacher")
+    def test_from_its_files_to_a_defended_student(self, archive, tmp_path):
+        tiny = {"data.root": str(archive), "teacher.model": "wrn-10-1", "teacher.width": 4}
+        tiny |= {"teacher.epochs": 1, "teacher.batch_size": 16, "student.width": 4}
+        tiny |= {"fastdfkd.rounds": 1, "fastdfkd.warmup": 1, "fastdfkd.kd_steps": 4}
+        tiny |= {"fastdfkd.batch_size": 8, "fastdfkd.width": 4, "sv.verify": False, "sv.layers": 3}
+        chosen = settings("paper/gtsrb/fastdfkd", tiny | {"sr.inner_steps": 1}, device="cpu")
+        root, method = tmp_path / "run", "clp/fastdfkd+sv+sr"
+        found = distill_all(root, chosen, chosen.dataset(), ["fastdfkd", method], with_teacher=True)
+        assert list(found) == ["teacher", "fastdfkd", method]
+        assert all(0 <= m[k] <= 1 for m in found.values() for k in ("acc", "asr"))
+        assert found[method]["defenses"]["sr"]["from_pseudo_batch"] == 3
+        student = load_model(folder_of(root, 0, method) / "student.safetensors")
+        assert student(torch.rand(2, 3, 32, 32)).shape == (2, 43)
 
     def test_decodes_once(self, archive):
         first = cpu("gtsrb", archive, size=8)

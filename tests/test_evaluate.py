@@ -8,7 +8,15 @@ from torch import nn
 
 from abdlab.attacks.poison import Attack
 from abdlab.attacks.triggers import Trigger, pack
-from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
+from abdlab.evaluate import (
+    Details,
+    Exam,
+    accuracy,
+    agreement,
+    attack_success,
+    predict,
+    trigger_size,
+)
 from abdlab.losses import kl, log_kl
 
 # Three classes on images of 1x3 pixels: the logits are the pixels, the prediction is
@@ -97,6 +105,37 @@ class TestShares:
             reverse[1].bias.zero_()
         assert agreement(identity, identity, IMAGES) == 1
         assert agreement(identity, reverse, IMAGES) == pytest.approx(2 / 5)
+
+
+class TestDetails:
+    def test_by_hand(self, identity):
+        """Target 2: of the images of classes 0 and 1, one of three stays itself under the
+        trigger, and two are called 2.
+        """
+        found = Exam.of(IMAGES, LABELS, TRIGGER, 2).details(identity, 3)
+        assert found.clean.tolist() == [[2, 0, 0], [0, 1, 0], [0, 1, 1]]
+        assert found.per_class == [1.0, 1.0, 0.5]
+        assert found.triggered["badnet_sq"].tolist() == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
+        assert found.robust == {"robust": pytest.approx(1 / 3)}
+
+    def test_robust_accuracy_and_asr_are_shares_of_the_same_images(self, identity):
+        exam = Exam.of(IMAGES, LABELS, TRIGGER, 2)
+        counts = exam.details(identity, 3).triggered["badnet_sq"]
+        assert counts[:, 2].sum() / counts.sum() == pytest.approx(exam(identity)["asr"])
+        assert counts.sum() == len(exam.triggered)
+
+    def test_several_attacks_have_their_own_and_a_mean(self, identity):
+        plain = Trigger("badnet_sq", {"size": 1, "value": 0.0})
+        found = Exam.of(IMAGES, LABELS, [Attack(TRIGGER, 2), Attack(plain, 2)]).details(identity, 3)
+        both = found.robust
+        assert both["robust"] == (both["robust/badnet_sq"] + both["robust/badnet_sq-2"]) / 2
+        assert both["robust/badnet_sq-2"] == 1
+
+    def test_what_is_not_there_is_not_known(self, identity):
+        assert Exam.of(IMAGES[:0], LABELS[:0]).details(identity, 3) is None
+        found = Exam.of(IMAGES, LABELS).details(identity, 4)
+        assert (found.robust, found.triggered, found.per_class[3]) == ({}, {}, None)
+        assert Details(found.clean, {}).card() == {"clean": found.clean.tolist(), "triggered": {}}
 
 
 class TestPredict:

@@ -45,7 +45,7 @@ STOREYS = [
     ],
     ["attacks"],
     ["sources"],
-    ["inversion"],
+    ["inversion", "suspects"],
     ["purifiers"],
     ["defenses"],
     ["methods", "values", "train", "train_together", "distill"],
@@ -54,13 +54,15 @@ STOREYS = [
     ["runs"],
     ["teachers"],
     ["students"],
+    ["forecast"],
     ["inspection", "plots", "defend"],
     ["studies", "batch"],
     ["widgets"],
-    ["cli", "cli_report", "cli_audit"],
+    ["cli", "cli_report", "cli_audit", "cli_plan"],
 ]
 #: what only the outermost rooms may import
 HEAVY = {"papermill", "ray", "seaborn", "ipywidgets", "anywidget", "IPython", "nbclient"}
+HEAVY |= {"plotly"}
 #: rooms that may: (room, package)
 ALLOWED = {
     *(("widgets", name) for name in HEAVY),
@@ -152,10 +154,17 @@ def test_what_a_defender_uses_reaches_neither_attacks_nor_evaluation(wing):
     assert not {m for m in seen if room(m) in ("attacks", "evaluate", "audit")}
 
 
-def test_the_core_imports_nothing_of_jupyter_and_no_plots():
+def test_the_core_imports_nothing_of_jupyter_and_no_plots_and_kernels_no_papermill():
     code = (
         "import sys, abdlab; "
         f"print(*sorted({HEAVY | {'matplotlib', 'jupyterlab'}!r} & {{*sys.modules}}))"
+    )
+    # nor does a kernel pay for what runs kernels (nbformat alone takes 1.5 s), or anybody
+    # for the compiler that torchvision drags in
+    slow = {"nbformat", "papermill", "nbclient", "jsonschema", "torch._dynamo"}
+    code += (
+        "; import abdlab.batch, abdlab.studies.sentences, abdlab.cli; "
+        f"print(*sorted({slow!r} & {{*sys.modules}}))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

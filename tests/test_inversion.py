@@ -12,10 +12,11 @@ from abdlab.inversion import (
     Inverted,
     costs,
     invert,
+    leads,
     low_cosines,
     outlier_index,
-    suspects,
 )
+from abdlab.suspects import gamma_scores, suspects, suspicion
 
 
 class Corner(nn.Module):
@@ -142,19 +143,63 @@ def test_bank_round_trip_and_mixing(images):
         Bank().on(images, rng)
 
 
-def test_outlier_index_by_hand():
-    table = torch.tensor([[1.0, 4.0], [2.0, 1.0], [2.0, 2.0]])
-    assert torch.allclose(outlier_index(table), torch.tensor([1.0, 1.0, -1.0]) * math.log(2))
+def test_leads_and_the_outlier_index_by_hand():
+    rows = [[1.0, 4.0, 1.0, 9.0], [2.0, 1.0, 1.0, 9.0], [2.0, 2.0, 2.0, 1.0], [4.0, 8.0, 8.0, 1.0]]
+    table = torch.tensor(rows)
+    own = leads(table) / math.log(2)
+    assert torch.allclose(own[:, 0], torch.tensor([4 / 3, 0.0, 0.0, -4 / 3]))
+    assert torch.allclose(own[:, 1], torch.tensor([-2 / 3, 2.0, 2 / 3, -2.0]))
+    assert torch.allclose(leads(table, rivals=1)[:, 0], torch.tensor([1, -1, -1, -2]) * math.log(2))
+    # of class 0: the two largest leads of stamp, additive and blend, each in its scale
+    by_hand = math.log(2) * (4 / 3 / 0.52 + float(own[0, 2]) / 0.43) / 2
+    assert outlier_index(table)[0] == pytest.approx(by_hand)
     assert torch.allclose(outlier_index(table * 7), outlier_index(table), atol=1e-5)
 
 
-def test_suspects_none_one_and_two():
-    clean = torch.tensor([[3.0], [3.3], [3.6], [4.0]])
-    assert suspects(clean) == []
-    clean[2] = 0.5
-    assert suspects(clean) == [2]
-    clean[3] = 0.6  # two targets: neither is far below the other
-    assert suspects(clean) == [2, 3]
+@pytest.fixture
+def clean():
+    return torch.tensor([3.0, 3.3, 3.6, 4.0])[:, None].repeat(1, 4), torch.ones(4)
+
+
+def test_a_class_that_is_cheap_in_one_family_alone_is_no_suspect(clean):
+    table, margins = clean
+    table[2, 0] = 1.4
+    assert suspects(table, margins) == []
+    table[2, 1] = 1.4
+    assert suspects(table, margins) == [2]
+
+
+def test_a_margin_that_wins_by_far_adds_to_the_costs(clean):
+    table, margins = clean
+    table[2] = 2.2
+    assert suspects(table, margins) == []
+    margins[2] = 40.0
+    assert suspects(table, margins) == [2]
+    both = outlier_index(table) + 0.5 * gamma_scores(margins).clamp_min(0.1).log10()
+    assert torch.allclose(suspicion(table, margins), both)
+
+
+def test_suspects_none_one_and_two(clean):
+    table, margins = clean
+    assert suspects(table, margins) == []
+    table[2] = 0.5
+    assert suspects(table, margins) == [2]
+    table[3] = 0.6  # two targets: neither is far below the other
+    assert suspects(table, margins) == [2, 3]
+
+
+def test_stamps_are_put_on_stronger_and_nothing_else_is(images):
+    bank = invert(Corner(), images, [0], families=["stamp", "additive"], starts=1, steps=2)
+    rng = torch.Generator().manual_seed(3)
+    strong = bank.on(images, rng, strength=3.0)
+    rng.manual_seed(3)
+    which = torch.randint(2, (len(images),), generator=rng)
+    factors = 1 + 2 * torch.rand(len(images), 1, 1, 1, generator=rng)
+    stamp, additive = bank
+    by_hand = (images + factors * (stamp(images) - images)).clamp(0, 1)
+    by_hand = torch.where(which.view(-1, 1, 1, 1) == 0, by_hand, additive(images))
+    assert torch.allclose(strong, by_hand, atol=1e-6)
+    assert 0 <= strong.min() <= strong.max() <= 1
 
 
 def test_unknown_family(images):

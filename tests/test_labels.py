@@ -199,9 +199,9 @@ def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
     assert json.loads(config)["defend:Noise"] == {"weight": 2.0}
 
     study = {"notebook": "05_abd_ablation", "parameters": {"overrides": TINY, "device": "cpu"}}
-    study["grid"] = {"methods": [["mine:Static"], [label]], "defend:Noise.size": [0.1]}
+    study["grid"] = {"methods": [["mine:Static", label]], "defend:Noise.size": [0.1]}
     (newcomer / "own.yaml").write_text(yaml.safe_dump(study))
-    code, out, error = here("sweep", "own.yaml", "--out", "swept", "--slots", "2")
+    code, out, error = here("sweep", "own.yaml", "--out", "swept", "--slots", "1")
     assert code == 0, out + error
     found = sorted(newcomer.glob("swept/jobs/*/seed0/mine*/metrics.json"))
     assert [json.loads(p.read_text())["label"] for p in found].count(label) == 1

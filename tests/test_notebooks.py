@@ -29,6 +29,7 @@ TINY = {
     "tu.inner_steps": 2,
     "tu.triggers": 2,
     "tu.renewals": 1,
+    "unlearn.starts": 1,
     "unlearn.steps": 2,
     "unlearn.rounds": 1,
     "unlearn.guard": 64,
@@ -76,7 +77,7 @@ def last_line(book):
 def walk(tmp_path_factory):
     """Six notebooks one after the other in one folder."""
     root = tmp_path_factory.mktemp("walk")
-    few = {"07": {"images": 64}}
+    few = {"03": {"images": 320}, "07": {"images": 64}}
     names = ("01", "02", "03", "04", "05", "07")
     return root, {name: execute(name, root, **few.get(name, {})) for name in names}
 
@@ -177,15 +178,16 @@ def test_other_settings_in_the_same_folder_are_refused(walk):
         )
 
 
-def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_factory):
-    """In the walk the control is off; here it goes on from a folder of its own, with
-    the code's scales.
+def test_05_alone_runs_seeds_and_the_control_and_says_its_scales(walk, tmp_path_factory):
+    """In the walk it has one seed and the control is off; here it begins in a folder of
+    its own, with the code's scales.
     """
     plain = walk[1]["05"][0]
     assert plain["control"] is None
     assert "loss scales: the preset's own" in plain["notes"]
     root = tmp_path_factory.mktemp("control")
     given = {
+        "seeds": [1, 2],
         "control": True,
         "scales": "code",
         "methods": ["zskt", "zskt+sv+sr"],
@@ -196,15 +198,17 @@ def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_fact
     assert "loss scales: code" in metrics["notes"]
     rows, vaccines = metrics["control"]["rows"], metrics["control"]["vaccines"]
     assert (
-        [row["label"] for row in rows]
-        == [row["label"] for row in metrics["rows"]]
-        == ["teacher", "zskt", "zskt+sv+sr"]
+        [(row["seed"], row["label"]) for row in rows]
+        == [(row["seed"], row["label"]) for row in metrics["rows"]]
+        == [(seed, label) for seed in (1, 2) for label in ("teacher", "zskt", "zskt+sv+sr")]
     )
     assert rows != metrics["rows"]
-    assert [row["teacher"] for row in vaccines] == ["poisoned", "clean"]
+    assert [(row["seed"], row["teacher"]) for row in vaccines] == [
+        (seed, teacher) for seed in (1, 2) for teacher in ("poisoned", "clean")
+    ]
     assert all(0 <= row["accepted"] <= row["tries"] for row in vaccines)
     config = json.loads(
-        (root / "clean_teacher_control" / "seed0" / "zskt+sv+sr" / "config.json").read_text()
+        (root / "clean_teacher_control" / "seed1" / "zskt+sv+sr" / "config.json").read_text()
     )
     assert (config["attack"]["rate"], config["sr"]["perturb"], config["sv"]["per"]) == (
         0,
@@ -221,21 +225,7 @@ def test_05_runs_the_control_and_says_which_scales_were_used(walk, tmp_path_fact
     assert "## Control: a teacher without a backdoor" in "".join(_texts(book))
 
 
-@pytest.mark.parametrize("name", ["04", "05"])
-def test_a_notebook_stands_alone(name, tmp_path):
-    given = (
-        {"seeds": [1, 2], "methods": ["clean", "zskt"]} if name == "05" else {"defended": "zskt+sv"}
-    )
-    metrics, _, _ = execute(name, tmp_path, **given)
-    if name == "05":
-        assert [(r["seed"], r["label"]) for r in metrics["rows"]] == [
-            (s, m) for s in (1, 2) for m in ("teacher", "clean", "zskt")
-        ]
-    else:
-        assert set(metrics["asr"]) == {"zskt", "zskt+sv"}
-
-
-def test_04_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_path):
+def test_04_alone_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_path):
     overrides = {**TINY, "attack.relabel": "all_to_all"}
     metrics, figures, _ = execute("04", tmp_path, defended="zskt+sr", images=4, overrides=overrides)
     assert figures == {"channel_change", "attention_maps", "grad_cam"}

@@ -366,3 +366,35 @@ def test_what_a_purifier_sees_in_four_figures():
     curve = pd.DataFrame({"k": [1.5, 2.0], "acc": [0.8, 0.9], "agreement": [0.5, 0.7]})
     ax = plots.bound_figure(curve, 2.0)
     assert [line.get_label() for line in ax.lines][:2] == ["ACC", "agreement on synthetic images"]
+
+
+def test_confusion_matrices_frame_the_target():
+    """Shares of each row, its accuracy at the right; no frame without a target."""
+    _, axes = plt.subplots(1, 2)
+    found = {"classes": ["a", "b"], "clean": [[3, 1], [0, 0]]}
+    found["triggered"] = {"sig": [[1, 3], [0, 0]]}
+    plots.confusion_figure(found, axes, target=1)
+    assert axes[0].images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    texts = [text.get_text() for text in axes[1].texts]
+    assert texts == ["25 %", "1", "3", "no images"]
+    assert axes[1].get_title() == "triggered: sig"
+    assert [len(ax.patches) for ax in axes] == [1, 1]
+    plots.confusion_figure(found, [plt.subplots()[1]])
+
+
+def test_marks_stand_in_the_curves():
+    history = pd.DataFrame({"label": "zskt+sv", "step": [1, 5], "acc": [0.1, 0.2], "asr": 0.5})
+    history["events"] = [
+        ["shuffling vaccine: found"],
+        ["sv: alpha 0.1 -> 0.5 from pseudo-batch 4 on"],
+    ]
+    ax = plots.training_curves(history)
+    assert [text.get_text().strip() for text in ax.texts] == ["sv: alpha 0.1 -> 0.5"]
+    assert len(ax.lines) == 3
+
+
+def test_branches_have_colours_of_their_own():
+    history = pd.DataFrame({"label": "zskt", "step": [1, 5], "acc": [0.1, 0.2], "asr": 0.5})
+    _, axes = plt.subplots(1, 2)
+    plots.branch_curves({f"zskt@{i}": history for i in range(12)}, axes)
+    assert len({line.get_color() for line in axes[0].lines}) == 12

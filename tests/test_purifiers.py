@@ -11,6 +11,7 @@ from abdlab.errors import CheckpointError
 from abdlab.models import build
 from abdlab.purifiers import (
     CLP,
+    DHBE,
     PURIFIERS,
     Bounded,
     BoundedBatchNorm,
@@ -29,6 +30,7 @@ from abdlab.purifiers import (
 from abdlab.purifiers.bounded import AFTER, ALONE, agreement_curve, choose_k, statistics
 from abdlab.purifiers.clipped import margins
 from abdlab.purifiers.clp import channel_lipschitz, pairs
+from abdlab.purifiers.dhbe import place
 from abdlab.purifiers.unlearn import unlearning_loss
 from abdlab.sources.objectives import batch_norm_loss, norm_inputs
 
@@ -148,6 +150,7 @@ def test_the_teacher_stays_as_it_is(teacher, pool):
     before = copy.deepcopy(teacher.state_dict())
     for name in PURIFIERS:
         options = {"unlearn": {"targets": [0], "rounds": 1, "steps": 2}, "clipped": {"steps": 2}}
+        options["dhbe"] = {"steps": 2}
         made = PURIFIERS[name](**options.get(name, {})).purify(teacher, SHAPE, pool=pool)
         assert made is not teacher
         assert made.purified[0]["name"] == name
@@ -333,3 +336,41 @@ def test_beyond_counts_what_a_bound_would_change():
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_patches_are_placed_by_hand():
+    images, rng = torch.rand(3, 2, 5, 6), torch.Generator().manual_seed(0)
+    patches = torch.rand(3, 2, 2, 3, generator=rng)
+    rows, columns = torch.tensor([0, 3, 1]), torch.tensor([0, 3, 2])
+    by_hand = images.clone()
+    for i, (y, x) in enumerate([(0, 0), (3, 3), (1, 2)]):
+        by_hand[i, :, y : y + 2, x : x + 3] = patches[i]
+    assert torch.equal(place(images, patches, rows, columns), by_hand)
+
+
+def test_dhbe_unlearns_a_patch_that_may_lie_anywhere(pool):
+    class Cornered(nn.Module):  # class 1 where some 2x2 corner of a patch is white
+        def __init__(self):
+            super().__init__()
+            self.scale, self.white = (
+                nn.Parameter(torch.tensor(4.0)),
+                nn.Parameter(torch.tensor(8.0)),
+            )
+
+        def forward(self, x):
+            half = x[:, 0, :4].mean((1, 2)) - x[:, 0, 4:].mean((1, 2))
+            seen = (nn.functional.avg_pool2d(x[:, 0], 2, 1).amax((1, 2)) - 0.8).relu()
+            logits = torch.stack([self.scale * half, 0 * half, -self.scale * half], 1)
+            return logits + self.white * seen[:, None] * torch.eye(3)[1]
+
+    teacher, images = Cornered(), 0.6 * pool
+    stamped = images.clone()
+    stamped[:, :, 1:4, 1:4] = 1.0
+    made = DHBE(patch=3, steps=160, lr=0.2, generator_lr=0.01).purify(teacher, SHAPE, pool=images)
+    assert (teacher(stamped).argmax(1) == 1).all()
+    assert (made(stamped).argmax(1) == 1).float().mean() < 0.2
+    assert (made(images).argmax(1) == teacher(images).argmax(1)).float().mean() > 0.9
+    again = DHBE(patch=3, steps=160, lr=0.2, generator_lr=0.01).purify(teacher, SHAPE, pool=images)
+    assert torch.equal(again(stamped), made(stamped))
+    with pytest.raises(ValueError, match="patch, steps and batch are at least 1"):
+        DHBE(patch=0)

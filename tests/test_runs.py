@@ -411,7 +411,15 @@ def test_several_attacks_are_measured_one_by_one(tmp_path, data):
     assert card["more"][0]["rate"] == pytest.approx(19 / 96)
     _, metrics = distilled(tmp_path, chosen, data, teacher, "clean")
     for found in (run.metrics, metrics):
-        assert found["asr"] == pytest.approx((found["asr/badnet_sq"] + found["asr/blend"]) / 2)
+        for kind in ("asr", "robust"):
+            each = found[f"{kind}/badnet_sq"], found[f"{kind}/blend"]
+            assert found[kind] == pytest.approx(sum(each) / 2)
+        assert found["robust"] <= 1 - found["asr"] + 1e-6
+    kept = Run(tmp_path / "seed0" / "clean").confusion
+    assert [*kept["triggered"]] == ["badnet_sq", "blend"]
+    assert sum(kept["clean"][i][i] for i in range(10)) / len(data.test_labels) == pytest.approx(
+        metrics["acc"]
+    )
 
 
 class TestDistilled:

@@ -575,6 +575,11 @@ def test_an_unverified_vaccine_says_so():
     assert "without verification" in steps[1].events[0]
 
 
+def test_where_it_ends_is_told():
+    _, steps = pool(coloured(20, grey=0), verify=False, stop=0.75)
+    assert steps[3].events == ("shuffling vaccine: off from pseudo-batch 3 on",)
+
+
 def test_verification_has_at_least_one_pseudo_batch_to_look_at():
     with pytest.warns(VaccineNotFound):
         sv, steps = pool(coloured(100, grey=1), warmup=0)

@@ -2,7 +2,6 @@
 kernels, dead workers and a killed sweep.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from chromium import CHROMIUM, SHOTS
+from ray_nodes import start_node, stop_node
 from rich.console import Console
 
 from abdlab import studies
@@ -374,10 +373,11 @@ def kernels_under(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow):
+@pytest.mark.parametrize(("blow", "slots"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
+def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow, slots):
     path, out = (
-        study_file(tmp_path, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3, 4]}),
+        # the blow falls within 0.2 s of the second job's start, a second of its kernel's
+        study_file(tmp_path, parameters={"seconds": 1.5}, grid={"x": [1, 2, 3]}),
         tmp_path / "out",
     )
     process = subprocess.Popen(
@@ -397,19 +397,19 @@ def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path,
         assert "Traceback" not in told
     wait_for(lambda: not kernels_under(out))
     done, before = states(out, "done"), starts(out)
-    assert 1 <= len(done) < 4
+    assert 1 <= len(done) < 3
     wait_for(lambda: "stopped" in set(studies.status(out)["state"]))
     finished = subprocess.run(
-        command(path, "--out", out, "--slots", 2),
+        command(path, "--out", out, "--slots", slots),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "4 of 4 jobs done" in finished.stdout
+    assert "3 of 3 jobs done" in finished.stdout
     assert all(starts(out)[name] == before[name] for name in done)
-    assert sorted(studies.results(out)["acc"]) == [0.1, 0.2, 0.3, 0.4]
+    assert sorted(studies.results(out)["acc"]) == [0.1, 0.2, 0.3]
 
 
 def states(out, wanted):
@@ -509,7 +509,7 @@ def test_a_shared_teacher_is_trained_once(tiny, by_local):
 
 @pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
-    axes = {"grid": {"methods": [["zskt"], ["zskt+sv"]]}, "seeds": [3]}
+    axes = {"grid": {"methods": [["zskt+sv"]]}, "seeds": [3]}
     path, out = (
         study_file(tmp_path, **axes, parameters={"overrides": TINY, "device": "cpu"}),
         tmp_path / "out",
@@ -521,7 +521,7 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     wait_for(lambda: len(states(out, "running")) == 1, 180)
-    process.kill()  # the parent, while the first student is distilled
+    process.kill()  # the parent, while the student is distilled
     process.wait()
     wait_for(lambda: not kernels_under(out))
     assert not states(out, "done")
@@ -544,7 +544,8 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     assert process.returncode == 0, told
     assert 2 in studies.status(out)["attempts"].tolist()
     assert teacher.stat().st_mtime == trained  # done before the kill, and not done again
-    assert numbers(out) == numbers(by_local)
+    assert [label for label, *_ in numbers(out)] == ["teacher", "zskt+sv"]
+    assert {*numbers(out)} < {*numbers(by_local)}
 
 
 @pytest.fixture(scope="module")
@@ -670,42 +671,6 @@ def test_nothing_done_is_nothing_to_report(notebook, tmp_path):
         studies.report(tmp_path / "out")
 
 
-def start_node(*words):
-    """A Ray node in a process group of its own. Ray gives a node 30 seconds, which a
-    busy machine may not grant at once.
-    """
-    ray = Path(sys.executable).with_name("ray")
-    for _ in range(3):
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the node writes to it for as long as it lives)
-        node = subprocess.Popen(
-            [ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        while node.poll() is None:
-            log.seek(0)
-            if "Ray runtime started" in (told := log.read()):
-                return node
-            time.sleep(0.5)
-        stop_node(node)
-    raise AssertionError(f"no Ray node could be started: {told[-1000:]}")
-
-
-def stop_node(node):
-    """Kill all that belongs to the node, as a machine that fails would, and nobody
-    else's Ray.
-    """
-    try:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait()
-
-
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes on this machine: a head, and a second one that the last of the tests
@@ -741,7 +706,7 @@ def test_ray_gives_the_same_numbers_as_local(tiny, by_local, cluster, tmp_path, 
 @pytest.mark.slow
 def test_a_ray_node_that_dies_loses_no_job(notebook, cluster, tmp_path):
     out = tmp_path / "out"
-    study = studies.make_study(notebook, parameters={"seconds": 6.0}, grid={"x": [1, 2, 3]})
+    study = studies.make_study(notebook, parameters={"seconds": 3.0}, grid={"x": [1, 2, 3]})
     engine, killed = RayEngine(out, cluster[0]), []
 
     def tell(frame, study):

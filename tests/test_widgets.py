@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import ipywidgets
 import pytest
 import torch
 import yaml
@@ -29,6 +30,7 @@ from abdlab.students import distilled
 from abdlab.teachers import _request, poisoned_teacher, prepare
 from abdlab.widgets import (
     DefenseTuner,
+    Queue,
     RunBrowser,
     SampleExplorer,
     TriggerDesigner,
@@ -36,7 +38,7 @@ from abdlab.widgets import (
     looks,
 )
 from abdlab.widgets import worker as workers
-from abdlab.widgets.branches import method_of, next_folder
+from abdlab.widgets.branches import method_of, next_folder, parent_of
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 from abdlab.widgets.live import Live
@@ -331,6 +333,7 @@ class TestDefenseTuner:
         branch = Run(root / "seed0" / "zskt+sv+tu@2")
         assert branch.config["sv"]["alpha"] == [[0, 0.55], [3, 0.3], [5, 0.8]]
         assert branch.history()["step"].min() <= 3  # it has its trunk's history
+        assert parent_of(branch.path) == "zskt+sv+tu@1 at 5"
 
         # and the first one goes on to its own end
         tuner.find()
@@ -977,6 +980,44 @@ class TestRunBrowser:
         assert "JSONDecodeError" in browser.trouble.sentence or browser.trouble.sentence
         assert "<details>" in browser.trouble.value
 
+    def test_any_number_of_runs_in_one_figure_and_what_can_be_done_with_one(self, browser):
+        """Notes are kept beside a run; a run is copied or continued; a folder without
+        settings says so.
+        """
+        (browser.root / "seed0/zskt").mkdir()
+        (browser.root / "seed0/zskt/metrics.json").write_text('{"label": "zskt", "seed": 0}')
+        browser.refresh()
+        names = [row["id"] for row in browser.rows.rows]
+        browser.rows.chosen = names
+        assert len(names) == 4
+        assert [run.name for run in browser.many.shown] == [n for n in names if n != "seed0/zskt"]
+        assert len(browser.sides.children) == 2
+        said = [c.value for c in browser.sides.children[0].children if "value" in c.keys]
+        assert any("records no settings" in text for text in said)
+
+        browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
+        (side,) = browser.sides.children
+        field = next(child for child in side.children if isinstance(child, ipywidgets.Textarea))
+        field.value = "the one for the paper\n"
+        folder = browser.root / "seed0/zskt+sv+tu@1"
+        assert (folder / "notes.txt").read_text() == "the one for the paper\n"
+        row = dict(zip(browser.rows.columns, cells_of(browser, "seed0/zskt+sv+tu@1"), strict=True))
+        assert row["notes"] == "the one for the paper"
+        assert row["weights"].startswith("sv alpha 0.55, tu weight")
+        assert row["trigger"] == "badnet_sq"
+        assert row["date"][:2] == "20"
+        assert float(row["robust (%)"]) <= 100 - float(row["ASR (%)"]) + 0.1
+        assert any("confusion" in getattr(child, "alt", "") for child in side.children)
+
+        assert yaml.safe_load(browser.copy())["overrides"]["sv.alpha"] == 0.55
+        taken = []
+        browser.on_take(taken.append)
+        browser.take_button.click()
+        assert taken == [folder]
+        browser.rows.chosen = ["seed0/teacher"]
+        browser.copy_button.click()
+        assert "teacher is no student's run" in browser.trouble.sentence
+
     def test_a_link_is_not_followed(self, browser, tmp_path):
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious/config.json").write_text("{}")
@@ -990,7 +1031,38 @@ class TestRunBrowser:
         assert "by hand" in browser.trouble.sentence
 
 
+def cells_of(browser, name):
+    return next(row["cells"] for row in browser.rows.rows if row["id"] == name)
+
+
 class TestWorkbench:
+    def test_a_chosen_run_is_taken_up_by_the_tuner(self, finished, chosen, tmp_path):
+        import shutil
+
+        root = tmp_path / "runs"
+        shutil.copytree(finished, root)
+        bench = Workbench(root, chosen, "zskt")
+        bench.browser.rows.chosen = ["seed0/zskt+sv+tu@1"]
+        bench.browser.take_button.click()
+        assert bench.tabs.children[bench.tabs.selected_index] is bench.tuner
+        assert bench.tuner.method.value == "zskt+sv+tu"
+        origin = bench.tuner.origin.value  # it is done: its latest checkpoint but the last
+        assert (origin.folder, origin.index) == ("zskt+sv+tu@1", 7)
+        assert bench.tuner.knob("sv.alpha").value == 0.55
+
+        away = root / "elsewhere/seed5/zskt+sv"  # another root's, of another seed
+        config = json.loads((root / "seed0/zskt+sv+tu@1/config.json").read_text())
+        Run(away, config | {"seed": 5, "sv": {**config["sv"], "alpha": 0.25}})
+        bench.browser.refresh()
+        bench.browser.rows.chosen = ["elsewhere/seed5/zskt+sv"]
+        bench.browser.take_button.click()
+        assert str(bench.tuner.origin.value) == "from scratch"
+        assert (bench.tuner.chosen.seed, bench.tuner.knob("sv.alpha").value) == (5, 0.25)
+        assert "begin from scratch with the settings of zskt+sv" in bench.tuner.status.value
+        bench.browser.rows.chosen = ["seed0/teacher"]
+        bench.browser.take_button.click()
+        assert "no student's run" in bench.browser.trouble.sentence
+
     def test_a_trigger_goes_from_tab_to_tab(self, root, chosen):
         bench = Workbench(root, chosen)
         assert bench.tabs.selected_index == 0
@@ -1009,6 +1081,67 @@ class TestWorkbench:
         assert 0 <= bench.finish()["acc"] <= 1
         assert bench.explorer.run.value == "seed0/zskt+tu@1"
         assert "seed0/zskt+tu@1" in [row["id"] for row in bench.browser.rows.rows]
+
+
+def test_the_time_left_of_a_source_that_works_in_rounds(monkeypatch):
+    """One slow step, then nine quick ones, as CMI has them: 1.9 s a round of ten steps."""
+    live, clock = Live(), [0.0]
+    monkeypatch.setattr("abdlab.widgets.live.time.monotonic", lambda: clock[0])
+    for index in range(1, 201):
+        clock[0] += 1.0 if index % 10 == 1 else 0.1
+        live.add("cmi", Step(index, 400, {}, seconds=clock[0]))
+        if index in (10, 50, 200):
+            assert live.left(400) == pytest.approx(0.19 * (400 - index), rel=0.1)
+    live.rest()
+    live.add("cmi", Step(201, 400, {}, seconds=999.0))  # a pause is no pace
+    assert live.left(400) is None
+
+
+class TestQueue:
+    @pytest.fixture
+    def queue(self, tmp_path, chosen):
+        made = Queue(tmp_path / "runs", lambda: chosen, "zskt+sv")
+        made.setting.value, made.values.value = "sv.alpha", "0.1, 5e-1"
+        return made
+
+    def test_it_is_a_study_of_the_settings_as_they_stand(self, queue, chosen):
+        queue.seeds.value = "0, 2"
+        jobs = queue.study().jobs
+        told = [(j.parameters["overrides"]["sv.alpha"], j.parameters["seeds"]) for j in jobs]
+        assert told == [(0.1, [0]), (0.1, [2]), (0.5, [0]), (0.5, [2])]
+        assert jobs[0].parameters["methods"] == ["zskt+sv"]
+        given = settings("quick/digits", jobs[0].parameters["overrides"])
+        assert given.values["teacher"] == chosen.values["teacher"]
+        assert "sv.layers" in queue.setting.options
+        assert queue.folder == queue.root / "queues/zskt+sv-sv.alpha"
+
+    @pytest.mark.parametrize(
+        ("setting", "values", "seeds", "sentence"),
+        [
+            ("sv.alpha", "", "0", "fill in both"),
+            ("", "1", "0", "fill in both"),
+            ("sv.alpha", "1; 2", "0", "values are numbers with commas"),
+            ("sv.alpha", "1", "", "seeds are numbers with commas"),
+            ("sv.alhpa", "1", "0", "did you mean"),
+        ],
+    )
+    def test_says_what_is_wrong_before_it_begins(self, queue, setting, values, seeds, sentence):
+        queue.setting.value, queue.values.value, queue.seeds.value = setting, values, seeds
+        queue.start_button.click()
+        assert sentence in queue.trouble.sentence
+        assert queue.state == "idle"
+
+    @pytest.mark.slow
+    def test_it_stops_at_once(self, queue):
+        queue.start()
+        until(lambda: queue.rows.rows)
+        assert queue.setting.disabled
+        queue.start_button.click()
+        assert "under way" in queue.trouble.sentence
+        queue.stop_button.click()
+        queue.wait(60)
+        assert (queue.state, queue.setting.disabled) == ("stopped", False)
+        assert "goes on with what is not done" in queue.status.value
 
 
 class TestLooks:
@@ -1069,6 +1202,7 @@ def test_the_scripts_come_with_the_package():
     assert {p.name for p in folder.glob("*.[jc]s*")} == {
         "copy.js",
         "dial.js",
+        "fit.js",
         "lead.js",
         "page.css",
         "page.js",

@@ -161,6 +161,8 @@ class ShufflingVaccine(Defense, Captured):
         warm = max(round(self.warmup * self.length), 1 if self.verify else 0)
         if not self.decided and index >= self.began + warm:
             events = self._decide()
+        elif self.vaccine is not None and index == self.last:
+            events = [f"shuffling vaccine: off from pseudo-batch {index} on"]
         self.active = self.vaccine is not None and index < self.last
         return events
 

@@ -5,7 +5,8 @@ One colour per kind of model, everywhere (:mod:`abdlab.plots.colors`). Synthetic
 may leave [0, 1]: they are clamped for display.
 """
 
-from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of
+from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of, distinct_colors
+from abdlab.plots.confusion import confusion_figure
 from abdlab.plots.curves import ablation_figure, branch_curves, loss_curves, training_curves
 from abdlab.plots.images import (
     montage,
@@ -23,6 +24,7 @@ from abdlab.plots.inside import (
     overlay_figure,
     suspicion_histogram,
 )
+from abdlab.plots.many_runs import many_runs
 from abdlab.plots.purified import beyond_figure, bound_figure, cost_heatmap, trigger_bank_figure
 from abdlab.plots.verdict import audit_figure, inverted_figure
 
@@ -37,10 +39,13 @@ __all__ = [
     "change_heatmaps",
     "class_colors",
     "color_of",
+    "confusion_figure",
     "cost_heatmap",
+    "distinct_colors",
     "embedding_figure",
     "inverted_figure",
     "loss_curves",
+    "many_runs",
     "montage",
     "overlay_figure",
     "picture",

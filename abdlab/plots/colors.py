@@ -6,14 +6,23 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import itertools
+from functools import cache
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 
 from abdlab.labels import Label
 
 PALETTE = sns.color_palette("colorblind").as_hex()
+
+#: lines of runs: far apart from each other, none pale, none the floor's
+_RUNS = tuple(PALETTE[i] for i in (0, 1, 4, 9, 3))
+#: colours of runs, until they begin again
+_MOST = 40
 
 #: teachers, clean KD, or all that defends a student ("" when nothing does) -> colour
 COLORS = {
@@ -79,6 +88,35 @@ def _drawn(name: str) -> str:
 def class_colors(count: int) -> list:
     """A colour per class: tab10 as far as it goes, else hues around the circle."""
     return sns.color_palette("tab10" if count <= 10 else "husl", count)
+
+
+def distinct_colors(count: int) -> list[str]:
+    """So many colours for lines that stand for runs, ``#rrggbb``: of the colour-blind
+    palette first, then each as far from all before it, and from the floor's and the
+    teacher's, as CIELAB tells. The first ones are the same whatever the count; after 40
+    they begin again.
+
+    >>> distinct_colors(30)[:12] == distinct_colors(12)
+    True
+    """
+    return [_far_apart()[i % _MOST] for i in range(count)]
+
+
+@cache
+def _far_apart() -> list[str]:
+    from skimage.color import rgb2lab
+
+    grid = itertools.product(np.arange(36) / 36, (0.28, 0.42, 0.58), (0.35, 0.65, 0.95))
+    colors = [colorsys.hls_to_rgb(*place) for place in grid]
+    taken = [*_RUNS, COLORS["clean"], COLORS["teacher"], "#ffffff", "#000000"]
+    places, known = rgb2lab(np.array([colors]))[0], rgb2lab(np.array([[*map(to_rgb, taken)]]))[0]
+    nearest = np.linalg.norm(places[:, None] - known[None], axis=2).min(1)
+    found = list(_RUNS)
+    while len(found) < _MOST:
+        best = int(nearest.argmax())
+        found.append(to_hex(colors[best]))
+        nearest = np.minimum(nearest, np.linalg.norm(places - places[best], axis=1))
+    return found
 
 
 def axes_of(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:

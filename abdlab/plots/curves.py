@@ -12,7 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abdlab.labels import in_order, name_of
-from abdlab.plots.colors import ROLES, axes_of, color_of
+from abdlab.plots.colors import ROLES, axes_of, color_of, distinct_colors
+from abdlab.plots.run_words import marks
+
+#: marks of one figure that have words beside them, at most
+_SPOKEN_MARKS = 6
 
 
 def training_curves(
@@ -22,7 +26,8 @@ def training_curves(
     step: str = "pseudo-batch",
 ) -> Axes:
     """ACC (solid) and ASR (dashed) in percent over training, one colour per label of
-    the history. What was measured once is a large marker, with its number.
+    the history. What was measured once is a large marker, with its number. A thin
+    upright line stands where a weight was turned, or a defense began or ended.
 
     Args:
         history: of one or many runs, with columns label, step, acc, and asr where
@@ -53,6 +58,7 @@ def training_curves(
         ax.axhline(
             100 * floor, color=ROLES["floor"], ls=":", label=f"clean KD: ASR (floor) {floor:.1%}"
         )
+    _mark(ax, history)
     ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
     ax.set(xlabel=f"training step ({step})", ylabel="share of test images (%)", ylim=(-3, 103))
     if measured.empty:
@@ -63,15 +69,25 @@ def training_curves(
     return ax
 
 
+def _mark(ax: Axes, history: pd.DataFrame) -> None:
+    """Upright lines where something changed in a run, the first few with words."""
+    changes = [(step, event) for step, kind, event in marks(history) if kind != "other"]
+    for i, (step, event) in enumerate(changes):
+        ax.axvline(step, color="0.55", lw=0.8, ls=(0, (2, 2)), zorder=0)
+        if i < _SPOKEN_MARKS:
+            words = event.partition(" from pseudo-batch")[0]
+            look = {"rotation": 90, "fontsize": 7, "color": "0.45", "ha": "right", "va": "center"}
+            ax.text(step, 50, f"{words} ", **look)
+
+
 def branch_curves(
     histories: Mapping[str, pd.DataFrame], axes: Sequence[Axes], floor: float | None = None
 ) -> None:
     """ACC (first axes) and ASR (second) in percent over training, one line per run,
-    each with a dash and a marker of its own.
+    each in a colour of its own, and with a dash and a marker.
 
     Args:
-        histories: name of the run -> its history; colours are those of the runs'
-            methods.
+        histories: name of the run -> its history.
         floor: the clean-KD student's ASR as a share, drawn as a dotted line.
     """
     looks = itertools.cycle(
@@ -81,11 +97,12 @@ def branch_curves(
             strict=True,
         )
     )
-    for (name, history), (marker, dash) in zip(histories.items(), looks):  # noqa: B905 (endless)
+    colors = distinct_colors(len(histories))
+    named = zip(histories.items(), colors, strict=True)
+    for ((name, history), color), (marker, dash) in zip(named, looks):  # noqa: B905 (endless)
         measured = history.dropna(subset=["acc"]) if "acc" in history else history.iloc[:0]
         if measured.empty:
             continue
-        color = color_of(measured["label"].iloc[0])
         for ax, column in zip(axes, ("acc", "asr"), strict=True):
             if column in measured:
                 ax.plot(

@@ -16,6 +16,7 @@ from abdlab.probe import classes_of
 from abdlab.purifiers.bounded import Bounded, BoundedBatchNorm, beyond, bound, rebuild
 from abdlab.purifiers.clipped import Clipped
 from abdlab.purifiers.clp import CLP
+from abdlab.purifiers.dhbe import DHBE
 from abdlab.purifiers.pool import rough_pool, synthetic_pool
 from abdlab.purifiers.purifier import Purifier
 from abdlab.purifiers.unlearn import Unlearn
@@ -24,7 +25,7 @@ from abdlab.registry import Registry
 #: name -> class, as presets and labels name them
 PURIFIERS = Registry(
     "purifier",
-    {"bounded": Bounded, "unlearn": Unlearn, "clp": CLP, "clipped": Clipped},
+    {"bounded": Bounded, "unlearn": Unlearn, "clp": CLP, "clipped": Clipped, "dhbe": DHBE},
 )
 
 
@@ -100,6 +101,7 @@ def load_purified(
 
 __all__ = [
     "CLP",
+    "DHBE",
     "PURIFIERS",
     "Bounded",
     "BoundedBatchNorm",

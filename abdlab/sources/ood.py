@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import MultiStepLR
-from torchvision.transforms import v2
 
 from abdlab.data import augment, deliver
 from abdlab.home import at_home
@@ -77,6 +76,8 @@ def make_patches(
     of (H, W), and colour jitter half of the time: brightness, contrast and saturation
     by up to ``jitter``, hue by a quarter of it. One channel: grey.
     """
+    from torchvision.transforms import v2  # a second of CPU, for this source alone
+
     channels, *size = shape
     if channels == 1:
         photo = v2.functional.rgb_to_grayscale(photo)

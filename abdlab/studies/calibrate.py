@@ -245,8 +245,8 @@ def report(folder: Path, rate: float = 0.05) -> list[dict[str, str]]:
             alarms = [float(s[name].max()) > limit for _, s in clean]
             curve = auc(*([float(s[name].max()) for _, s in x] for x in (clean, poisoned)))
             out.append(_line("suspects-detectors", part, name, right, alarms, curve, limit))
-        verdicts = [(r, accused(s, THRESHOLDS)) for r, s in poisoned]
-        alarms = [accused(s, THRESHOLDS) is not None for _, s in clean]
+        verdicts = [(r, accused(s)) for r, s in poisoned]
+        alarms = [accused(s) is not None for _, s in clean]
         right = [label == int(r["target"]) for r, label in verdicts]
         out.append(_line("suspects-detectors", part, "verdict", right, alarms, None, None))
         for trigger in dict.fromkeys(r["trigger"] for r, _ in verdicts):

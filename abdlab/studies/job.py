@@ -16,8 +16,6 @@ from typing import Any, TextIO
 
 import pandas as pd
 from filelock import FileLock
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
 from abdlab.batch import as_notebook, run_kernel
 from abdlab.checkpoint import write_atomically
@@ -75,6 +73,10 @@ def run_job(spec: Mapping[str, Any]) -> dict:
 
 
 def _execute(spec: Mapping[str, Any], folder: Path) -> dict:
+    # where notebooks are run, and not where their kernels import this: it takes 2 s
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
     for name, source in spec.get("copies", {}).items():
         write_atomically(folder / name, Path(source).read_bytes())
     for name, data in spec.get("files", {}).items():

@@ -24,13 +24,15 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
             if r.get("found") is False
         ]
         numbers = {"seed": m["seed"], "acc": m["acc"], "asr": m.get("asr")}
+        numbers |= {"robust": m["robust"]} if m.get("robust") is not None else {}
         out.append({"label": label, **numbers, "threads": m.get("threads"), "notes": notes})
     return out
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """ACC and ASR in percent by method, "mean ± std" where there are several seeds, and
-    "unknown" where nobody could measure; n is the number of seeds.
+    """ACC, ASR and, where it was measured, robust accuracy in percent by method, "mean ±
+    std" where there are several seeds, and "unknown" where nobody could measure; n is the
+    number of seeds.
     """
 
     def cell(values: pd.Series) -> str:
@@ -49,6 +51,7 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
                 "method": name_of(k),
                 "ACC (%)": cell(pd.to_numeric(parts[k]["acc"])),
                 "ASR (%)": cell(pd.to_numeric(parts[k]["asr"])),
+                **({"robust (%)": cell(parts[k]["robust"])} if "robust" in results else {}),
                 "n": len(parts[k]),
             }
             for k in order

@@ -21,6 +21,8 @@ from abdlab.threads import THREADS
 
 #: the notebook whose parameters repeat a run
 NOTEBOOK = "02_distillation"
+#: a branch's file that names its parent: a resumed run remembers it too
+PARENT = "parent.json"
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,23 @@ def parameters_of(run: Run, rest: Settings, into: Path) -> str:
 
 def inherit(trunk: Run, branch: Run, index: int) -> None:
     """Give a branch the history and the samples that it shares with its trunk, up to
-    step ``index``.
+    step ``index``, and let it remember whom it branched off.
     """
+    remembered = {"run": trunk.path.name, "step": index}
+    write_atomically(branch.file(PARENT), (json.dumps(remembered) + "\n").encode())
     lines = trunk.file("history.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["step"] <= index]
     write_atomically(branch.file("history.jsonl"), "".join(f"{line}\n" for line in kept).encode())
     if samples := {step: images for step, images in trunk.samples().items() if step <= index}:
         save_state(branch.file("samples.safetensors"), samples)
+
+
+def parent_of(folder: Path) -> str:
+    """Where a run branched off, "METHOD@NUMBER at STEP"; "" for one that began from
+    scratch.
+    """
+    try:
+        found = json.loads((folder / PARENT).read_text())
+        return f"{found['run']} at {found['step']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""

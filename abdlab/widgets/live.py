@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 import ipywidgets as w
@@ -17,6 +16,8 @@ from abdlab.widgets import looks
 
 #: figures may take this share of the time, at most
 _DRAWING_SHARE = 0.15
+#: steps whose pace is that of all of them
+_FEW = 30
 _SCORES = ("acc", "asr")
 NOTHING = "No run yet: press Start, and curves and images appear here while the student learns."
 
@@ -45,7 +46,8 @@ class Live(w.VBox):
         self.unknown: tuple[str, ...] = ()
         self._images: Tensor | None = None
         self._latest: Step | None = None
-        self._pace: deque[tuple[int, float]] = deque()
+        self._pace: list[tuple[int, float]] = []
+        self._new = True
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
         self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="110px"))
@@ -55,7 +57,7 @@ class Live(w.VBox):
         self.head.layout.flex_flow = "row nowrap"
         self.head.add_class("abdlab-now")
         self.curves = looks.Picture(alt="ACC, ASR and losses over training")
-        self.grid = looks.Picture(alt="synthetic images that the student learns from")
+        self.grid = looks.Picture(alt="images that the student learns from")
         super().__init__([self.empty, self.curves, self.notes], layout=w.Layout(min_width="0"))
         self.bar.layout.display = "none"
 
@@ -66,6 +68,7 @@ class Live(w.VBox):
         self.numbers.value, self.bar.value, self.bar.layout.display = "", 0, "none"
         self._drawn = 0.0
         self.rest()
+        self._new = True
 
     def show(self, rows: Sequence[Mapping], step: Step, floor: float | None = None) -> None:
         """A run that is there already, as far as it came: its history, and the step that
@@ -82,6 +85,7 @@ class Live(w.VBox):
     def rest(self, index: int | None = None) -> None:
         """Time does not count until the next step, or from now on, at step ``index``."""
         self._pace.clear()
+        self._new = False
         if index is not None:
             self._pace.append((index, time.monotonic()))
 
@@ -103,11 +107,11 @@ class Live(w.VBox):
 
     def add(self, label: str, step: Step) -> None:
         """Take one step in."""
+        if self._new:  # a source may make images first, for many steps: that counts
+            self._pace.append((step.index - 1, time.monotonic() - step.seconds))
+            self._new = False
         self._pace.append((step.index, time.monotonic()))
-        # long enough for several rounds of a source that first makes images, then trains
-        while self._pace[0][0] < step.index - max(30, step.total // 8):
-            self._pace.popleft()
-        scores = {"acc": step.acc, "asr": step.asr}
+        scores = {"acc": step.acc, "asr": step.asr, "events": list(step.events) or None}
         self.rows.append({"label": label, "step": step.index, **step.losses, **scores})
         if step.images is not None:
             self._images = step.images
@@ -128,12 +132,14 @@ class Live(w.VBox):
         return step.index == step.total or first or time.monotonic() - self._drawn > wait
 
     def left(self, total: int) -> float | None:
-        """Seconds to step ``total`` at the present pace; None when that is not known
-        yet.
+        """Seconds to step ``total`` at the pace of the latter half of the steps so far:
+        a source that works in rounds (CMI makes images, then the student learns from
+        them for many steps) has quick and slow ones. None when that is not known yet.
         """
         if len(self._pace) < 3:
             return None
-        (first, began), (last, now) = self._pace[0], self._pace[-1]
+        since = len(self._pace) // 2 if len(self._pace) > 2 * _FEW else 0
+        (first, began), (last, now) = self._pace[since], self._pace[-1]
         return (now - began) / (last - first) * (total - last)
 
     def redraw(self, floor: float | None = None) -> None:

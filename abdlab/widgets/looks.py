@@ -108,7 +108,7 @@ class Picture(anywidget.AnyWidget):
 
 class Rows(anywidget.AnyWidget):
     """A table. ``rows`` are dicts: id, cells (texts) and, if wanted, color; ``chosen``
-    holds ids, the latest ``most`` of them.
+    holds ids, the latest ``most`` of them; 0 is any number.
     """
 
     _esm = _HERE / "rows.js"

@@ -8,7 +8,7 @@ function render({ model, el }) {
   const toggle = (id) => {
     const most = model.get("most");
     const before = model.get("chosen").filter((other) => other !== id);
-    const chosen = before.length < model.get("chosen").length ? before : [...before, id].slice(-most);
+    const chosen = before.length < model.get("chosen").length ? before : [...before, id].slice(most ? -most : 0);
     model.set("chosen", chosen);
     model.save_changes();
   };
@@ -33,7 +33,7 @@ function render({ model, el }) {
     const rows = [...model.get("rows")];
     if (sorted[0] !== null) {
       const value = (row) => row.cells[sorted[0]];
-      const number = (text) => (text === "" || isNaN(parseFloat(text)) ? null : parseFloat(text));
+      const number = (text) => (text === "" || isNaN(Number(text)) ? null : Number(text));
       rows.sort((a, b) => {
         const [x, y] = [number(value(a)), number(value(b))];
         if (x !== null && y !== null) return sorted[1] * (x - y);
@@ -57,6 +57,7 @@ function render({ model, el }) {
           cell.append(dot);
         }
         cell.append(text);
+        cell.title = text;
       });
       line.addEventListener("click", () => toggle(row.id));
       line.addEventListener("keydown", (event) => {
@@ -72,8 +73,10 @@ function render({ model, el }) {
         }
       });
     }
+    const [left, top] = [frame.scrollLeft, frame.scrollTop];
     frame.replaceChildren(table);
-    if (focused) frame.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
+    if (focused) frame.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+    frame.scrollTo(left, top);
   };
 
   for (const name of ["rows", "columns", "chosen"]) model.on(`change:${name}`, draw);

@@ -1,12 +1,10 @@
-"""The runs below a folder: a table with filters, two of them side by side, their
-figures, and deletion.
+"""The runs below a folder: a table with filters, the chosen ones in one figure, two of
+them side by side, what to do with one, and deletion.
 """
 
 from __future__ import annotations
 
 import html
-import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,87 +13,27 @@ from typing import Any
 import ipywidgets as w
 import pandas as pd
 
+from abdlab.attacks.poison import RELABEL
 from abdlab.home import at_home
-from abdlab.labels import Label, in_order, name_of
-from abdlab.plots import color_of, loss_curves, training_curves
+from abdlab.labels import in_order, name_of
+from abdlab.plots import confusion_figure, loss_curves, training_curves
+from abdlab.plots.run_words import differing, flat, spoken
 from abdlab.runs import Run
+from abdlab.settings import Settings
 from abdlab.threads import mixed
 from abdlab.widgets import looks
-from abdlab.widgets.branches import method_of
+from abdlab.widgets.branches import NOTEBOOK, method_of, parameters_of
+from abdlab.widgets.found_runs import COLUMNS, notes_of, row_of, runs_below, save_notes
+from abdlab.widgets.many_runs import ManyRuns
 from abdlab.widgets.worker import current
 
-_COLUMNS = ["run", "method", "seed", "ACC (%)", "ASR (%)", "state", "seconds", "threads"]
 EMPTY = "No runs yet: run 01_poisoning, or press Start in the defense tuner."
-
-
-def runs_below(root: str | Path) -> list[dict[str, Any]]:
-    """Every run below a folder, finished or not: run (its folder, relative), label,
-    seed, acc, asr, state, seconds, threads.
-
-    acc, asr (shares in [0, 1]), seconds and threads are None where metrics.json has no
-    number there; label is "" where it names no method (a notebook's own folder).
-    """
-    found = []
-    root = at_home(root)
-    folders = (
-        {path.parent for name in ("config.json", "metrics.json") for path in root.rglob(name)}
-        if root.is_dir()
-        else set()
-    )
-    for folder in sorted(folders - {root}):
-        metrics, beside = _metrics(folder), folder.parent.name
-        inside = beside.startswith("seed") and beside[4:].isdigit()
-        seed = metrics.get("seed", int(beside[4:]) if inside else None)
-        if "stopped_at" in metrics:
-            state = f"stopped at {metrics['stopped_at']} of {metrics.get('length', '?')}"
-        elif metrics:
-            state = "done"
-        else:
-            state = "unfinished" if (folder / "history.jsonl").exists() else "begun"
-        label = metrics.get("label") or (method_of(folder.name) if inside else "")
-        values = {key: number(metrics.get(key)) for key in ("acc", "asr", "seconds", "threads")}
-        found.append(
-            {
-                "run": str(folder.relative_to(root)),
-                "label": _label(label),
-                "seed": seed,
-                "state": state,
-                **values,
-            }
-        )
-    return found
-
-
-def number(value: Any) -> float | None:
-    """A number as it is, and None for what is none: notebooks keep dicts and lists of
-    scores under the same names.
-
-    >>> number(0.5), number({"zskt": 0.9}), number(float("nan")), number(True)
-    (0.5, None, None, None)
-    """
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if fits and math.isfinite(value) else None
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    """What metrics.json holds; nothing where it is damaged, or no mapping."""
-    try:
-        found = json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _label(text: Any) -> str:
-    """A method's label; "" for what is none."""
-    try:
-        return str(text) if text == "clean_teacher" else str(Label.parse(text))
-    except ValueError:
-        return ""
+#: runs that are shown with all that they have, side by side
+_SIDES = 2
 
 
 class RunBrowser(w.VBox):
-    """Browse the runs below ``root``: choose one or two to see them side by side.
+    """Browse the runs below ``root``: choose any number to see them in one figure.
 
     >>> import tempfile
     >>> RunBrowser(tempfile.mkdtemp()).found
@@ -104,8 +42,8 @@ class RunBrowser(w.VBox):
     Args:
         root: the folder of results.
 
-    ``rows.chosen`` holds the (at most two) runs that are shown side by side, by their
-    folders relative to ``root``.
+    ``rows.chosen`` holds the runs that are shown, by their folders relative to ``root``.
+    The latest two of them stand side by side, with their pictures, settings and notes.
     """
 
     def __init__(self, root: str | Path = "runs/walk"):
@@ -140,7 +78,8 @@ class RunBrowser(w.VBox):
             layout=w.Layout(width="290px"),
             style={"description_width": "90px"},
         )
-        self.rows, self.trouble = looks.Rows(columns=_COLUMNS), looks.Trouble()
+        self.rows, self.trouble = looks.Rows(columns=[*COLUMNS], most=0), looks.Trouble()
+        self.many, self._take = ManyRuns(self.root), None
 
         def heard(do: Callable[[], Any]) -> Callable[..., None]:
             return looks.telling(self.trouble, do)
@@ -151,6 +90,18 @@ class RunBrowser(w.VBox):
             heard(self.ask),
             "delete the chosen runs that the table shows, after asking",
         )
+        self.take_button = looks.button(
+            "Continue in the tuner",
+            heard(self.take),
+            "go on with the run that was chosen last, or begin one with its settings",
+        )
+        self.take_button.layout.display = "none"
+        self.copy_button = looks.button(
+            "Copy as parameters",
+            heard(self.copy),
+            "parameters for papermill that repeat the run that was chosen last",
+        )
+        self.copied, self._copied_note = looks.Copyable(), looks.said("", "quiet")
         self.yes = looks.button("Yes, delete", heard(self.delete), style="danger")
         self.no = looks.button("Keep", heard(self.keep))
         self._asked, self._question = [], looks.said()
@@ -168,11 +119,15 @@ class RunBrowser(w.VBox):
             self.most_asr,
             self.refresh_button,
             self.delete_button,
+            self.take_button,
+            self.copy_button,
         )
+        copied = (self._copied_note, self.copied)
         super().__init__(
             [
                 self.trouble,
-                looks.card("Runs", head, self.question, self.rows, self.note),
+                looks.card("Runs", head, self.question, self.rows, self.note, *copied),
+                self.many,
                 self.sides,
             ]
         )
@@ -261,55 +216,84 @@ class RunBrowser(w.VBox):
                 and scored
             ):
                 shown.append(r)
-        self.rows.rows = [
-            {
-                "id": r["run"],
-                "color": color_of(r["label"]) if r["label"] else "",
-                "cells": [
-                    r["run"],
-                    name_of(r["label"]) if r["label"] else "notebook",
-                    "" if r["seed"] is None else str(r["seed"]),
-                    "" if r["acc"] is None else f"{100 * r['acc']:.1f}",
-                    "" if r["asr"] is None else f"{100 * r['asr']:.1f}",
-                    r["state"],
-                    "" if r["seconds"] is None else f"{r['seconds']:.0f}",
-                    "" if r["threads"] is None else f"{r['threads']:.0f}",
-                ],
-            }
-            for r in shown
-        ]
+        self.rows.rows = [row_of(r) for r in shown]
         if not self.found:
             looks.say(self.note, EMPTY, "empty")
         elif not shown:
             looks.say(self.note, f"None of the {len(self.found)} runs passes the filters.", "empty")
         else:
+            threads = mixed(r["threads"] for r in shown if r["acc"] is not None)
             looks.say(
                 self.note,
-                f"{len(shown)} of {len(self.found)} runs. Choose one or two rows to see them side"
-                f" by side. {mixed(r['threads'] for r in shown if r['acc'] is not None)}".rstrip(),
+                f"{len(shown)} of {len(self.found)} runs. Choose any number of rows to see them in"
+                f" one figure. {threads}".rstrip(),
                 "quiet",
             )
         self.rows.layout.display = "" if shown else "none"
 
+    def on_take(self, take: Callable[[Path], Any]) -> None:
+        """Offer to continue runs elsewhere: ``take(folder)`` is then called."""
+        self._take, self.take_button.layout.display = take, ""
+
+    def take(self) -> None:
+        """Hand the run that was chosen last on, as :meth:`on_take` says."""
+        folder = self._latest()
+        self.trouble.error = None
+        if self._take is not None:
+            self._take(folder)
+
+    def copy(self) -> str:
+        """Show the parameters that repeat the run that was chosen last; returns them as
+        YAML.
+
+        Raises:
+            ValueError: for a folder that is no student's run, or has no settings.
+        """
+        folder = self._latest()
+        run = Run(folder)
+        label = next(r["label"] for r in self.found if self.root / r["run"] == folder)
+        if label != method_of(folder.name) or label.endswith("teacher") or not run.config:
+            raise ValueError(
+                f"{folder.name} is no student's run with settings: choose one whose method is a"
+                " source and its defenses"
+            )
+        self.trouble.error = None
+        self.copied.text = parameters_of(run, Settings.of(run.config), self.root / "repeated")
+        looks.say(
+            self._copied_note,
+            f"{self.rows.chosen[-1]}: save as parameters.yaml, then papermill {NOTEBOOK}.ipynb"
+            " out.ipynb -f parameters.yaml",
+            "quiet",
+        )
+        return self.copied.text
+
+    def _latest(self) -> Path:
+        """The run that was chosen last."""
+        if not self.rows.chosen:
+            raise ValueError("choose a run in the table first")
+        return self.root / self.rows.chosen[-1]
+
     def _show_sides(self) -> None:
         chosen = [c for c in self.rows.chosen if (self.root / c).is_dir()]
+        self.copied.text = ""
+        looks.say(self._copied_note, "")
         runs = [Run(self.root / c) for c in chosen]
-        configs = [_flat(run.config) for run in runs]
-        differ = (
-            {
-                k
-                for k in {k for c in configs for k in c}
-                if len({json.dumps(c.get(k)) for c in configs}) > 1
-            }
-            if len(runs) == 2
-            else set()
-        )
+        configs = [run.config for run in runs]
+        apart = differing(configs)
+        labels = [r["label"] for c in chosen for r in self.found if r["run"] == c]
+        if len({*labels}) > 1:  # the methods' own sections are in their names
+            named = [name_of(label) if label else "notebook" for label in labels]
+            apart = [
+                {"method": name, **own} if config else {}
+                for name, own, config in zip(named, apart, configs, strict=True)
+            ]
         self.sides.children = tuple(
-            self._side(c, run, flat, differ)
-            for c, run, flat in zip(chosen, runs, configs, strict=True)
+            self._side(c, run, flat(config), own, len(runs) > 1)
+            for c, run, config, own in [*zip(chosen, runs, configs, apart, strict=True)][-_SIDES:]
         )
+        self.many.show(chosen)
 
-    def _side(self, name: str, run: Run, flat: dict, differ: set[str]) -> w.VBox:
+    def _side(self, name: str, run: Run, settings: dict, differ: dict, beside: bool) -> w.VBox:
         facts = next((r for r in self.found if r["run"] == name), {})
         parts: list[w.Widget] = [
             w.HTML(
@@ -317,6 +301,7 @@ class RunBrowser(w.VBox):
                     [
                         ("ACC", looks.percent(facts.get("acc"))),
                         ("ASR", looks.percent(facts.get("asr"))),
+                        ("robust", looks.percent(facts.get("robust"))),
                     ]
                 )
             )
@@ -325,6 +310,8 @@ class RunBrowser(w.VBox):
         history = run.history()
         if len(history) and "acc" in history:
             parts.append(self._curves(history))
+        if confusion := run.confusion:
+            parts.append(self._confusion(confusion, run.config))
         for path in sorted((run.path / "figures").glob("*.png")):
             parts += [
                 looks.said(path.stem.replace("_", " "), "quiet"),
@@ -332,29 +319,58 @@ class RunBrowser(w.VBox):
             ]
         if samples := run.samples():
             last = max(samples)
-            parts += [
-                looks.said(f"what the student learnt from at step {last}", "quiet"),
-                looks.Picture(
-                    png=looks.mosaic([samples[last][:32]], 16, side=30, gap=2),
-                    alt="synthetic images",
-                ),
-            ]
-        wanted = sorted(differ) if differ else []
-        if wanted:
+            text = f"what the student learnt from at step {last}"
+            shown = looks.Picture(png=looks.mosaic([samples[last][:32]], 16, side=30, gap=2))
+            shown.alt = text
+            parts += [looks.said(text, "quiet"), shown]
+        if differ:
             lines = "".join(
-                f"<div>{html.escape(k)}: <b>{html.escape(_short(flat.get(k)))}</b></div>"
-                for k in wanted
+                f"<div>{html.escape(k)}: <b>{html.escape(spoken(v))}</b></div>"
+                for k, v in sorted(differ.items())
             )
             parts.append(w.HTML(f'<div class="abdlab-said">Settings that differ:{lines}</div>'))
-        elif flat:
-            lines = "\n".join(f"{k}: {_short(v)}" for k, v in flat.items())
+        elif beside:
+            why = "No settings differ." if settings else "This folder records no settings."
+            parts.append(looks.said(why, "quiet"))
+        if settings:
+            lines = "\n".join(f"{k}: {spoken(v)}" for k, v in settings.items())
             parts.append(
                 w.HTML(
                     "<details class='abdlab-quiet'><summary>settings</summary>"
                     f"<pre>{html.escape(lines)}</pre></details>"
                 )
             )
+        parts.append(self._notes(name, run))
         return looks.card(name, *parts, flex="1 1 0", min_width="0")
+
+    def _confusion(self, found: dict, config: dict) -> looks.Picture:
+        """What the model answers, class by class, without and with the (first) trigger."""
+        count, attack = 1 + bool(found["triggered"]), config.get("attack") or {}
+        target = attack.get("target") if attack.get("relabel") != RELABEL[1] else None
+        shown = looks.Picture(alt="confusion matrices, the target's column framed")
+        with looks.DRAWING:
+            drawn = looks.figure(5.4, 2.9)
+            axes = drawn.subplots(1, count, squeeze=False)[0]
+            confusion_figure(found, axes, target if count > 1 else None)
+            shown.draw(drawn)
+        return shown
+
+    def _notes(self, name: str, run: Run) -> w.Widget:
+        """A field for what a person has to say about a run."""
+        field = w.Textarea(
+            notes_of(run.path),
+            placeholder="notes, kept beside the run",
+            continuous_update=False,
+            layout=w.Layout(width="auto", height="54px"),
+        )
+
+        def keep() -> None:
+            save_notes(run.path, field.value)
+            next(r for r in self.found if r["run"] == name)["notes"] = notes_of(run.path)
+            self._filter()
+
+        field.observe(looks.telling(self.trouble, keep), "value")
+        return field
 
     def _curves(self, history: pd.DataFrame) -> looks.Picture:
         shown = looks.Picture(alt="ACC, ASR and losses over training")
@@ -369,19 +385,3 @@ class RunBrowser(w.VBox):
             loss_curves(history, below)
             shown.draw(drawn)
         return shown
-
-
-def _flat(config: dict) -> dict[str, Any]:
-    flat = {}
-    for section, values in config.items():
-        flat |= (
-            {f"{section}.{k}": v for k, v in values.items()}
-            if isinstance(values, dict)
-            else {section: values}
-        )
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = "default" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:70]}..."

@@ -37,7 +37,7 @@ EMPTY = "No samples yet: run 02_distillation, or press Start in the defense tune
 
 
 class SampleExplorer(w.VBox):
-    """Explore the synthetic images that the runs below ``root`` kept.
+    """Explore the images that the students of the runs below ``root`` kept.
 
     >>> import tempfile
     >>> explorer = SampleExplorer(tempfile.mkdtemp())
@@ -113,7 +113,7 @@ class SampleExplorer(w.VBox):
             "primary",
         )
         self.grid = looks.Picture(
-            picks="click", alt="synthetic images; click one, or walk with the arrow keys"
+            picks="click", alt="images learnt from; click one, or walk with the arrow keys"
         )
         self.histogram = looks.Picture(
             picks="brush", alt="histogram of the suspicion scores; drag to select"

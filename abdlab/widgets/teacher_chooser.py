@@ -18,14 +18,14 @@ from abdlab.audit import STAGES, Audit
 from abdlab.checks import stand_in
 from abdlab.data import DATASETS, Dataset
 from abdlab.defend import (
+    audit_seconds,
     audited,
-    estimate,
     file_settings,
     identity,
     open_file,
     preset_for,
-    told_time,
 )
+from abdlab.forecast import told_time
 from abdlab.home import at_home, there
 from abdlab.identity import fingerprint
 from abdlab.models import MODELS
@@ -197,7 +197,7 @@ class TeacherOpener(w.VBox):
                 warnings.simplefilter("always")
                 chosen, data, teacher = open_file(given, self.seed, self.device)
             scores = chosen.exam(data)(teacher) if len(data.test_labels) <= _QUICK else {}
-            self._expected = estimate(teacher, chosen.student(data), chosen, data)["audit"]
+            self._expected = audit_seconds(teacher, data)
         except (ValueError, OSError, RuntimeError, TypeError) as error:
             self.trouble.error = error
             looks.say(self.loaded, "")

@@ -14,8 +14,10 @@ from abdlab.settings import Settings, settings
 from abdlab.widgets import looks
 from abdlab.widgets.defense_tuner import DefenseTuner
 from abdlab.widgets.next_run import headless
+from abdlab.widgets.queue import Queue
 from abdlab.widgets.run_browser import RunBrowser
 from abdlab.widgets.sample_explorer import SampleExplorer
+from abdlab.widgets.taking_up import take_up
 from abdlab.widgets.teacher_chooser import TeacherChooser, TeacherOpener
 from abdlab.widgets.trigger_designer import TriggerDesigner
 
@@ -49,6 +51,7 @@ class Workbench(w.VBox):
     Attributes:
         teacher, tuner, explorer, browser: the widgets, in the order of the tabs.
         designer, opener: the two halves of the first.
+        queue: several runs one after another, below the browser.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Workbench(w.VBox):
         self.tuner = DefenseTuner(root, self.chosen, data, label)
         self.explorer = SampleExplorer(root, self.chosen.device)
         self.browser = RunBrowser(root)
-        parts = (self.teacher, self.tuner, self.explorer, self.browser)
+        self.queue = Queue(root, lambda: self.tuner.chosen, label)
+        runs = w.VBox([self.browser, self.queue])
+        parts = (self.teacher, self.tuner, self.explorer, runs)
         self.tabs = w.Tab(parts, titles=TITLES)
         # above the tabs it is true of all of them
         self.tuner.children = [part for part in self.tuner.children if part is not self.tuner.who]
@@ -76,6 +81,8 @@ class Workbench(w.VBox):
         self.designer.observe(lambda change: self._take(self.designer, change["new"]), "handed")
         self.opener.observe(lambda change: self._take(self.opener, change["new"]), "handed")
         self.tuner.observe(self._trained, "state")
+        self.queue.observe(self._queued, "state")
+        self.browser.on_take(self._take_up)
         self._stale = False
         self.tabs.observe(lambda _: self._look(), "selected_index")
 
@@ -102,6 +109,15 @@ class Workbench(w.VBox):
             self.tabs.selected_index = 1
         else:
             part.refused(self.tuner.trouble.error)
+
+    def _queued(self, change: dict) -> None:
+        if change["new"] in ("done", "stopped", "failed"):
+            self.browser.refresh()
+            self._stale = True
+
+    def _take_up(self, folder: Path) -> None:
+        take_up(self.tuner, folder)
+        self.tabs.selected_index = self.tabs.children.index(self.tuner)
 
     def _trained(self, change: dict) -> None:
         """Samples and runs are looked for when their tab is next opened: at once would
