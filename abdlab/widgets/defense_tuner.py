@@ -237,7 +237,6 @@ class DefenseTuner(NextRun):
                 self._tune(knob, knob.control.value)
         if self.state == "preparing":
             self.state = "running"
-        self.live.rest(job.origin.index)
         last = going.run.watch(
             worker.gate(going.stream, lambda: going.exam(going.student)),
             job.label,
