@@ -2,7 +2,6 @@
 kernels, dead workers and a killed sweep.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 

@@ -23,10 +23,10 @@ import nbformat
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ray_nodes import start_node, stop_node  # noqa: E402
+from ray_nodes import start_node, stop_node
 
-from abdlab import studies  # noqa: E402
-from abdlab.studies import engines, job  # noqa: E402
+from abdlab import studies
+from abdlab.studies import engines, job
 
 SMALL = "--object-store-memory=80000000"
 NOTEBOOK = 'run = "runs"  # folder\nx = 0  # a number\nseed = 0  # of everything'
@@ -52,9 +52,7 @@ def study_in(folder, jobs):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
     book.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(book, folder / "simulated.ipynb")
-    return studies.make_study(
-        folder / "simulated.ipynb", grid={"x": list(range(jobs))}, retries=5
-    )
+    return studies.make_study(folder / "simulated.ipynb", grid={"x": list(range(jobs))}, retries=5)
 
 
 def free_port():
