@@ -11,6 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from abdlab.paper_presets import (
+    FASTDFKD,
+    PAPER,
+    PAPER_CLEAN,
+    PAPER_CMI,
+    PAPER_OOD,
+    PAPER_SR,
+    PAPER_SV,
+    PAPER_ZSKT,
+)
+
 #: The one switch between the formulas as the paper prints them and the scales of its
 #: official code: what each sets, by section. It overrides a preset and is overridden by
 #: single settings. Weights (alpha, weight, attention) stay as they are.
@@ -49,113 +60,6 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "order": 1,  # a delta for the teacher does not depend on the student
         },
     },
-}
-
-# What the paper's settings share (Hong et al., ICML 2023, arXiv 2306.02368), also where
-# a signature has the same default. [paper]: stated there. [code]: only seen in the
-# official code. ours: given by neither.
-_PAPER_TEACHER = {
-    "model": "wrn-16-2",  # [paper]
-    "epochs": 200,  # [paper]
-    "batch_size": 128,  # [paper]
-    "lr": 0.1,  # [paper]
-    "momentum": 0.9,  # [paper]
-    "weight_decay": 5e-4,  # [paper]
-    "schedule": "cosine",  # [paper]
-}
-_PAPER_ZSKT = {
-    "pseudo_batches": 80_000,  # [paper]
-    "batch_size": 128,  # [paper]
-    "student_steps": 10,  # [paper] after each generator step
-    "student_lr": 2e-3,  # [paper] Adam, cosine
-    "generator_lr": 1e-3,  # [paper] Adam, cosine
-    "z": 100,  # [paper]
-    "width": 64,  # [paper] channels of the last hidden layer; 128 before it
-    "temperature": 1.0,  # [paper]
-    "class_mean": True,  # [code] the mean over batch and classes
-    "attention": 250.0,  # [paper] of attention transfer, the three stages
-}
-_PAPER_CLEAN = {
-    "share": 0.2,  # [paper]
-    "temperature": 6.0,  # [paper]
-    "alpha": 0.95,  # [paper]
-    # ours, as for the teacher: the official run's would make the floor unfair
-    "epochs": 200,
-    "batch_size": 128,
-    "lr": 0.1,
-    "weight_decay": 5e-4,
-}
-_PAPER_CMI = {
-    "rounds": 200,  # [paper] epochs
-    "synthesis_steps": 200,  # [paper] generator steps, then
-    "kd_steps": 400,  # [paper] student steps
-    "synthesis_batch": 256,  # [paper]
-    "batch_size": 128,  # [paper]
-    "lr": 0.1,  # [paper] SGD, cosine
-    "temperature": 20.0,  # [paper] batchmean x T^2
-    "generator_lr": 1e-3,  # [paper] Adam, re-initialised in each round
-    "z": 256,  # [paper]
-    "adversarial": 0.5,  # [paper]
-    "batch_norm": 1.0,  # [paper]
-    "one_hot": 1.0,  # [paper]
-    "contrastive": 0.8,  # [paper]
-    "pool": None,  # [paper] the best batch of every round stays
-}
-# FastDFKD's own paper (Fang et al., AAAI 2022, arXiv 2112.06253), whose networks are
-# WRN-40-2 to WRN-16-1.
-_FASTDFKD = {
-    "rounds": 200,
-    "warmup": 20,
-    "synthesis_steps": 5,  # of its 2, 5 and 10
-    "generator_lr": 3e-3,  # as it has with 5
-    "kd_steps": 400,
-    "batch_size": 256,
-    "lr": 0.2,  # SGD, cosine
-    "adversarial": 1.1,
-}
-_PAPER_OOD = {
-    "image": "china",  # ours: which photograph the paper has is not known to us
-    "patches": 50_000,  # [code]
-    "epochs": 300,  # [paper]
-    "batch_size": 512,  # [paper]
-    "lr": 1e-3,  # [paper] Adam
-    "drops": [0.5, 1.0],  # [paper] at epochs 150 and 300
-    "gamma": 0.5,  # [paper]
-    "temperature": 8.0,  # [paper] without T^2
-    "class_mean": True,  # [code] the mean over batch and classes
-    "cutmix_share": 1.0,  # [paper]
-}
-_PAPER_SV = {
-    "k": 3,  # [paper]
-    "layers": 5,  # [paper] the last convolutions; on WRN-16-2 the third stage
-    "alpha": 0.1,  # [paper]
-    "per": "agreeing",  # [code] the sum is divided by the number of agreeing samples
-    "class_mean": True,  # [code] and by that of the classes
-    "cap": None,  # [paper] its term has no upper limit
-    "tries": 8,  # [paper]
-    "sigma": 3.0,  # [paper]
-    "threshold": 0.02,  # [paper]
-    "verify": True,  # [paper]
-    "pool": 2048,  # ours
-    "warmup": 0.1,  # ours: undefended, until there are images to verify on
-    # [paper] until step lambda, then SR may follow; ours: where SR begins
-    "stop": 0.99,
-}
-_PAPER_SR = {
-    "start": 0.99,  # [paper] about the last 1 % of the run
-    "weight": 1.0,  # [paper] its formula; [code] has about 1/64 of it, by the next two
-    "fraction": 1.0,  # [paper] its formula; [code] perturbs 2 images of 128
-    "per": "perturbed",  # [paper] its formula; [code] divides by 128 all the same
-    "lr": 5e-4,  # [paper] a fresh Adam of 1e-4 to 5e-4, cosine
-    "inner_steps": 10,  # [paper] 10 to 20, Adam
-    "inner_lr": 0.1,  # [paper] in normalised units
-    "penalty": 1e-3,  # [paper]
-    "init_std": 0.1,  # [paper] a Gaussian; ours: its width. [code] starts from 0
-    "perturb": "student",  # [paper]; [code] has the teacher in its sweeps
-    "order": 2,  # [paper] with the implicit gradient through delta
-    "implicit_steps": 5,  # [paper]
-    "anchor": "student",  # [paper] KL(S(x) || S(x + delta))
-    "statistics": "batch",  # [code]
 }
 
 #: name -> section -> values. :data:`ABOUT` says what each is, and on what it was
@@ -254,28 +158,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # own anchor, the student, costs ACC (seed 0: 60.0/100 at weight 1)
         "sr": {"start": 0.9, "weight": 10.0, "anchor": "teacher", "statistics": "mixed"},
     },
-    # The paper's main table. attack.trigger is one of its ten; badnet_grid stands for
-    # them.
-    "paper/cifar10/zskt": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "zskt": _PAPER_ZSKT,
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,
-    },
-    "paper/cifar10/zskt-wrn-40-2": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": {**_PAPER_TEACHER, "model": "wrn-40-2"},  # [paper]
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "zskt": _PAPER_ZSKT,
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,
-    },
     # CIFAR-10 on two CPU cores, in 2 hours with both triggers
     # (notebooks/studies/cifar10_reduced.yaml): the paper's networks made smaller, its
     # runs made 10 to 100 times shorter, its vaccine as it is, and self-retrospection
@@ -294,7 +176,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "student": {"model": "wrn-16-1", "precision": "bf16"},  # [paper]
         "ood": {
-            **_PAPER_OOD,
+            **PAPER_OOD,
             "epochs": 24,  # [paper] 300
             "batch_size": 128,  # [paper] 512
             "lr": 3e-3,  # [paper] 1e-3
@@ -303,16 +185,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "temperature": 4.0,  # [paper] 8
         },
         "cmi": {
-            **_PAPER_CMI,
+            **PAPER_CMI,
             "rounds": 10,  # [paper] 200
             "synthesis_steps": 50,  # [paper] 200
             "kd_steps": 80,  # [paper] 400
             "synthesis_batch": 64,  # [paper] 256
         },
-        "zskt": {**_PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
+        "zskt": {**PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
         # not yet measured at this size
         "fastdfkd": {
-            **_FASTDFKD,
+            **FASTDFKD,
             "rounds": 40,  # its paper: 200
             "warmup": 10,  # 20
             "kd_steps": 60,  # 400
@@ -330,10 +212,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "cgdfkd": {"pseudo_batches": 300},
         "choi": {"pseudo_batches": 300, "batch_size": 128},
-        "clean": {**_PAPER_CLEAN, "epochs": 30},  # ours: 200
-        "sv": {**_PAPER_SV, "stop": 0.95},  # [paper] .99: where SR begins
+        "clean": {**PAPER_CLEAN, "epochs": 30},  # ours: 200
+        "sv": {**PAPER_SV, "stop": 0.95},  # [paper] .99: where SR begins
         # the paper's delta within so few steps costs ACC and leaves the backdoor
-        "sr": {**_PAPER_SR, "start": 0.95},  # [paper] .99, of runs 10 to 100 times as long
+        "sr": {**PAPER_SR, "start": 0.95},  # [paper] .99, of runs 10 to 100 times as long
         "tu": {
             "start": 0.95,
             "inner_steps": 20,
@@ -343,70 +225,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hold": False,
         },
     },
-    # The paper's CMI rows are of trojan_wm and badnet_sq.
-    "paper/cifar10/cmi": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "cmi": _PAPER_CMI,
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
-    },
-    # The paper's OOD rows are of trojan_wm and badnet_grid.
-    "paper/cifar10/ood": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "trojan_wm", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "ood": _PAPER_OOD,
-        "clean": _PAPER_CLEAN,
-        "sv": {
-            **_PAPER_SV,
-            "form": "weights",  # [paper] nothing is synthesised: suspicious samples are weighed
-            "ascent": False,  # [paper] by 1 - phi + phi / alpha
-            # ours: that alpha, by the form (10: the paper's .1 would strengthen them)
-            "kd_alpha": None,
-        },
-        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
-    },
-    # The paper does not have FastDFKD: its networks and attack, FastDFKD's own settings.
-    "paper/cifar10/fastdfkd": {
-        "data": {"name": "cifar10"},
-        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 0},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "fastdfkd": _FASTDFKD,
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,  # start and lr are those of ZSKT: ours
-    },
-    "paper/gtsrb/fastdfkd": {
-        "data": {"name": "gtsrb"},
-        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 1},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "fastdfkd": _FASTDFKD,  # as for CIFAR-10: ours
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,
-    },
-    "paper/gtsrb/zskt": {
-        "data": {"name": "gtsrb"},
-        "attack": {"trigger": "badnet_grid", "rate": 0.1, "target": 1},  # [paper]
-        "teacher": _PAPER_TEACHER,
-        "student": {"model": "wrn-16-1"},  # [paper]
-        "zskt": {
-            **_PAPER_ZSKT,
-            "pseudo_batches": 10_000,
-            "temperature": 0.5,
-            "attention": 0.0,
-        },  # [paper]
-        "clean": _PAPER_CLEAN,
-        "sv": _PAPER_SV,
-        "sr": _PAPER_SR,
-    },
+    **PAPER,
 }
 
 
@@ -440,14 +259,14 @@ ABOUT: dict[str, About] = {
         " 98.0/91.0, ZSKT+TU 97.5/24.6, ZSKT+SV+TU 95.9/22.7, so the defense removes most of the"
         " backdoor, not as much of it on every seed",
     ),
-    "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
-    "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
     "reduced/cifar10": About(
         "CIFAR-10 in 2 hours of two CPU cores, WRN-16-1 to WRN-16-1, patches of one photograph"
         " or CMI",
         "badnet_sq, seed 0 on a CPU (ACC/ASR in %): teacher 79.9/94.9, OOD 70.1/57.0, OOD+SV+TU"
         " 68.7/16.9, no vaccine found; CMI 37.7/18.9 is too short to inherit much",
     ),
+    "paper/cifar10/zskt": About("the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, ZSKT"),
+    "paper/cifar10/zskt-wrn-40-2": About("the same with a WRN-40-2 as teacher"),
     "paper/cifar10/cmi": About(
         "the paper's CIFAR-10 setting, WRN-16-2 to WRN-16-1, contrastive model inversion"
     ),

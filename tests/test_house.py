@@ -50,7 +50,7 @@ STOREYS = [
     ["defenses"],
     ["methods", "values", "train", "train_together", "distill"],
     ["evaluate", "activations", "detectors", "audit"],
-    ["presets", "settings", "checks"],
+    ["paper_presets", "presets", "settings", "checks"],
     ["runs"],
     ["teachers"],
     ["students"],
