@@ -185,8 +185,8 @@ def confusion(answers: Tensor, true: Tensor, classes: int) -> Tensor:
     >>> confusion(torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0]), 2).tolist()
     [[1, 1], [0, 1]]
     """
-    places = true * classes + answers
-    return torch.bincount(places, minlength=classes**2).reshape(classes, classes).cpu()
+    places = (true * classes + answers).cpu()
+    return torch.bincount(places, minlength=classes**2).reshape(classes, classes)
 
 
 def trigger_size(images: Tensor, trigger: Trigger) -> dict[str, float]:
