@@ -116,7 +116,7 @@ def measure(
 
 #: A score above these makes a detector name the class. Set on the digits teachers of
 #: :mod:`abdlab.studies.calibrate`, part "calibration".
-THRESHOLDS = {"inversion": 0.61, "MM-BD": 2.86, "FreeEagle": 4.15, "bounds": 0.66}
+THRESHOLDS = {"inversion": 1.32, "MM-BD": 7.4, "FreeEagle": 3.1, "bounds": 0.69}
 
 #: the two whose joint score accuses a class (:func:`abdlab.suspects.joint`); all four have
 #: their word about it
@@ -125,7 +125,7 @@ DECISIVE = ("inversion", "MM-BD")
 #: what the verdict was right in (:func:`abdlab.studies.calibrate.report`): the part of the
 #: study, clean teachers that it accused, teachers with a backdoor of which it accused the
 #: right class, and the triggers of those that it missed
-RECORD: dict = {"part": "calibration", "alarms": (0, 8), "found": (8, 8), "missed": ()}
+RECORD: dict = {"part": "held out", "alarms": (1, 20), "found": (16, 20), "missed": ("cl", "sig")}
 #: how a verdict calls a part
 _PARTS = {
     "held out": "that no threshold was set on",

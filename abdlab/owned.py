@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from abdlab.checkpoint import read_card, read_weights
@@ -252,11 +253,7 @@ def pictures(path: str | Path, shape: Sequence[int]) -> Tensor:
     folder, (channels, height, width) = at_home(path).expanduser(), shape
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder} to read images from")
-    files = sorted(
-        str(p)
-        for p in folder.rglob("*")
-        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
+    files = image_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no image (.png, .jpg and other usual kinds)")
     found = to_unit(decode(files, max(height, width), folder, "images"))
@@ -265,6 +262,30 @@ def pictures(path: str | Path, shape: Sequence[int]) -> Tensor:
             found, size=(height, width), mode="bilinear", antialias=True
         ).clamp(0, 1)
     return found.mean(1, keepdim=True) if channels == 1 else found[:, :channels]
+
+
+def size_told(path: str | Path, first: int = 64) -> list[int] | None:
+    """[height, width] of the images in a folder and below it, where the ``first`` of
+    them all have one size; else None. No pixel is read.
+    """
+    sizes = set()
+    for file in image_files(path)[:first]:
+        try:
+            with Image.open(file) as image:
+                sizes.add(image.size)
+        except OSError:
+            return None
+    return [*sizes.pop()][::-1] if len(sizes) == 1 else None
+
+
+def image_files(path: str | Path) -> list[str]:
+    """The images in a folder and below it, in the order of their names."""
+    folder = at_home(path).expanduser()
+    return sorted(
+        str(p)
+        for p in folder.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
 
 
 def images_named(text: str) -> str:
@@ -298,7 +319,8 @@ def check_shape(shape: Any, why: str) -> tuple[int, int, int]:
         or not all(type(n) is int and 1 <= n <= 2048 for n in shape)
     ):
         raise ValueError(
-            f"{why}: data.shape is (channels, height, width), such as [3, 32, 32], not {shape!r}"
+            f"{why}: data.shape (--shape of the commands) is (channels, height, width), such as"
+            f" [3, 32, 32], not {shape!r}"
         )
     return tuple(shape)
 
@@ -323,12 +345,14 @@ __all__ = [
     "UNSAID",
     "check_shape",
     "file_stamp",
+    "image_files",
     "images_named",
     "is_foreign",
     "layers_told",
     "make_network",
     "named_by",
     "pictures",
+    "size_told",
     "told_by",
     "unlabelled",
 ]

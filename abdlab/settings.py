@@ -34,6 +34,7 @@ from abdlab.owned import (
     is_foreign,
     make_network,
     named_by,
+    size_told,
     told_by,
     unlabelled,
 )
@@ -185,13 +186,16 @@ class Settings:
     def shape_and_classes(self) -> tuple[tuple[int, int, int], int | list[str]]:
         """(C, H, W) and the classes of a run without labelled images: what the settings
         say, and the weights where those do not. A shape of one number is that of a
-        square, and channels are the weights'.
+        square, and channels are the weights'. Unlabelled images of one size tell theirs.
 
         Raises:
             ValueError: naming the setting that is missing.
         """
         data, teacher = self.section("data"), self.section("teacher")
         classes, shape, told = data.get("classes"), data.get("shape"), None
+        kind, _, folder = data["name"].partition(":")
+        if shape is None and kind == IMAGES:
+            shape = size_told(folder)
         short = isinstance(shape, (list, tuple)) and len(shape) < 3
         if (classes is None or short) and self.opened:
             _, told, channels = told_by(self.opened, teacher.get("key"))

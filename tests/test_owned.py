@@ -10,7 +10,15 @@ from torch import nn
 from abdlab import checks
 from abdlab.checkpoint import load_model, save_model
 from abdlab.models import build
-from abdlab.owned import layers_told, make_network, named_by, pictures, told_by, unlabelled
+from abdlab.owned import (
+    layers_told,
+    make_network,
+    named_by,
+    pictures,
+    size_told,
+    told_by,
+    unlabelled,
+)
 from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings, settings
 from abdlab.students import distilled
@@ -90,7 +98,7 @@ def test_what_weights_tell(tmp_path, weights):
 
 
 def test_what_is_missing_is_asked_for(tmp_path, weights):
-    with pytest.raises(ValueError, match=r"data\.shape is \(channels, height, width\)"):
+    with pytest.raises(ValueError, match=r"data\.shape \(--shape of the commands\) is \(channels"):
         settings(overrides={"teacher.file": str(weights), "teacher.model": PATH}).dataset()
     own = {"teacher.file": str(weights), "data.shape": [3, 8, 8]}
     with pytest.raises(ValueError, match=r"set teacher\.model"):
@@ -178,6 +186,16 @@ def test_a_folder_of_images_has_no_labels(tmp_path):
     data = unlabelled(f"images:{tmp_path / 'mine'}", (3, 8, 8), ["cat", "dog"], "cpu")
     assert (len(data.test_images), len(data.test_labels), data.classes) == (3, 0, ("cat", "dog"))
     assert pictures(tmp_path / "mine", (1, 8, 4)).shape == (3, 1, 8, 4)
+    assert size_told(tmp_path / "mine") == [12, 9]
+    weights = {"fc.weight": torch.zeros(2, 3, 3, 3), "out.weight": torch.zeros(5, 2)}
+    torch.save(weights, tmp_path / "w.pt")
+    own = {"data.name": f"images:{tmp_path / 'mine'}", "teacher.file": str(tmp_path / "w.pt")}
+    own = {**own, "teacher.model": "wrn-10-1"}
+    assert settings("quick/digits", own).shape_and_classes() == ((3, 12, 9), 5)
+    Image.new("RGB", (9, 11)).save(folder / "3.png")  # of two sizes: say which
+    assert size_told(tmp_path / "mine") is None
+    with pytest.raises(ValueError, match=r"do not say how large images are: data.shape \(--shape"):
+        settings("quick/digits", own).shape_and_classes()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
         pictures(tmp_path / "empty", (3, 8, 8))

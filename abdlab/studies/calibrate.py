@@ -31,6 +31,7 @@ from abdlab.data import Dataset
 from abdlab.purifiers.pool import rough_pool
 from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings, settings
+from abdlab.suspects import THRESHOLD, joint
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher
 
 #: part -> (first seed of the clean teachers, first seed of the poisoned ones)
@@ -245,10 +246,16 @@ def report(folder: Path, rate: float = 0.05) -> list[dict[str, str]]:
             alarms = [float(s[name].max()) > limit for _, s in clean]
             curve = auc(*([float(s[name].max()) for _, s in x] for x in (clean, poisoned)))
             out.append(_line("suspects-detectors", part, name, right, alarms, curve, limit))
+        both = [
+            [float(joint(s["inversion"], s["MM-BD"]).max()) for _, s in x]
+            for x in (clean, poisoned)
+        ]
         verdicts = [(r, accused(s)) for r, s in poisoned]
         alarms = [accused(s) is not None for _, s in clean]
         right = [label == int(r["target"]) for r, label in verdicts]
-        out.append(_line("suspects-detectors", part, "verdict", right, alarms, None, None))
+        out.append(
+            _line("suspects-detectors", part, "verdict", right, alarms, auc(*both), THRESHOLD)
+        )
         for trigger in dict.fromkeys(r["trigger"] for r, _ in verdicts):
             own = [label == int(r["target"]) for r, label in verdicts if r["trigger"] == trigger]
             out.append(_line("suspects-triggers", part, trigger, own, [], None, None))
