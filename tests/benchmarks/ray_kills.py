@@ -12,6 +12,7 @@ new one is started in its place.
 import argparse
 import json
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -96,6 +97,7 @@ def main():
     for name, default in (("jobs", 500), ("nodes", 8), ("kills", 24), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nodes end with it
     address = f"127.0.0.1:{free_port()}"
     port = address.split(":")[1]
     head = start_node("--head", f"--port={port}", "--include-dashboard=false", SMALL, cpus=0)
