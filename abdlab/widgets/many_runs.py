@@ -85,7 +85,7 @@ class ManyRuns(w.VBox):
         self.seeds = self._switch("one line per method, a band over its seeds", True)
         self.marked = self._switch("marks", True)
         self.log_x, self.log_y = self._switch("log x", False), self._switch("log y", False)
-        self.note = looks.said("", "quiet")
+        self.note, self._fit = looks.said("", "quiet"), Fit()
 
         def heard(do: Callable[[], Any]) -> Callable[..., None]:
             return looks.telling(self.trouble, do)
@@ -151,19 +151,15 @@ class ManyRuns(w.VBox):
             ink=looks.INK[looks.page().dark],
         )
         self.smoothing.disabled = self.marked.disabled = self.view.value == END
-        for name in ("yaxis", "yaxis2"):
-            spec["layout"].setdefault(name, None)
-        if self.figure is None:
-            from plotly.graph_objects import FigureWidget
+        from plotly.graph_objects import FigureWidget
 
-            self.figure = FigureWidget(spec)
-            self.figure._config = {**self.figure._config, **_CONFIG}
-            self._card.children = (*self._card.children[:-1], self.figure, Fit(), self.note)
-        else:
-            with self.figure.batch_update():
-                self.figure.data = ()
-                self.figure.add_traces(spec["data"])
-                self.figure.update_layout(spec["layout"])
+        # a new one each time: what is sent to a figure whose script is still on its way to
+        # the page is lost, and what comes after it too
+        before, self.figure = self.figure, FigureWidget(spec)
+        self.figure._config = {**self.figure._config, **_CONFIG}
+        self._card.children = (*self._card.children[:2], self.figure, self._fit, self.note)
+        if before is not None:
+            before.close()
         looks.say(
             self.note,
             "Hover for exact values, drag to zoom, double-click to zoom out, click the legend to"
