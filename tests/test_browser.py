@@ -463,8 +463,8 @@ def test_a_strangers_file_to_a_defended_student(bench, folder):
     b.shot("narrow-2-own")
     b.open("3 Samples")
     b.text("Teacher theirs.pt, trigger unknown").wait_for()
-    b.picture("synthetic images; click one").wait_for()
+    b.picture("images learnt from; click one").wait_for()
     b.open("4 Runs")
-    b.page.locator(".abdlab-rows tr", has_text="zskt+sv+tu@1").first.click()
+    b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1'] td").first.click()
     b.close()
     assert metrics(b.runs / "seed0/zskt+sv+tu@1")["acc"] is None
