@@ -138,8 +138,10 @@ class Unlearn(Purifier):
         def seed() -> int:
             return int(torch.randint(2**31, (), generator=rng))
 
-        # rough images: those that the suspects' threshold was set on
+        # rough images: those that the suspects' threshold was set on, and whose answers,
+        # near borders, keep accuracy while triggers are unlearnt
         rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed())
+        pool = torch.cat([pool, rough])
         table, _ = costs(origin, rough, seed=seed())
         if self.targets is None:
             classes, shape = len(table), tuple(pool.shape[1:])
