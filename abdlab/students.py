@@ -95,13 +95,16 @@ class Distillation:
 
     def _metrics(self, last: Step) -> dict:
         metrics = {"label": self.label, "seed": self.chosen.seed, "acc": last.acc, "asr": last.asr}
+        with computing_with(self.run.threads):
+            answers = answered(self.run, self.exam, self.student)
+            each = _each_asr(self.exam, self.student)
         return metrics | {
             "seconds": round(last.seconds, 1),
             "threads": self.run.threads,
             "branched_from": self.resume_from and str(self.resume_from),
             "defenses": {d.name: d.report() for d in self.defenses},
-            **_each_asr(self.exam, self.student),
-            **answered(self.run, self.exam, self.student),
+            **each,
+            **answers,
         }
 
 

@@ -252,7 +252,8 @@ def poisoned_teacher(
             "seconds": round(last.seconds, 1),
             "threads": run.threads,
         }
-        metrics |= {**_each_asr(exam, model), **answered(run, exam, model)}
+        with computing_with(run.threads):
+            metrics |= {**_each_asr(exam, model), **answered(run, exam, model)}
         save_model(path, model, {"attack": attack, **metrics})
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(

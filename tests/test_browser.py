@@ -352,10 +352,19 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
         b.page.locator(f".abdlab-rows tr[data-id='seed0/{name}'] td").first.click()
     line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
     b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
-    box = line.locator(".points path").last.bounding_box()
-    b.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
     told = b.page.locator(".hoverlayer .hovertext").first
-    told.wait_for()
+    for patience in (3e3, 3e3, 3e3, 3e3, 3e4):  # the figure is drawn anew after each choice
+        line.scroll_into_view_if_needed()
+        box = line.locator(".points path").last.bounding_box()
+        b.page.mouse.move(box["x"] - 40, box["y"] + 20)
+        b.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+        try:
+            told.wait_for(timeout=patience)
+            break
+        except PlaywrightTimeout:
+            continue
     step, value = re.search(r"step ([0-9]+): ACC ([0-9.]+ %)", told.text_content()).groups()
     assert (int(step), value) in {
         (row["step"], f"{100 * row['acc']:.2f} %")

@@ -214,7 +214,10 @@ def test_they_run_by_name_in_a_notebook_a_sweep_and_the_tuner(newcomer, here):
     with computing_with(2):  # as in a kernel with two cores
         tuner.start()
         until = time.monotonic() + 120
-        while tuner.state in ("idle", "preparing", "running") and time.monotonic() < until:
+        going = ("idle", "preparing", "asking", "running")
+        while tuner.state in going and time.monotonic() < until:
+            if tuner.state == "asking":  # a teacher of few steps has next to no backdoor
+                tuner.start()
             time.sleep(0.2)
     assert tuner.state == "done", tuner.trouble.sentence
     config = json.loads((newcomer / "runs/own/seed0" / tuner.folder / "config.json").read_text())

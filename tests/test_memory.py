@@ -167,7 +167,7 @@ class Hoarder(ZSKT):
         lambda self, batch: batch.images,
         lambda self, batch: batch.images[:1, :, :2, :2].clone(),
         lambda self, batch: self.student(batch.images).sum(),  # and with it the pass's whole graph
-        lambda self, batch: bytearray(2**20),
+        lambda self, batch: bytearray(b"x") * 2**20,  # written to, so that it takes memory
     ],
     ids=["images", "small tensors", "graphs", "bytes"],
 )

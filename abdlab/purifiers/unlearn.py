@@ -142,7 +142,8 @@ class Unlearn(Purifier):
         # near borders, keep accuracy while triggers are unlearnt
         rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed())
         pool = torch.cat([pool, rough])
-        table, _ = costs(origin, rough, seed=seed())
+        told = len(set(_answers(origin, rough).argmax(1).tolist())) > 1
+        table, _ = costs(origin, rough if told else pool, seed=seed())
         if self.targets is None:
             classes, shape = len(table), tuple(pool.shape[1:])
             margins = largest_margins(origin, shape, classes, seed=seed(), device=pool.device)
