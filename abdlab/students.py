@@ -191,11 +191,10 @@ def purified_teacher(
         steps = chosen.purifiers(*names)
         with computing_with(run.threads):
             model = purify(teacher, steps, data.shape, device=device, seed=seed)
-        seconds, exam = round(time.perf_counter() - began, 1), chosen.exam(data)
-        scores = {"acc": None, "asr": None, **exam(model)}
+            seconds, exam = round(time.perf_counter() - began, 1), chosen.exam(data)
+            scores = {"acc": None, "asr": None, **exam(model), **answered(run, exam, model)}
         metrics = {"label": str(label), "seed": chosen.seed, **scores, "seconds": seconds}
         metrics |= {"purified": list(model.purified), "threads": run.threads}
-        metrics |= answered(run, exam, model)
         save_purified(path, model, metrics)
         run.save_metrics(metrics)
     model = load_purified(path, chosen.teacher(data), device=device)

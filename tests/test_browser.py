@@ -350,6 +350,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
         known[f"seed0/{name}"] = [json.loads(line) for line in lines]
     for name in ("clean", "teacher"):
         b.page.locator(f".abdlab-rows tr[data-id='seed0/{name}'] td").first.click()
+    # the page holds what it tells back while the kernel draws; a button's click it does not
+    b.page.locator(".abdlab-card", has_text=re.compile(r"^\s*seed0/teacher")).first.wait_for()
     line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
     b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
     from playwright.sync_api import TimeoutError as PlaywrightTimeout
