@@ -364,6 +364,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
             point, at = points.nth(at % max(1, points.count())), at + 1
             point.scroll_into_view_if_needed(timeout=3e3)
             box = point.bounding_box(timeout=3e3)
+            if box is None:
+                continue
             b.page.mouse.move(box["x"] - 40, box["y"] + 20)
             b.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
             told.wait_for(timeout=3e3)
