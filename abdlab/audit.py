@@ -355,9 +355,14 @@ def accused(scores: Mapping[str, Tensor]) -> int | None:
     detectors of :data:`DECISIVE`, where it exceeds :data:`abdlab.suspects.THRESHOLD`;
     None for none.
     """
-    both = joint(*(scores[name] for name in DECISIVE))
+    both = together(scores)
     label = int(both.argmax())
     return label if both[label] > THRESHOLD else None
+
+
+def together(scores: Mapping[str, Tensor]) -> Tensor:
+    """The joint score (classes,) of the detectors of :data:`DECISIVE`."""
+    return joint(*(scores[name] for name in DECISIVE))
 
 
 def say(
@@ -375,7 +380,7 @@ def say(
             f"{f' ({missed})' if missed else ''}, and other networks and triggers are not"
             " measured at all"
         )
-    both = joint(*(scores[name] for name in DECISIVE))
+    both = together(scores)
     own = found.get(label, [])
     told = ", ".join(
         f"{name} {float(scores[name][label]):.2f} where {thresholds[name]:.2f} is" for name in own

@@ -29,6 +29,7 @@ from abdlab.evaluate import Exam, predict
 from abdlab.features import frozen, mode
 from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
+from abdlab.purifiers import PURIFIERS
 from abdlab.runs import folder_of
 from abdlab.settings import Settings, keyword_default
 from abdlab.sources import SOURCES
@@ -305,10 +306,8 @@ def purifying_seconds(teacher: nn.Module, data: Dataset, names: Sequence[str]) -
     """About how long these purifiers take: images times passes of their default settings,
     times the time of one, which is measured.
     """
-    costs = len(data.classes) * 4 * 8 * 40
-    unlearning = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40) + costs
-    passes = 384 * 40 + sum(unlearning if name.startswith("unl") else 1920 for name in names)
-    return passes * seconds_per_image(teacher, data)
+    each = (PURIFIERS.find(name)().passes(len(data.classes)) for name in names)
+    return (384 * 40 + sum(each)) * seconds_per_image(teacher, data)
 
 
 def seconds_per_image(model: nn.Module, data: Dataset) -> float:

@@ -134,6 +134,10 @@ class Unlearn(Purifier):
         #: the triggers that were unlearnt last
         self.bank = Bank()
 
+    def passes(self, classes):
+        each = self.starts * 4 * 8 * 60 + 4 * self.batch * self.steps
+        return self.rounds * each + classes * 4 * 8 * 40
+
     def clean(self, model, origin, pool, rng):
         def seed() -> int:
             return int(torch.randint(2**31, (), generator=rng))

@@ -26,12 +26,12 @@ from torch import nn
 
 from abdlab.attacks.optimize import optimize, options_of
 from abdlab.attacks.triggers import trigger_from
-from abdlab.audit import POOL, THRESHOLDS, Evidence, accused, measure, scores_of
+from abdlab.audit import POOL, THRESHOLDS, Evidence, accused, measure, scores_of, together
 from abdlab.data import Dataset
 from abdlab.purifiers.pool import rough_pool
 from abdlab.runs import Run, folder_of
 from abdlab.settings import Settings, settings
-from abdlab.suspects import THRESHOLD, joint
+from abdlab.suspects import THRESHOLD
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher
 
 #: part -> (first seed of the clean teachers, first seed of the poisoned ones)
@@ -246,10 +246,7 @@ def report(folder: Path, rate: float = 0.05) -> list[dict[str, str]]:
             alarms = [float(s[name].max()) > limit for _, s in clean]
             curve = auc(*([float(s[name].max()) for _, s in x] for x in (clean, poisoned)))
             out.append(_line("suspects-detectors", part, name, right, alarms, curve, limit))
-        both = [
-            [float(joint(s["inversion"], s["MM-BD"]).max()) for _, s in x]
-            for x in (clean, poisoned)
-        ]
+        both = [[float(together(s).max()) for _, s in x] for x in (clean, poisoned)]
         verdicts = [(r, accused(s)) for r, s in poisoned]
         alarms = [accused(s) is not None for _, s in clean]
         right = [label == int(r["target"]) for r, label in verdicts]
