@@ -3,6 +3,7 @@ defense that keeps images; a leak is seen.
 """
 
 import gc
+import mmap
 from dataclasses import dataclass
 
 import psutil
@@ -148,6 +149,15 @@ def test_docstrings_state_the_bounds():
     assert all("bounded memory" in text for text in plain[:2])
 
 
+def pages(size=2**21):
+    """Memory straight from the kernel, written to: the process grows by it, also where the
+    heap still has room that earlier tests left.
+    """
+    fresh = mmap.mmap(-1, size)
+    fresh.write(b"x" * size)
+    return fresh
+
+
 class Hoarder(ZSKT):
     """A source with a leak; ``keep(batch)`` is what it never lets go."""
 
@@ -167,7 +177,7 @@ class Hoarder(ZSKT):
         lambda self, batch: batch.images,
         lambda self, batch: batch.images[:1, :, :2, :2].clone(),
         lambda self, batch: self.student(batch.images).sum(),  # and with it the pass's whole graph
-        lambda self, batch: bytearray(b"x") * 2**20,  # written to, so that it takes memory
+        lambda self, batch: pages(),
     ],
     ids=["images", "small tensors", "graphs", "bytes"],
 )
