@@ -14,7 +14,7 @@ from abdlab.defenses import SelfRetrospection
 from abdlab.errors import CheckpointError
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
 from abdlab.labels import Label
-from abdlab.runs import Run, config_of, history, table
+from abdlab.runs import Run, config_of, folder_of, history, table
 from abdlab.settings import settings
 from abdlab.stream import HEADLESS, Step, _Board, progress
 from abdlab.students import clean_teacher_control, distill_all, distilled
@@ -733,6 +733,22 @@ def test_another_set_of_classes_is_noticed(tmp_path, data):
     other = dataclasses.replace(data, classes=(*data.classes, "new"))
     with pytest.raises(ValueError, match=r"other settings \(classes was"):
         poisoned_teacher(tmp_path, tiny(), other)
+
+
+def test_another_setting_of_any_method_is_refused_before_anything_is_made(tmp_path, data):
+    """Also where a purifier would have run for minutes first."""
+    chosen = tiny(**{"bounded.k": 2.0})
+    for label, wrong in (
+        ("zskt", {"data": {"name": "other"}}),
+        ("bounded/zskt", {"bounded": {"k": 3.0}}),
+        ("bounded/teacher", {"bounded": {"k": 4.0}}),
+    ):
+        root = tmp_path / label.replace("/", "-")
+        folder = folder_of(root, 0, label)
+        Run(folder, wrong)
+        with pytest.raises(ValueError, match="holds a run with other settings"):
+            distill_all(root, chosen, data, ["zskt", "bounded/zskt"], workers=1)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
