@@ -297,5 +297,6 @@ ATTACKS: dict[str, dict[str, dict[str, Any]]] = {
         # 1,297 are zeros, and 9.5 % are 123)
         "cl": {"params": {"size": 4}, "rate": 0.095},
         "l2_inv": {"optimize": {"bound": 0.05}},
+        "wanet": {"params": {"pixels": 1.0}},
     },
 }
