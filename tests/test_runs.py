@@ -11,8 +11,9 @@ from abdlab import students, teachers
 from abdlab.attacks.optimize import trojan
 from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
+from abdlab.defenses.shuffled_teacher import ShuffledTeacher, shuffled_layers, suspicion
 from abdlab.errors import CheckpointError
-from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
+from abdlab.inspection import shuffle_auc, synthesize, vaccine_of, vaccine_trials
 from abdlab.labels import Label
 from abdlab.runs import Run, config_of, folder_of, history, table
 from abdlab.settings import settings
@@ -677,7 +678,21 @@ def test_vaccines_are_tried_on_both_teachers(control, data):
     )
     assert rows == again
     assert [row["accepted"] for row in strict] == [0, 0]
+    assert [row["picked"] for row in strict] == [None, None]
+    assert all(0 <= row["picked"] <= 1 and row["auc_std"] >= 0 for row in rows)
     assert none == []
+
+
+def test_a_shuffle_is_judged_by_the_order_of_its_scores(wrn):
+    from sklearn.metrics import roc_auc_score
+
+    teacher, (clean, triggered) = wrn(), torch.rand(2, 30, 1, 8, 8)
+    triggered[:5] = clean[:5]  # equal scores count half
+    shuffle = ShuffledTeacher(teacher, shuffled_layers(teacher, 2), 3, torch.Generator())
+    scores = [suspicion(shuffle, teacher, x, reverse=True) for x in (triggered, clean)]
+    wanted = roc_auc_score([0] * 30 + [1] * 30, torch.cat(scores))
+    got = shuffle_auc(shuffle, teacher, clean, triggered, reverse=True)
+    assert got == pytest.approx(wanted, abs=1e-9)
 
 
 def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
