@@ -34,6 +34,8 @@ from abdlab.widgets.worker import Worker, current, watch_kernel
 _WEAK = 0.9
 #: one with less has next to none: it asks before a student is distilled
 USELESS = 0.5
+#: what gets ready -> whose ACC and ASR are shown meanwhile
+_OWNERS = {"clean_teacher": "clean teacher", "clean": "clean KD"}
 
 
 class DefenseTuner(NextRun):
@@ -206,8 +208,9 @@ class DefenseTuner(NextRun):
     def _train(self, worker: Worker, job: Job) -> None:
         def tell(what: str, step: Step) -> None:
             worker.wait()
-            self.live.progress(step)
-            self.live.say(f"First {GETTING_READY.get(what, what)}: {step.index} of {step.total}.")
+            named = GETTING_READY.get(what, what)
+            self.live.getting_ready(_OWNERS.get(what, what), step)
+            self.live.say(f"First {named}: {step.index} of {step.total}.")
 
         if self._data is None:
             self._data = job.chosen.dataset()

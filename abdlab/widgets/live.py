@@ -98,6 +98,15 @@ class Live(w.VBox):
         self.bar.max, self.bar.value = max(1, step.total), step.index
         self.bar.layout.display = ""
 
+    def getting_ready(self, who: str, step: Step) -> None:
+        """Show a step of what must be there before the student: the bar, and in place of
+        the student's numbers those of ``who`` where the step has any.
+        """
+        self.progress(step)
+        pairs = [(f"{who}'s ACC", step.acc), (f"{who}'s ASR", step.asr)]
+        if known := [(name, looks.percent(share)) for name, share in pairs if share is not None]:
+            self.numbers.value = looks.scores(known)
+
     def happened(self, *events: str) -> None:
         """Note events that are not there yet."""
         self.events += [event for event in dict.fromkeys(events) if event not in self.events]
