@@ -62,20 +62,22 @@ def lab_server(folder):
         command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     address = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{address}/api?token=t", timeout=2)
-            break
-        except OSError:
-            assert server.poll() is None, (folder / "server.log").read_text()
-            time.sleep(0.5)
-    yield address
-    server.send_signal(signal.SIGTERM)
     try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-    log.close()
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api?token=t", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.5)
+        yield address
+    finally:  # its kernels end with it
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+        log.close()
 
 
 def written(folder, name, before, overrides):
@@ -122,7 +124,8 @@ class Bench:
         self.began = time.monotonic()
         item.dblclick()
         ask = self.page.locator(".jp-Dialog button", has_text="Select").last
-        idle = self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        # the toolbar's own sign says so before the kernel is there
+        idle = self.page.locator(".jp-StatusBar-TextItem", has_text=re.compile(r"\| Idle"))
         ask.or_(idle).first.wait_for()
         if ask.is_visible():
             ask.click()  # which kernel
@@ -176,6 +179,35 @@ class Bench:
         return (
             self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
         )
+
+    def tab_to(self, what, key="Tab"):
+        """Press Tab until an element has the focus, which shows where it is."""
+        wanted = what.element_handle()
+        for _ in range(150):
+            self.page.keyboard.press(key)
+            if wanted.evaluate("e => document.activeElement === e"):
+                style = wanted.evaluate("e => getComputedStyle(e).outlineStyle")
+                assert style != "none", "the focus is not visible"
+                return
+        active = self.page.evaluate("document.activeElement.outerHTML.slice(0, 300)")
+        raise AssertionError(f"{key} does not reach {what}; it is at {active}")
+
+    def go_to(self, name):
+        """Choose a tab with the keyboard, from inside the one that is open."""
+        tabs = self.page.locator(".jupyter-widgets .lm-TabBar-tab")
+        self.tab_to(tabs.and_(self.page.locator(".lm-mod-current")).first, "Shift+Tab")
+        for _ in range(4):
+            self.page.keyboard.press("ArrowRight")
+            if name in self.page.evaluate("document.activeElement.textContent"):
+                break
+        self.page.keyboard.press("Enter")
+        self.page.locator(".lm-TabBar-tab.lm-mod-current", has_text=name).wait_for()
+
+    def nameless(self):
+        """Controls and pictures of the open tab that a screen reader has no name for."""
+        said = self.page.locator(".jp-OutputArea-output .abdlab").first.aria_snapshot()
+        kinds = "button|textbox|combobox|slider|spinbutton|checkbox|listbox|img|progressbar|grid"
+        return re.findall(rf"- (?:{kinds})(?! \")[^\n]*", said)
 
     def begin(self):
         """Start, and go on where the tiny teacher's backdoor is asked about."""

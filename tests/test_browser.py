@@ -147,6 +147,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
     b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
     b.button("Draw the map").click()
+    b.page.locator("progress:visible").wait_for()
     plan = b.picture("t-SNE map")
     plan.wait_for()
     plan.scroll_into_view_if_needed()
@@ -159,14 +160,31 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.button("Export the selection").click()
     b.text("images exported to").wait_for()
 
-    b.open("4 Runs")
+    b.go_to("2 Defense")  # from here on, the keyboard alone
+    b.tab_to(b.slider("SV: alpha"))
+    b.page.keyboard.press("ArrowRight")
+    b.tab_to(b.button("Start"), "Shift+Tab")
+    b.page.keyboard.press("Space")
+    b.text("^Training zskt.sv.tu@3").wait_for()
+    b.tab_to(b.button("Stop"))
+    b.page.keyboard.press("Enter")
+    b.text("^(Stopped and saved|Done: zskt.sv.tu@3)").wait_for()
+    b.go_to("4 Runs")
+    b.tab_to(b.page.locator(".abdlab-rows:visible tbody tr").first)
+    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@3']")
+    for _ in range(9):
+        if row.evaluate("e => e === document.activeElement"):
+            break
+        b.page.keyboard.press("ArrowDown")
+    b.page.keyboard.press("Space")
+    b.page.locator(".abdlab-card", has_text=re.compile(r"^\s*seed0/zskt.sv.tu@3")).first.wait_for()
     b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1']").click()
     row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@2']")
     row.focus()
     b.page.keyboard.press("Enter")
     b.text("Settings that differ").wait_for()
     known = {}
-    for name in ("zskt+sv+tu@1", "zskt+sv+tu@2", "clean", "teacher"):
+    for name in ("zskt+sv+tu@3", "zskt+sv+tu@1", "zskt+sv+tu@2", "clean", "teacher"):
         lines = (b.runs / "seed0" / name / "history.jsonl").read_text().splitlines()
         known[f"seed0/{name}"] = [json.loads(line) for line in lines]
     for name in ("clean", "teacher"):
@@ -174,7 +192,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     # the page holds what it tells back while the kernel draws; a button's click it does not
     b.page.locator(".abdlab-card", has_text=re.compile(r"^\s*seed0/teacher")).first.wait_for()
     line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
-    b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
+    b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 9")
     from playwright.sync_api import Error as PlaywrightError
 
     told, read = b.page.locator(".hoverlayer .hovertext").first, None
@@ -204,7 +222,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     }
     b.shot("light-4-runs")
     b.button("Save as CSV").click()
-    b.text("4 histories saved to").wait_for()
+    b.text("5 histories saved to").wait_for()
     table = pd.read_csv(b.runs / "exports/runs-1.csv").astype(object)
     for name, rows in known.items():
         part = table[table["run"] == name].drop(columns="run").to_dict("records")
@@ -218,6 +236,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     for name in ("1 Teacher", "2 Defense", "3 Samples", "4 Runs"):
         b.open(name)
         b.shot(f"dark-{name[0]}")
+        assert b.nameless() == [], name
     b.close()
 
     found = tmp_path / "parameters.yaml"

@@ -50,7 +50,7 @@ class Live(w.VBox):
         self._new = True
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="110px"))
+        self.bar = w.IntProgress(0, 0, 1, tooltip="of the run", layout=w.Layout(width="110px"))
         self.numbers, self.notes = w.HTML(), w.HTML()
         self.status.layout.flex = "1 1 200px"
         self.head = looks.row(self.status, self.bar, self.numbers, align_items="center")
@@ -208,7 +208,9 @@ class Compared(w.HBox):
     """
 
     def __init__(self):
-        self.runs = w.SelectMultiple(options=[], rows=8, layout=w.Layout(width="230px"))
+        self.runs = w.SelectMultiple(
+            options=[], rows=8, tooltip="runs to compare", layout=w.Layout(width="230px")
+        )
         self.picture = looks.Picture(alt="ACC and ASR of the chosen runs")
         choose = w.VBox([looks.said("Choose several with Ctrl or Shift.", "quiet"), self.runs])
         super().__init__([looks.row(choose, self.picture)])
@@ -244,7 +246,7 @@ def in_words(state: str, folder: str, step: int, total: int, left: float | None 
     )
     return {
         "idle": "",
-        "preparing": "Getting ready: data, teacher, floor.",
+        "preparing": "Getting ready: data and teacher.",
         "running": f"Training {folder}: {at}{about}.",
         "paused": f"Paused {folder} at {at}: weights can be changed, Go on continues.",
         "asking": "Go on all the same, or Stop and change the trigger, its rate or the training.",
