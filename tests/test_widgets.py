@@ -536,6 +536,21 @@ class TestDefenseTuner:
         assert tuner.knobs.shown == []
         assert tuner.chosen.values == chosen.values
 
+    def test_the_floor_comes_after_the_first_student(self, finished):
+        clean, student = (finished / "seed0" / name for name in ("clean", "zskt+sv+tu@1"))
+        made = [(folder / "metrics.json").stat().st_mtime_ns for folder in (student, clean)]
+        assert made == sorted(made)
+
+    def test_the_teachers_numbers_are_shown_until_the_student_has_some(self, tuner):
+        tuner.live.getting_ready("teacher", Step(3, 8, {}, acc=0.5, asr=0.25))
+        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["50.0%", "25.0%"]
+        assert "teacher" in tuner.live.numbers.value
+        tuner.live.getting_ready("teacher", Step(4, 8, {}))
+        assert "50.0%" in tuner.live.numbers.value
+        tuner.live.add("zskt", Step(1, 8, {"kd": 0.5}, acc=0.9, asr=0.2))
+        tuner.live.redraw()
+        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["90.0%", "20.0%"]
+
 
 NOISE = """
 from abdlab.defenses.defense import Defense
@@ -555,21 +570,6 @@ class Noise(Defense):
     def __init__(self, *, steps: int = 2, strength: float = 0.003, often: bool = True, kind="a"):
         pass
 """
-
-    def test_the_floor_comes_after_the_first_student(self, finished):
-        clean, student = (finished / "seed0" / name for name in ("clean", "zskt+sv+tu@1"))
-        made = [(folder / "metrics.json").stat().st_mtime_ns for folder in (student, clean)]
-        assert made == sorted(made)
-
-    def test_the_teachers_numbers_are_shown_until_the_student_has_some(self, tuner):
-        tuner.live.getting_ready("teacher", Step(3, 8, {}, acc=0.5, asr=0.25))
-        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["50.0%", "25.0%"]
-        assert "teacher" in tuner.live.numbers.value
-        tuner.live.getting_ready("teacher", Step(4, 8, {}))
-        assert "50.0%" in tuner.live.numbers.value
-        tuner.live.add("zskt", Step(1, 8, {"kd": 0.5}, acc=0.9, asr=0.2))
-        tuner.live.redraw()
-        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["90.0%", "20.0%"]
 
 
 class TestKnobs:
