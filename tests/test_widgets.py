@@ -1,8 +1,8 @@
 """Every widget driven through its traits and its buttons' calls, without a browser."""
 
 import json
-import threading
 import re
+import threading
 import time
 from pathlib import Path
 
