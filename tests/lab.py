@@ -18,7 +18,7 @@ from chromium import SHOTS
 
 ROOT = Path(__file__).parents[1]
 #: milliseconds; a busy machine is no failure
-PATIENCE = 120_000
+PATIENCE = 300_000
 LAYOUT_SECONDS = 1.0
 
 

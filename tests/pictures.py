@@ -35,7 +35,7 @@ def small(shot, target):
 def tuner(b):
     """A run from Start to its end."""
     b.open("2 Defense")
-    b.button("Start").click()
+    b.button("Start").or_(b.button("Go on")).first.click()
     b.text(f"^Done: {RUN}").wait_for(timeout=HOUR)
     b.shot("pictures-tuner")
 
