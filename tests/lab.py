@@ -207,7 +207,7 @@ class Bench:
         """Controls and pictures of the open tab that a screen reader has no name for."""
         said = self.page.locator(".jp-OutputArea-output .abdlab").first.aria_snapshot()
         kinds = "button|textbox|combobox|slider|spinbutton|checkbox|listbox|img|progressbar|grid"
-        return re.findall(rf"- (?:{kinds})(?! \")[^\n]*", said)
+        return re.findall(rf"- (?:{kinds})\b(?! \")[^\n]*", said)
 
     def begin(self):
         """Start, and go on where the tiny teacher's backdoor is asked about."""

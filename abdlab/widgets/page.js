@@ -35,6 +35,11 @@ function name() {
     mark(bar, told(widget) || "progress");
     bar.setAttribute("aria-valuetext", bar.querySelector(".progress-bar")?.style.width || "");
   }
+  for (const plot of document.querySelectorAll(".abdlab .js-plotly-plot")) {
+    plot.setAttribute("role", "figure");
+    mark(plot, "curves of the chosen runs; Save as CSV writes their values");
+    for (const drawing of plot.querySelectorAll("svg")) drawing.setAttribute("aria-hidden", "true");
+  }
   for (const widget of document.querySelectorAll(".abdlab .widget-select-multiple, .abdlab .widget-textarea")) {
     const part = widget.querySelector("select, textarea");
     if (part && !widget.querySelector(":scope > .widget-label")?.textContent.trim())
