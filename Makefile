@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench bench-report gpu quick-preset triggers book clean
+.PHONY: demo test lab lint format bench bench-report pictures gpu quick-preset triggers book clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make format        mend style"
 	@echo "make bench         measure speed and memory against the naive formulas, and what sweeps and widgets cost"
 	@echo "make bench-report  the former alone, into tests/benchmarks/README.md: on an idle machine, please"
+	@echo "make pictures      take the README's pictures of the workbench anew, and measure how long it lets one wait"
 	@echo "make gpu           what a GPU is wanted for, in 9 minutes: DATA=cifar10-jpeg.tar.xz [INTO=runs/gpu] [SECONDS=520]"
 	@echo "make quick-preset  the figures of the quick preset: seeds 23, 24, 25"
 	@echo "make book          write notebooks/studies/README.md from its prose and its CSV files"
@@ -34,7 +35,7 @@ test: $(READY) lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/index.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,6 +50,10 @@ bench: $(READY)
 
 bench-report: $(READY)
 	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s -k 'not sweep and not designer'
+
+pictures: $(READY)
+	$(BIN)/python tests/pictures.py
+	$(BIN)/python tests/benchmarks/workbench_times.py
 
 # not $(READY): a lent machine has torch and no network
 INTO ?= runs/gpu

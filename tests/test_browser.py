@@ -4,27 +4,20 @@ the trigger to a repeated run.
 
 import importlib.util
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
+from lab import LAYOUT_SECONDS, Bench, lab_server
 from PIL import Image
 
 from abdlab import batch, build
 from abdlab.checkpoint import read_card
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "teacher.epochs": 4,
     "teacher.model": "wrn-10-1",
@@ -40,10 +33,6 @@ TINY = {
     "sv.layers": 3,
     "tu.inner_steps": 2,
 }
-#: milliseconds; a busy machine is no failure
-PATIENCE = 120_000
-LAYOUT_SECONDS = 1.0
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -61,58 +50,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(folder):
-    """A JupyterLab of its own, without the user's settings; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = {
-        name: str(folder / name.lower())
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
-    }
-    paths |= {
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-        "IPYTHONDIR": str(folder / "ipython"),
-    }
-    env = {
-        **os.environ,
-        **paths,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    env.pop("ABDLAB_HEADLESS", None)
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        f"--port={port}",
-        "--IdentityProvider.token=t",
-    ]
-    command += [
-        f"--ServerApp.root_dir={folder}",
-        "--LabApp.news_url=",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
-    log = open(folder / "server.log", "w")  # noqa: SIM115 (as long as the server)
-    server = subprocess.Popen(
-        command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{address}/api?token=t", timeout=2)
-            break
-        except OSError:
-            assert server.poll() is None, (folder / "server.log").read_text()
-            time.sleep(0.5)
-    yield address
-    server.send_signal(signal.SIGTERM)
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-    log.close()
+    with lab_server(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -125,130 +64,12 @@ def browser():
         opened.close()
 
 
-class Bench:
-    """The workbench in a page, in a user's words."""
-
-    def __init__(
-        self, browser, lab, folder, name, before="", theme="Light", narrow=False, **overrides
-    ):
-        self.runs = folder / name
-        book = json.loads((ROOT / "notebooks/00_workbench.ipynb").read_text())
-        code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-        code[0]["source"] = (
-            f'run = "{self.runs}"\npreset = "quick/digits"\nseed = 0\ndevice = "cpu"\noverrides ='
-            f' {TINY | overrides!r}\nlabel = "zskt+sv+tu"'
-        )
-        code[1]["source"] = before + "".join(code[1]["source"])
-        (folder / f"{name}.ipynb").write_text(json.dumps(book))
-        self.size = {"width": 1280, "height": 800 if narrow else 1000}
-        self.page = browser.new_page(viewport=self.size)
-        self.page.set_default_timeout(PATIENCE)
-        self.troubles = []
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.set(lab, "themes", {"theme": f"JupyterLab {theme}"})
-        self.set(lab, "notification", {"fetchNews": "false"})
-        self.page.goto(f"{lab}/lab/tree/{name}.ipynb?token=t&reset")
-        self.page.locator(".jp-NotebookPanel-toolbar").wait_for()
-        self.page.wait_for_timeout(3000)
-        if (ask := self.page.locator(".jp-Dialog button", has_text="Select").last).is_visible():
-            ask.click()  # which kernel
-        self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        # the file browser takes a fifth of the page
-        if self.page.locator("#jp-left-stack").is_visible() != narrow:
-            self.page.keyboard.press("Control+b")
-        self.menu("Run", "Run All Cells")
-        self.tab("1 Teacher").wait_for()
-
-    @staticmethod
-    def set(lab, what, values):
-        body = json.dumps({"raw": json.dumps(values)}).encode()
-        address = f"{lab}/lab/api/settings/@jupyterlab/apputils-extension:{what}?token=t"
-        headers = {"Authorization": "token t", "Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(address, body, headers, method="PUT"))
-
-    def menu(self, *items):
-        self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{items[0]}$")).click()
-        for item in items[1:]:
-            self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{item}$")).last.click()
-
-    def tab(self, name):
-        return self.page.locator(".jupyter-widgets .lm-TabBar-tab", has_text=name)
-
-    def open(self, name):
-        self.tab(name).click()
-
-    def button(self, name):
-        return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
-
-    def slider(self, label):
-        return self.page.locator(f"input[type=range][aria-label='{label}']:visible").first
-
-    def field(self, label):
-        return self.page.get_by_label(label, exact=True).locator("visible=true").first
-
-    def in_sight(self, picture):
-        """Whether a picture is wholly inside the page, with nothing scrolled by hand."""
-        box = picture.bounding_box()
-        right, below = box["x"] + box["width"], box["y"] + box["height"]
-        return box["y"] >= 0 and below <= self.size["height"] and right <= self.size["width"]
-
-    def text(self, pattern):
-        return (
-            self.page.locator(
-                ".abdlab-said, .abdlab-quiet, .abdlab-score, .abdlab-wrong, .abdlab-empty,"
-                " .abdlab-who"
-            )
-            .locator("visible=true")
-            .filter(has_text=re.compile(pattern))
-            .first
-        )
-
-    def picture(self, words):
-        return (
-            self.page.locator(f'.abdlab-picture img[alt*="{words}"]').locator("visible=true").first
-        )
-
-    def begin(self):
-        """Start, and go on where the tiny teacher's backdoor is asked about."""
-        self.button("Start").click()
-        asked = self.text("there is next to no backdoor")
-        asked.or_(self.text("^ACC[0-9.]+%")).first.wait_for()
-        if asked.is_visible():
-            self.button("Go on").click()
-        self.text("^ACC[0-9.]+%").wait_for()
-
-    def view(self, name):
-        """The page as its user sees it."""
-        SHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SHOTS / f"{name}.png")
-
-    def shot(self, name):
-        """The whole workbench, however tall it is."""
-        SHOTS.mkdir(exist_ok=True)
-        self.page.mouse.move(640, 4)
-        top = self.page.locator(".jp-OutputArea-output:has(.lm-TabBar-tab)").first
-        height = int(top.bounding_box()["height"])
-        self.page.set_viewport_size({"width": 1280, "height": max(1000, height + 260)})
-        self.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
-        top.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(1000 * LAYOUT_SECONDS)
-        top.screenshot(path=SHOTS / f"{name}.png")
-        assert top.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), (
-            f"{name} is wider than the page"
-        )
-        self.page.set_viewport_size(self.size)
-
-    def close(self):
-        assert not self.troubles
-        self.page.close()
-
-
 @pytest.fixture
 def bench(browser, lab, folder, request):
     opened = []
 
     def make(name, **more):
-        opened.append(Bench(browser, lab, folder, name, **more))
+        opened.append(Bench(browser, lab, folder, name, **TINY | more))
         return opened[-1]
 
     yield make
@@ -327,6 +148,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
     b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
     b.button("Draw the map").click()
+    b.page.locator("progress:visible").wait_for()
     plan = b.picture("t-SNE map")
     plan.wait_for()
     plan.scroll_into_view_if_needed()
@@ -339,14 +161,31 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.button("Export the selection").click()
     b.text("images exported to").wait_for()
 
-    b.open("4 Runs")
+    b.go_to("2 Defense")  # from here on, the keyboard alone
+    b.tab_to(b.slider("SV: alpha"))
+    b.page.keyboard.press("ArrowRight")
+    b.tab_to(b.button("Start"), "Shift+Tab")
+    b.page.keyboard.press("Space")
+    b.text("^Training zskt.sv.tu@3").wait_for()
+    b.tab_to(b.button("Stop"))
+    b.page.keyboard.press("Enter")
+    b.text("^(Stopped and saved|Done: zskt.sv.tu@3)").wait_for()
+    b.go_to("4 Runs")
+    b.tab_to(b.page.locator(".abdlab-rows:visible tbody tr").first)
+    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@3']")
+    for _ in range(9):
+        if row.evaluate("e => e === document.activeElement"):
+            break
+        b.page.keyboard.press("ArrowDown")
+    b.page.keyboard.press("Space")
+    b.page.locator(".abdlab-card", has_text=re.compile(r"^\s*seed0/zskt.sv.tu@3")).first.wait_for()
     b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1']").click()
     row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@2']")
     row.focus()
     b.page.keyboard.press("Enter")
     b.text("Settings that differ").wait_for()
     known = {}
-    for name in ("zskt+sv+tu@1", "zskt+sv+tu@2", "clean", "teacher"):
+    for name in ("zskt+sv+tu@3", "zskt+sv+tu@1", "zskt+sv+tu@2", "clean", "teacher"):
         lines = (b.runs / "seed0" / name / "history.jsonl").read_text().splitlines()
         known[f"seed0/{name}"] = [json.loads(line) for line in lines]
     for name in ("clean", "teacher"):
@@ -354,7 +193,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     # the page holds what it tells back while the kernel draws; a button's click it does not
     b.page.locator(".abdlab-card", has_text=re.compile(r"^\s*seed0/teacher")).first.wait_for()
     line = b.page.locator(".js-plotly-plot .trace", has=b.page.locator(".points path")).first
-    b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 7")
+    b.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .trace').length > 9")
     from playwright.sync_api import Error as PlaywrightError
 
     told, read = b.page.locator(".hoverlayer .hovertext").first, None
@@ -384,7 +223,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     }
     b.shot("light-4-runs")
     b.button("Save as CSV").click()
-    b.text("4 histories saved to").wait_for()
+    b.text("5 histories saved to").wait_for()
     table = pd.read_csv(b.runs / "exports/runs-1.csv").astype(object)
     for name, rows in known.items():
         part = table[table["run"] == name].drop(columns="run").to_dict("records")
@@ -398,6 +237,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     for name in ("1 Teacher", "2 Defense", "3 Samples", "4 Runs"):
         b.open(name)
         b.shot(f"dark-{name[0]}")
+        assert b.nameless() == [], name
     b.close()
 
     found = tmp_path / "parameters.yaml"

@@ -72,6 +72,14 @@ def test_notebooks_are_stripped_tagged_and_thin(path):
     assert "save_metrics" in source
 
 
+def test_the_landing_page_leads_to_every_notebook():
+    book = json.loads((ROOT / "notebooks/index.ipynb").read_text())
+    text = "".join(line for cell in book["cells"] for line in cell["source"])
+    linked = re.findall(r"\]\((.*?)\)", text)
+    assert {f"{name}.ipynb" for name in batch.notebooks()} <= {*linked}
+    assert all((ROOT / "notebooks" / place).exists() for place in linked)
+
+
 @pytest.mark.parametrize("path", batch.notebooks().values(), ids=lambda p: p.stem)
 def test_every_parameter_has_a_help_text(path):
     known = batch.parameters(path)

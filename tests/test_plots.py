@@ -39,6 +39,12 @@ def labelled(ax):
     return bool(ax.get_xlabel()) and bool(ax.get_ylabel())
 
 
+def test_the_palette_is_seaborns_for_the_colour_blind():
+    import seaborn
+
+    assert list(plots.colors.PALETTE) == seaborn.color_palette("colorblind").as_hex()
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_pictures_are_clamped(channels):
     shown = plots.picture(images(1, channels)[0])

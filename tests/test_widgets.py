@@ -1,6 +1,7 @@
 """Every widget driven through its traits and its buttons' calls, without a browser."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -543,6 +544,21 @@ class TestDefenseTuner:
         assert tuner.knobs.shown == []
         assert tuner.chosen.values == chosen.values
 
+    def test_the_floor_comes_after_the_first_student(self, finished):
+        clean, student = (finished / "seed0" / name for name in ("clean", "zskt+sv+tu@1"))
+        made = [(folder / "metrics.json").stat().st_mtime_ns for folder in (student, clean)]
+        assert made == sorted(made)
+
+    def test_the_teachers_numbers_are_shown_until_the_student_has_some(self, tuner):
+        tuner.live.getting_ready("teacher", Step(3, 8, {}, acc=0.5, asr=0.25))
+        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["50.0%", "25.0%"]
+        assert "teacher" in tuner.live.numbers.value
+        tuner.live.getting_ready("teacher", Step(4, 8, {}))
+        assert "50.0%" in tuner.live.numbers.value
+        tuner.live.add("zskt", Step(1, 8, {"kd": 0.5}, acc=0.9, asr=0.2))
+        tuner.live.redraw()
+        assert re.findall("<b>(.*?)</b>", tuner.live.numbers.value) == ["90.0%", "20.0%"]
+
 
 NOISE = """
 from abdlab.defenses.defense import Defense
@@ -836,7 +852,11 @@ class TestSampleExplorer:
         assert set(explorer.shown[: len(explorer.selected)]) == set(explorer.selected)
 
     def test_the_map_and_the_histogram_select_the_same_images(self, explorer):
+        shown = []
+        explorer.no_map.observe(lambda change: shown.append(change["new"]), "value")
         explorer.draw_map()
+        assert "<progress" in shown[0]
+        assert "<progress" not in shown[-1]
         places = explorer._on_picture()
         assert ((places > 0) & (places < 1)).all()
         explorer.map.pick(

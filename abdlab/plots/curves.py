@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abdlab.labels import in_order, name_of
-from abdlab.plots.colors import ROLES, axes_of, color_of, distinct_colors
+from abdlab.plots.colors import ROLES, axes_of, color_of, despine, distinct_colors
 from abdlab.plots.run_words import marks
 
 #: marks of one figure that have words beside them, at most
@@ -65,7 +64,7 @@ def training_curves(
         ax.text(0.5, 0.5, "ACC and ASR are unknown", ha="center", transform=ax.transAxes)
     else:
         ax.legend(fontsize=8, frameon=False, loc="best")
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 
@@ -139,7 +138,7 @@ def loss_curves(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set(xlabel="training step (pseudo-batch)", ylabel="loss term, weight included (nats)")
     ax.legend(fontsize=8, frameon=False)
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 

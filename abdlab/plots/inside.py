@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from abdlab.activations import participation
-from abdlab.plots.colors import PALETTE, ROLES, axes_of, class_colors
+from abdlab.plots.colors import PALETTE, ROLES, axes_of, class_colors, despine
 from abdlab.plots.images import show
 
 
@@ -69,7 +68,7 @@ def suspicion_histogram(
         ylabel="density (share of images per unit of score)",
     )
     ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 
@@ -100,7 +99,7 @@ def participation_figure(
     )
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8, frameon=False)
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 
@@ -116,6 +115,8 @@ def embedding_figure(
     )
     order = sorted(set(classes), key=lambda c: (len(c), c))
     markers = {"clean": "o", "triggered": "X", "synthetic": "P"}
+    import seaborn as sns
+
     sns.scatterplot(
         frame,
         x="x",
@@ -131,7 +132,7 @@ def embedding_figure(
     )
     ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     ax.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 
@@ -143,6 +144,8 @@ def change_heatmaps(changes: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         changes: label of the model -> what :func:`abdlab.activations.triggered_change`
             returned. Panels share one colour scale.
     """
+    import seaborn as sns
+
     figure, axes = plt.subplots(
         1, len(changes), figsize=(4.3 * len(changes) + 1, 4.2), layout="constrained", squeeze=False
     )

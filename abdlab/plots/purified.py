@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from abdlab.attacks.triggers import Trigger
 from abdlab.inversion import Bank
-from abdlab.plots.colors import COLORS, ROLES, axes_of
+from abdlab.plots.colors import COLORS, ROLES, axes_of, despine
 from abdlab.plots.images import show
 
 
@@ -32,6 +31,8 @@ def cost_heatmap(
         table: (classes, families), see :func:`abdlab.inversion.costs`.
         suspects: class numbers, see :func:`abdlab.inversion.suspects`.
     """
+    import seaborn as sns
+
     ax = axes_of(ax, 1.3 * len(families) + 2.6, 0.34 * len(classes) + 1.4)
     values = table.double().clamp_min(1e-6)
     relative = (values / values.median(0).values).log2()
@@ -107,7 +108,7 @@ def beyond_figure(shares: Mapping[str, Mapping[str, float]], k: float) -> Axes:
         ylim=(0, None),
     )
     ax.legend(frameon=False, fontsize=8)
-    sns.despine(ax=ax)
+    despine(ax)
     return ax
 
 
@@ -131,5 +132,5 @@ def bound_figure(curve: pd.DataFrame, chosen: float | None = None) -> Axes:
         ax.axvline(chosen, color="black", lw=1, label=f"chosen from the agreement: k = {chosen:g}")
     ax.set(xlabel="bound k (standard deviations)", ylabel="share of images (%)", ylim=(-3, 103))
     ax.legend(frameon=False, fontsize=8, loc="center right")
-    sns.despine(ax=ax)
+    despine(ax)
     return ax

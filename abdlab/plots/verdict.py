@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
 from abdlab.audit import Audit
-from abdlab.plots.colors import ROLES
+from abdlab.plots.colors import ROLES, despine
 from abdlab.plots.images import show
 
 
@@ -34,7 +33,7 @@ def audit_figure(found: Audit, classes: Sequence[str]) -> Figure:
         ax.set_xticks(ticks, [classes[i] for i in ticks], fontsize=8)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("class")
-        sns.despine(ax=ax)
+        despine(ax)
     axes[0].set_ylabel("score (above the line: suspicious)")
     return figure
 

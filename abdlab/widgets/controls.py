@@ -74,7 +74,11 @@ class Controls(w.VBox):
         self.purify.observe(self._switch, "value")
         self.origin = w.Dropdown(options=[(str(Origin()), Origin())], description="begin", **beside)
         self.with_floor = w.Checkbox(
-            True, description="distil the clean-KD floor first", indent=False, layout=wide
+            True,
+            description="distil the clean-KD floor too",
+            tooltip="After the first student, once per folder: its ASR is the best to expect.",
+            indent=False,
+            layout=wide,
         )
         self.keep_on = w.Checkbox(
             False, description="go on when the page is closed", indent=False, layout=wide

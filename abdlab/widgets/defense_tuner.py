@@ -4,6 +4,7 @@ branch, compare, and take the run along.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from abdlab.widgets.worker import Worker, current, watch_kernel
 _WEAK = 0.9
 #: one with less has next to none: it asks before a student is distilled
 USELESS = 0.5
+#: what gets ready -> whose ACC and ASR are shown meanwhile
+_OWNERS = {"clean_teacher": "clean teacher", "clean": "clean KD"}
 
 
 class DefenseTuner(NextRun):
@@ -206,8 +209,9 @@ class DefenseTuner(NextRun):
     def _train(self, worker: Worker, job: Job) -> None:
         def tell(what: str, step: Step) -> None:
             worker.wait()
-            self.live.progress(step)
-            self.live.say(f"First {GETTING_READY.get(what, what)}: {step.index} of {step.total}.")
+            named = GETTING_READY.get(what, what)
+            self.live.getting_ready(_OWNERS.get(what, what), step)
+            self.live.say(f"First {named}: {step.index} of {step.total}.")
 
         if self._data is None:
             self._data = job.chosen.dataset()
@@ -224,7 +228,9 @@ class DefenseTuner(NextRun):
                 f"the teacher's ASR is {asr:.1%}: its backdoor is weak, and so is what this run"
                 " can show"
             )
-        if self.controls.with_floor.value and job.has_floor:
+        wanted = self.controls.with_floor.value and job.has_floor
+        later = wanted and not job.floor_is_there  # the student's first figures come before
+        if wanted and not later:
             self.floor = job.floor(ready, data, teacher, tell)
         if job.cleans:
             self.live.say(f"First the teacher is cleaned: {', '.join(job.cleans)}.")
@@ -248,6 +254,18 @@ class DefenseTuner(NextRun):
         else:
             going.stopped(last)
         self._redraw()
+        if later and last.index == last.total:
+            self.floor = job.floor(ready, data, teacher, self._tell_floor(worker))
+            self._redraw()
+
+    def _tell_floor(self, worker: Worker) -> Callable[[str, Step], None]:
+        """Shows the floor's steps while the finished student's figures stay."""
+
+        def tell(_: str, step: Step) -> None:
+            worker.wait()
+            self.live.say(f"Then {GETTING_READY['clean']}: {step.index} of {step.total}.")
+
+        return tell
 
     def _ask(self, worker: Worker, asr: float) -> None:
         """Wait for the user's word on a teacher that has next to no backdoor."""

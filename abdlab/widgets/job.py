@@ -84,6 +84,11 @@ class Job:
         """
         return self.chosen.labelled and bool(self.chosen.attacks)
 
+    @property
+    def floor_is_there(self) -> bool:
+        """Whether clean KD has been distilled already."""
+        return (self.place.parent / "clean" / "metrics.json").exists()
+
     def floor(
         self, ready: Settings, data: Dataset, teacher: nn.Module, tell: Callable[[str, Step], None]
     ) -> float | None:

@@ -50,7 +50,7 @@ class Live(w.VBox):
         self._new = True
         self._drawn, self._drawing = 0.0, 0.0
         self.status, self.empty = looks.said(), looks.said(NOTHING, "empty")
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="110px"))
+        self.bar = w.IntProgress(0, 0, 1, tooltip="of the run", layout=w.Layout(width="110px"))
         self.numbers, self.notes = w.HTML(), w.HTML()
         self.status.layout.flex = "1 1 200px"
         self.head = looks.row(self.status, self.bar, self.numbers, align_items="center")
@@ -97,6 +97,15 @@ class Live(w.VBox):
         """Fill the bar as far as a step says."""
         self.bar.max, self.bar.value = max(1, step.total), step.index
         self.bar.layout.display = ""
+
+    def getting_ready(self, who: str, step: Step) -> None:
+        """Show a step of what must be there before the student: the bar, and in place of
+        the student's numbers those of ``who`` where the step has any.
+        """
+        self.progress(step)
+        pairs = [(f"{who}'s ACC", step.acc), (f"{who}'s ASR", step.asr)]
+        if known := [(name, looks.percent(share)) for name, share in pairs if share is not None]:
+            self.numbers.value = looks.scores(known)
 
     def happened(self, *events: str) -> None:
         """Note events that are not there yet."""
@@ -199,7 +208,9 @@ class Compared(w.HBox):
     """
 
     def __init__(self):
-        self.runs = w.SelectMultiple(options=[], rows=8, layout=w.Layout(width="230px"))
+        self.runs = w.SelectMultiple(
+            options=[], rows=8, tooltip="runs to compare", layout=w.Layout(width="230px")
+        )
         self.picture = looks.Picture(alt="ACC and ASR of the chosen runs")
         choose = w.VBox([looks.said("Choose several with Ctrl or Shift.", "quiet"), self.runs])
         super().__init__([looks.row(choose, self.picture)])
@@ -235,7 +246,7 @@ def in_words(state: str, folder: str, step: int, total: int, left: float | None 
     )
     return {
         "idle": "",
-        "preparing": "Getting ready: data, teacher, floor.",
+        "preparing": "Getting ready: data and teacher.",
         "running": f"Training {folder}: {at}{about}.",
         "paused": f"Paused {folder} at {at}: weights can be changed, Go on continues.",
         "asking": "Go on all the same, or Stop and change the trigger, its rate or the training.",

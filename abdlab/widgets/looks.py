@@ -264,6 +264,15 @@ def say(line: w.HTML, text: str, kind: str = "said") -> None:
     line.value = f'<div class="abdlab-{kind}">{html.escape(text)}</div>' if text else ""
 
 
+def wait(line: w.HTML, text: str) -> None:
+    """Put a text on a line that :func:`said` made, under a bar that the page moves while
+    the kernel computes.
+    """
+    words = html.escape(text)
+    bar = f'<progress aria-label="{words}"></progress>'
+    line.value = f'<div class="abdlab-empty" role="status">{bar}{words}</div>'
+
+
 def button(
     text: str, do: Callable[[], None], tooltip: str = "", style: str = "", width: str = "auto"
 ) -> w.Button:

@@ -27,8 +27,9 @@ function render({ model, el }) {
     const picks = model.get("picks");
     frame.dataset.picks = picks;
     frame.tabIndex = picks === "click" ? 0 : -1;
-    if (picks) frame.setAttribute("role", "application");
     image.alt = model.get("alt");
+    if (!picks) return;
+    frame.setAttribute("role", "application");
     frame.setAttribute("aria-label", model.get("alt"));
   };
   const place = (event) => {

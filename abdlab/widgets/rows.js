@@ -15,6 +15,9 @@ function render({ model, el }) {
   const draw = () => {
     const focused = frame.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     const table = document.createElement("table");
+    table.setAttribute("role", "grid");
+    table.setAttribute("aria-multiselectable", "true");
+    table.setAttribute("aria-label", "choose rows with Enter");
     const head = table.createTHead().insertRow();
     const columns = model.get("columns");
     columns.forEach((name, i) => {
@@ -26,6 +29,7 @@ function render({ model, el }) {
         sorted = [i, sorted[0] === i ? -sorted[1] : 1];
         draw();
       });
+      if (sorted[0] === i) cell.setAttribute("aria-sort", sorted[1] > 0 ? "ascending" : "descending");
       cell.append(button);
       head.append(cell);
     });

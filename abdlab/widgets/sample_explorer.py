@@ -18,7 +18,7 @@ from abdlab import plots
 from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.home import at_home
-from abdlab.inspection import Known, inspect_run, map_points
+from abdlab.inspection import MAPPED, Known, inspect_run, map_points
 from abdlab.widgets import looks
 from abdlab.widgets import sample_figures as figures
 from abdlab.widgets.experiment import who
@@ -34,6 +34,10 @@ ORDERS = {
     "time": ("step", 1),
 }
 EMPTY = "No samples yet: run 02_distillation, or press Start in the defense tuner, then Refresh."
+NO_MAP = (
+    "Draw the map shows which images the teacher finds alike; what is selected here is selected"
+    " there."
+)
 
 
 class SampleExplorer(w.VBox):
@@ -126,11 +130,7 @@ class SampleExplorer(w.VBox):
         )
         self.note, self.empty = looks.said("", "quiet"), looks.said()
         self.said, self.who = looks.said("", "quiet"), looks.said("", "quiet")
-        self.no_map = looks.said(
-            "Draw the map shows which images the teacher finds alike; what is selected here is"
-            " selected there.",
-            "empty",
-        )
+        self.no_map = looks.said(NO_MAP, "empty")
         head = looks.row(self.run, self.refresh_button)
         choose = looks.row(
             self.time,
@@ -419,14 +419,17 @@ class SampleExplorer(w.VBox):
         """
         if self.known is None:
             return
-        self.map_button.disabled, self.map_button.description = True, "Drawing..."
+        self.map_button.disabled, self.no_map.layout.display = True, ""
+        count = min(len(self.table), MAPPED)
+        looks.wait(self.no_map, f"t-SNE of {count} images, in seconds on a laptop")
         try:
             self._mapped, self._points = map_points(self.known)
             self._draw_map()
         except ValueError as error:
             self.trouble.error = error
         finally:
-            self.map_button.disabled, self.map_button.description = False, "Draw the map"
+            self.map_button.disabled = False
+            looks.say(self.no_map, NO_MAP, "empty")
 
     def _draw_map(self) -> None:
         if self._points is None:

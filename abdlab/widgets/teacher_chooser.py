@@ -113,7 +113,9 @@ class TeacherOpener(w.VBox):
         self.use_button = looks.button(
             "Use this teacher", heard(self.hand), "the tuner distils from it next", "primary"
         )
-        self.bar = w.IntProgress(0, 0, len(STAGES), layout=w.Layout(width="160px"))
+        self.bar = w.IntProgress(
+            0, 0, len(STAGES), tooltip="of the audit", layout=w.Layout(width="160px")
+        )
         self.progress, self.verdict = looks.said(), looks.said()
         self.costs = looks.Picture(alt="what the cheapest trigger of every class costs")
         self.inverted = looks.Picture(alt="inverted triggers on synthetic images")
