@@ -328,6 +328,9 @@ def test_a_strangers_file_to_a_defended_student(bench, folder):
     b.text("Teacher theirs.pt, trigger unknown").wait_for()
     b.picture("images learnt from; click one").wait_for()
     b.open("4 Runs")
-    b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1'] td").first.click()
+    row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@1'] td")
+    row.first.wait_for()
+    assert row.all_inner_texts().count("unknown") == 3, "ACC, ASR and the trigger"
+    row.first.click()
     b.close()
     assert metrics(b.runs / "seed0/zskt+sv+tu@1")["acc"] is None

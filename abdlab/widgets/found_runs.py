@@ -33,7 +33,8 @@ _NUMBERS = ("acc", "asr", "robust", "seconds", "threads")
 
 def runs_below(root: str | Path) -> list[dict[str, Any]]:
     """Every run below a folder, finished or not: run (its folder, relative), label,
-    seed, acc, asr, robust, state, seconds, threads, trigger, weights, notes, date.
+    seed, acc, asr, robust, state, seconds, threads, trigger, weights, notes, date, and
+    the names of numbers that metrics.json says are unknown.
 
     acc, asr, robust (shares in [0, 1]), seconds and threads are None where metrics.json
     has no number there; label is "" where it names no method (a notebook's own folder),
@@ -68,6 +69,7 @@ def runs_below(root: str | Path) -> list[dict[str, Any]]:
                 "seed": seed,
                 "state": state,
                 **{key: number(metrics.get(key)) for key in _NUMBERS},
+                "unknown": [key for key in _NUMBERS if metrics.get(key, 0) is None],
                 "trigger": _trigger(config),
                 "weights": weights_of(label, config) if label else "",
                 "notes": notes_of(folder),
@@ -126,8 +128,11 @@ def row_of(run: Mapping[str, Any]) -> dict[str, Any]:
     :data:`COLUMNS`.
     """
 
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
+    def share(key: str) -> str:
+        value = run[key]
+        if value is None:
+            return "unknown" if key in run["unknown"] else ""
+        return f"{100 * value:.1f}"
 
     def whole(value: float | None) -> str:
         return "" if value is None else f"{value:.0f}"
@@ -139,7 +144,7 @@ def row_of(run: Mapping[str, Any]) -> dict[str, Any]:
             run["run"],
             name_of(run["label"]) if run["label"] else "notebook",
             "" if run["seed"] is None else str(run["seed"]),
-            *(share(run[key]) for key in ("acc", "asr", "robust")),
+            *(share(key) for key in ("acc", "asr", "robust")),
             *(run[key] for key in ("trigger", "weights")),
             re.sub(r"\s+", " ", run["notes"]),
             *(run[key] for key in ("state", "date")),
@@ -152,7 +157,8 @@ def _trigger(config: Mapping[str, Any]) -> str:
     attack = config.get("attack")
     attack = attack if isinstance(attack, Mapping) else {}
     if not attack.get("trigger"):
-        return ""
+        teacher = config.get("teacher")
+        return "unknown" if isinstance(teacher, Mapping) and teacher.get("file") else ""
     more = attack.get("more") or ()
     return f"{attack['trigger']}" + (f" and {len(more)} more" if more else "")
 
