@@ -92,6 +92,22 @@ def triggered_change(
     return {name: (change[name] / scale[name]).cpu() for name in layers}
 
 
+def participation(change: Tensor) -> float:
+    """In how many channels a change lives: (sum d^2)^2 / sum d^4 over channels, between 1
+    (one of them) and all of them (evenly); 0 where nothing changes.
+
+    Args:
+        change: (channels,), such as a layer's of :func:`triggered_change`; its scale does
+            not matter.
+
+    >>> participation(torch.tensor([3.0, 0.0, 3.0, 0.0]))
+    2.0
+    """
+    squares = change.double().square()
+    fourth = squares.square().sum()
+    return (squares.sum().square() / fourth).item() if fourth > 0 else 0.0
+
+
 def _spatial(feature: Tensor, layer: str, model: nn.Module) -> None:
     """Raise ValueError for an output that is no map (N, C, H, W), such as tokens."""
     if not isinstance(feature, Tensor) or feature.ndim != 4:

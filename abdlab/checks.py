@@ -54,6 +54,7 @@ _OWN = {
     "teacher.key": str | None,
     "teacher.ignore": list[str],
     "teacher.keywords": dict | None,
+    "teacher.objective": str | None,
     "teacher.mean": list[float] | None,
     "teacher.std": list[float] | None,
     "student.model": str,
@@ -337,7 +338,7 @@ def _own(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
 
 
 def _check_training(chosen: Settings, data: Dataset) -> None:
-    values = {k: v for k, v in chosen.training(data).items() if k not in ("device", "compile")}
+    values = chosen.training(data)
     for key, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("weight_decay", 0)):
         if values.get(key, least) < least:
             raise ValueError(f"teacher.{key} is at least {least}, not {values[key]}")

@@ -29,6 +29,7 @@ from abdlab.presets import DEFENDED, NORMLESS
 from abdlab.purifiers.bounded import batch_norms
 from abdlab.runs import Run
 from abdlab.settings import Settings, settings
+from abdlab.students import check_folders
 from abdlab.teachers import opened_teacher
 from abdlab.values import read
 
@@ -345,8 +346,13 @@ def estimate(
     Args:
         run: the folder; what is done in it is left out. None counts all.
         defended: as for :func:`methods_for`.
+
+    Raises:
+        ValueError: where the folder holds one of them with other settings.
     """
     labels = [label for label in methods_for(teacher, defended) if label != TEACHER]
+    if run is not None:
+        check_folders(run, chosen, data, labels)
     looking = Forecast("audit", 0, audit_seconds(teacher, data))
     return [looking, *forecast(run, chosen, data, labels, teacher)]
 

@@ -63,6 +63,13 @@ def keywords(function: Callable) -> list[str]:
     ]
 
 
+def check_above_zero(**values: float) -> None:
+    """Raise ValueError, naming it, for the first value that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} is above 0, not {value}")
+
+
 def one_of(what: str, value: Any, *known: Any) -> None:
     """Raise ValueError, naming what is known, for a value that is none of these."""
     if value not in known:

@@ -47,8 +47,10 @@ def vaccine_trials(
 
     Returns:
         one row per teacher: seed, teacher ("poisoned", "clean"), label, tries,
-        accepted, share, largest (the largest suspicious share). Empty where no method
-        of ``labels`` has a source that shows images.
+        accepted, share, largest (the largest suspicious share), and for the reader, off
+        the test images, auc and auc_std (mean and deviation of :func:`shuffle_auc` over
+        the shuffles) and picked (that of the first accepted one; None where there is
+        none). Empty where no method of ``labels`` has a source that shows images.
     """
     rows, (sv,) = [], chosen.defenses(ShufflingVaccine.name)
     undefended = [label for label in labels if Label.parse(label).undefended]
@@ -65,15 +67,36 @@ def vaccine_trials(
         else:
             return []
         rng, names = torch.Generator().manual_seed(chosen.seed), sv.layer_names(teacher)
-        shuffles = (ShuffledTeacher(teacher, names, sv.k, rng) for _ in range(tries))
+        shuffles = [ShuffledTeacher(teacher, names, sv.k, rng) for _ in range(tries)]
         shares = [
             tail_share(suspicion(shuffle, teacher, images, reverse=sv.reverse), sv.sigma)
             for shuffle in shuffles
         ]
-        accepted = sum(share > sv.threshold for share in shares)
+        passed = [share > sv.threshold for share in shares]
+        accepted, exam = sum(passed), settled.exam(data)
+        tests = (exam.images, exam.triggered, sv.reverse)
+        aucs = [shuffle_auc(shuffle, teacher, *tests) for shuffle in shuffles]
+        picked = aucs[passed.index(True)] if accepted else None
         found = {"accepted": accepted, "share": accepted / tries, "largest": round(max(shares), 5)}
+        spread = torch.tensor(aucs, dtype=torch.float64)
+        found |= {"auc": spread.mean().item(), "auc_std": spread.std().item(), "picked": picked}
         rows.append({"seed": chosen.seed, "teacher": kind, "label": label, "tries": tries, **found})
     return rows
+
+
+def shuffle_auc(
+    shuffle: ShuffledTeacher, teacher: nn.Module, clean: Tensor, triggered: Tensor, reverse: bool
+) -> float:
+    """How well one shuffle tells triggered images from clean ones (N, C, H, W): the chance
+    that a triggered one is more suspicious, in [0, 1]; .5 is a coin's.
+
+    It needs the trigger: for readers, never for a defense.
+
+    Args:
+        reverse: see :func:`abdlab.suspicion`.
+    """
+    low, high = (suspicion(shuffle, teacher, x, reverse=reverse)[None] for x in (triggered, clean))
+    return ((high > low.T).double() + 0.5 * (high == low.T).double()).mean().item()
 
 
 def bound_curve(

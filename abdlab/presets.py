@@ -71,6 +71,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"name": "digits"},
         "attack": {"trigger": "badnet_sq", "params": {"size": 5}, "rate": 0.1, "target": 0},
         "teacher": {"model": "wrn-10-2", "epochs": 12, "batch_size": 64, "schedule": "onecycle"},
+        "pgd": {"eps": 0.1},  # of black and white images
+        "trades": {"eps": 0.1},
+        "shuffled": {"layers": 2},  # as many as sv shuffles
         "student": {"model": "wrn-10-1"},
         "zskt": {"pseudo_batches": 640, "batch_size": 32, "width": 24},
         "cmi": {
@@ -297,5 +300,6 @@ ATTACKS: dict[str, dict[str, dict[str, Any]]] = {
         # 1,297 are zeros, and 9.5 % are 123)
         "cl": {"params": {"size": 4}, "rate": 0.095},
         "l2_inv": {"optimize": {"bound": 0.05}},
+        "wanet": {"params": {"pixels": 1.0}},
     },
 }

@@ -267,6 +267,15 @@ class Run:
         )
 
 
+def refuse_other_settings(path: str | Path, config: dict) -> None:
+    """Raise ValueError where a folder holds a run with another config, see :class:`Run`;
+    nothing is written, and the number of threads is not looked at.
+    """
+    if (at_home(path) / "config.json").exists():
+        plain = json.loads(json.dumps(config))
+        Run(path)._check({key: plain[key] for key in plain if key != "threads"})
+
+
 def config_of(chosen: Settings, data: Dataset, *sections: str) -> dict:
     """What a run's config.json records: the sections that it depends on, and the classes
     of its data, so that a folder of images that gained or lost one is noticed, the number

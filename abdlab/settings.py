@@ -26,6 +26,7 @@ from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.evaluate import Exam
 from abdlab.labels import Label
 from abdlab.models import build
+from abdlab.objectives import OBJECTIVES, objective_of
 from abdlab.owned import (
     IMAGES,
     NONE,
@@ -50,7 +51,7 @@ _MODEL = ["model", "width", "keywords"]
 #: how a teacher that was not trained here is opened
 _OPENED = ["file", "key", "ignore", "mean", "std"]
 #: what an import path in a label may name
-_PART = "source, defense or purifier"
+_PART = "source, defense, purifier or training objective"
 _LOOP = {"exam", "exam_every", "seed", "device"}
 #: fields of an :class:`~abdlab.attacks.poison.Attack` that are plain values
 _ATTACK = ["rate", "target", "clean_label", "relabel", "covers"]
@@ -82,6 +83,8 @@ SECTIONS: dict[str, list[str]] = {
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     **{name: source.keys() for name, source in SOURCES.items()},
     **{name: _free(found) for name, found in {**DEFENSES, **PURIFIERS}.items()},
+    # the target is the attack's
+    **{name: _free(found, "target") for name, found in OBJECTIVES.items()},
 }
 
 
@@ -117,7 +120,11 @@ class Settings:
         """Plain values as a run's folder records them: all sections, or those that the run
         depends on.
         """
-        chosen = {name: copy.deepcopy(self.section(name)) for name in sections or self.values}
+        names = list(sections or self.values)
+        objective = self.section("teacher").get("objective")
+        if "teacher" in names and objective not in (None, *names):
+            names.append(objective)
+        chosen = {name: copy.deepcopy(self.section(name)) for name in names}
         return {"preset": self.preset, "seed": self.seed, **chosen}
 
     def overrides(self) -> dict[str, Any]:
@@ -301,8 +308,10 @@ class Settings:
 
     def training(self, data: Dataset) -> dict:
         """Keywords of :func:`abdlab.train.train` for the teacher."""
+        name = self.section("teacher").get("objective")
         return {
             **{k: v for k, v in self._beside_model("teacher").items() if k not in _OPENED},
+            "objective": objective_of(name, self.section(name), self.target),
             "shift": data.shift,
             "flip": data.flip,
             "seed": self.seed,
@@ -447,7 +456,7 @@ def homes_of(section: str) -> list[Callable]:
     """Whose signatures hold a section's settings; none for an unknown section."""
     if ":" in section:
         return [imported(_PART, section)]
-    registered = (names.get(section) for names in (SOURCES, DEFENSES, PURIFIERS))
+    registered = (names.get(section) for names in (SOURCES, DEFENSES, PURIFIERS, OBJECTIVES))
     return list(_HOMES.get(section) or [home for home in registered if home])
 
 

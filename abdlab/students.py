@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.probe import classes_of
 from abdlab.purifiers import load_purified, purify, save_purified
-from abdlab.runs import Run, config_of, folder_of
+from abdlab.runs import Run, config_of, folder_of, refuse_other_settings
 from abdlab.settings import Settings, keyword_default
 from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
@@ -138,11 +138,8 @@ def distillation(
     teacher = purified_teacher(root, chosen, data, teacher, label.purifiers)
     student, active = chosen.student(data), chosen.defenses(*label.defenses)
     source = chosen.source(label.source, data)
-    sections = (*chosen.sections(label.source), *label.defenses, *label.purifiers)
-    run = Run(
-        Path(root) / f"seed{chosen.seed}" / (folder or label.folder),
-        config_of(chosen, data, "data", "attack", "teacher", "student", *sections),
-    )
+    folder = folder or label.folder
+    run = Run(Path(root) / f"seed{chosen.seed}" / folder, _config(chosen, data, label))
     exam, every = chosen.exam(data), max(1, len(source) // max(1, exams))
     forks = chosen.forks(label, len(source))
     if resume_from is None and folder is None:
@@ -169,6 +166,25 @@ def distillation(
     return Distillation(run, str(label), chosen, student, source, active, exam, stream, resume_from)
 
 
+def _config(chosen: Settings, data: Dataset, label: Label) -> dict:
+    """What the config.json of a method's run says, or of a purified teacher's."""
+    own = label.defenses
+    if label.source != TEACHER:
+        own = ("student", *chosen.sections(label.source), *label.defenses)
+    return config_of(chosen, data, "data", "attack", "teacher", *own, *label.purifiers)
+
+
+def check_folders(root: str | Path, chosen: Settings, data: Dataset, labels: Iterable[str]) -> None:
+    """Raise ValueError where a method's folder, or its purified teacher's, holds a run
+    with other settings: now, and not when an hour of work has come to it. Nothing is
+    written.
+    """
+    methods = [Label.parse(label) for label in labels]
+    purified = [Label(TEACHER, purifiers=m.purifiers) for m in methods if m.purifiers]
+    for label in dict.fromkeys([*purified, *methods]):
+        refuse_other_settings(folder_of(root, chosen.seed, label), _config(chosen, data, label))
+
+
 def purified_teacher(
     root: str | Path, chosen: Settings, data: Dataset, teacher: nn.Module, names: Sequence[str]
 ) -> nn.Module:
@@ -180,10 +196,7 @@ def purified_teacher(
     if not names:
         return teacher
     label = Label(TEACHER, purifiers=tuple(names))
-    run = Run(
-        folder_of(root, chosen.seed, label),
-        config_of(chosen, data, "data", "attack", "teacher", *names),
-    )
+    run = Run(folder_of(root, chosen.seed, label), _config(chosen, data, label))
     path, device = run.file("teacher.safetensors"), data.train_images.device
     if not path.exists():
         began = time.perf_counter()
@@ -286,6 +299,7 @@ def distill_all(
         workers: methods at once, at most; by default as many as share the threads that
             torch may use here on a CPU, else 1 (not measured).
     """
+    check_folders(root, chosen, data, labels)
     teacher = poisoned_teacher(root, chosen, data)
     methods = {label: Label.parse(label) for label in labels}
     for label in methods.values():  # once, before several processes look for it

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
@@ -18,6 +17,7 @@ from abdlab.errors import Diverged
 from abdlab.features import compiled
 from abdlab.features import precision as computing
 from abdlab.models import place
+from abdlab.objectives import Objective
 from abdlab.optim import sgd
 from abdlab.stream import Step
 
@@ -37,12 +37,14 @@ def train(
     flip: bool = False,
     precision: str = "float32",
     compile: bool = False,
+    objective: Objective | None = None,
     exam: Callable[[nn.Module], dict[str, float]] | None = None,
     exam_every: int | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> Iterator[Step]:
-    """Train ``model`` in place with SGD and cross-entropy; one Step per epoch.
+    """Train ``model`` in place with SGD; one Step per epoch, whose losses are means over
+    its mini-batches.
 
     Args:
         images, labels: (N, C, H, W) in [0, 1] and (N,), poisoned or not.
@@ -54,6 +56,7 @@ def train(
             (:func:`abdlab.features.precision`); exams are held in float32.
         compile: run the model through torch.compile, which takes a minute or more
             first: the same numbers up to round-off.
+        objective: what is minimised (:mod:`abdlab.objectives`); None: cross-entropy.
         exam: measures the model, every ``exam_every`` epochs and at the end.
         seed: of order and augmentation.
 
@@ -80,25 +83,29 @@ def train(
             optimizer, max_lr=lr, total_steps=epochs * per_epoch, cycle_momentum=False
         )
     rng, began = torch.Generator().manual_seed(seed), time.perf_counter()
-    faster = ExitStack()
+    objective, faster = Objective() if objective is None else objective, ExitStack()
+    # draws of its own, so that order and augmentation are the same for every objective
+    objective.start(model, images, labels, torch.Generator().manual_seed(seed + 1))
     try:
         faster.enter_context(compiled(model, wanted=compile))
         for epoch in range(1, epochs + 1):
             order = deliver(torch.randperm(len(images), generator=rng), images.device)
-            total = torch.zeros((), device=device)
+            totals: dict[str, Tensor] = {}
             for chosen in order[: per_epoch * batch_size].split(batch_size):
                 inputs = augment(images[chosen], shift, flip, rng).to(device)
                 with computing(precision, device, model):
-                    logits = model(inputs)
-                loss = F.cross_entropy(logits, labels[chosen].to(device))
+                    losses = objective.losses(model, inputs, labels[chosen].to(device))
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                sum(losses.values()).backward()
                 optimizer.step()
                 rate.step()
-                total += loss.detach()
-            mean = total.item() / per_epoch
-            if not mean < float("inf"):
-                raise Diverged(f"in epoch {epoch} the cross-entropy is {mean}: lower lr ({lr})")
+                for name, loss in losses.items():
+                    totals[name] = totals.get(name, 0) + loss.detach()
+            means = {name: total.item() / per_epoch for name, total in totals.items()}
+            for name, mean in means.items():
+                if not mean < float("inf"):
+                    told = name.replace("_", "-")
+                    raise Diverged(f"in epoch {epoch} the {told} is {mean}: lower lr ({lr})")
             measured = {}
             if exam and (epoch == epochs or (exam_every and epoch % exam_every == 0)):
                 measured = exam(model)
@@ -106,11 +113,12 @@ def train(
             yield Step(
                 epoch,
                 epochs,
-                {"cross_entropy": mean},
+                means,
                 measured.get("acc"),
                 measured.get("asr"),
                 seconds=time.perf_counter() - began,
             )
     finally:
         faster.close()
+        objective.finish(model)
         model.eval()

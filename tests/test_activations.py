@@ -29,6 +29,15 @@ def test_change_per_channel_by_hand():
     assert activations.triggered_change(Tiny(), clean, triggered)["conv"].tolist() == [1, 2]
 
 
+def test_in_how_many_channels_a_change_lives_by_hand():
+    # (1 + 4)^2 / (1 + 16)
+    assert activations.participation(torch.tensor([1.0, 2.0])) == pytest.approx(25 / 17)
+    assert activations.participation(7 * torch.tensor([1.0, -2.0])) == pytest.approx(25 / 17)
+    assert activations.participation(torch.ones(5)) == pytest.approx(5)
+    assert activations.participation(torch.tensor([0.0, 3.0, 0.0])) == pytest.approx(1)
+    assert activations.participation(torch.zeros(3)) == 0
+
+
 def test_change_does_not_depend_on_the_batch_size():
     x, y = torch.rand(7, 1, 4, 4), torch.rand(7, 1, 4, 4)
     whole = activations.triggered_change(Tiny(), x, y, batch=100)["conv"]

@@ -13,6 +13,7 @@ import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
 from lab import LAYOUT_SECONDS, Bench, lab_server
+from PIL import Image
 
 from abdlab import batch, build
 from abdlab.checkpoint import read_card
@@ -300,7 +301,11 @@ def test_a_strangers_file_to_a_defended_student(bench, folder):
     b.field("file").fill(str(folder / "theirs.pt"))
     b.button("Load and check").click()
     b.text("weights do not say how large images are").wait_for()
-    for field, text in (("architecture", "wrn-10-1"), ("shape", "8")):
+    mine = folder / "mine"  # a few images of one's own, unlabelled: they tell the shape
+    mine.mkdir()
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(mine / f"{i}.png")
+    for field, text in (("architecture", "wrn-10-1"), ("images", str(mine))):
         b.field(field).fill(text)
         b.field(field).press("Tab")
     b.button("Load and check").click()
@@ -311,7 +316,7 @@ def test_a_strangers_file_to_a_defended_student(bench, folder):
     b.picture("what the cheapest trigger of every class costs").wait_for()
     b.shot("narrow-1-audited")
     b.button("Use this teacher").click()
-    b.text("^Teacher theirs.pt, trigger unknown, target unknown, data none").wait_for()
+    b.text("^Teacher theirs.pt, trigger unknown, target unknown, data .*mine").wait_for()
     b.button("Start").click()
     b.text("^ACCunknown").wait_for()
     curves = b.picture("ACC, ASR and losses")

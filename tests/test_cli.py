@@ -34,11 +34,11 @@ def abdlab(*arguments):
     )
 
 
-def test_notebooks_lists_names_parameters_and_defaults():
-    done = abdlab("notebooks")
-    assert done.returncode == 0
+def test_notebooks_lists_names_parameters_and_defaults(here):
+    code, out, _ = here("notebooks")
+    assert code == 0
     for word in ("01_poisoning", "05_abd_ablation", "poison_rate", "quick/digits"):
-        assert word in done.stdout
+        assert word in out
 
 
 @pytest.mark.parametrize(
@@ -56,29 +56,32 @@ def test_notebooks_lists_names_parameters_and_defaults():
         (["report", "no/such/folder"], "there is no folder no/such/folder"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments, sentence, tmp_path, monkeypatch, here
+):
     monkeypatch.chdir(tmp_path)
-    done = abdlab(*arguments)
-    assert done.returncode == 2
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, _, told = here(*arguments, columns=400)
+    assert code == 2
+    assert sentence in told
+    assert "Traceback" not in told
+    assert len(told.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []  # nothing was started
 
 
 def test_report_of_a_folder_without_runs_says_what_to_do(tmp_path):
-    done = abdlab("report", str(tmp_path))
+    done = abdlab("report", str(tmp_path))  # a process of its own, as a user starts it
     assert done.returncode == 2
     assert "abdlab demo" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_report_prints_acc_and_asr_of_every_run(tmp_path):
+def test_report_prints_acc_and_asr_of_every_run(tmp_path, here):
     (tmp_path / "seed0" / "zskt").mkdir(parents=True)
     values = {"label": "zskt", "seed": 0, "acc": 0.9515, "asr": 0.987, "seconds": 12.3}
     (tmp_path / "seed0" / "zskt" / "metrics.json").write_text(json.dumps(values))
-    done = abdlab("report", str(tmp_path))
-    assert done.returncode == 0
-    assert all(word in done.stdout for word in ("seed0/zskt", "95.2", "98.7", "12"))
+    code, out, _ = here("report", tmp_path)
+    assert code == 0
+    assert all(word in out for word in ("seed0/zskt", "95.2", "98.7", "12"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ STOREYS = [
     ["inversion", "suspects"],
     ["purifiers"],
     ["defenses"],
+    ["objectives"],
     ["methods", "values", "train", "train_together", "distill"],
     ["evaluate", "activations", "detectors", "audit"],
     ["paper_presets", "presets", "settings", "checks"],

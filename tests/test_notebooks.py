@@ -11,7 +11,7 @@ import pytest
 from abdlab import batch, load
 from abdlab.runs import Run
 from abdlab.studies import tables
-from abdlab.studies.sentences import outcome
+from abdlab.studies.sentences import outcome, trained_for
 
 TINY = {
     "teacher.epochs": 2,
@@ -138,7 +138,7 @@ def test_04_compares_three_models_side_by_side(walk):
     *_, moved, told = book.cells[-1].outputs[-1]["text"].splitlines()
     assert moved.startswith("The trigger moves most: teacher: channel ")
     assert told == last_line(walk[1]["02"][2]).partition(";")[0] + "."  # the same, without a floor
-    assert figures == {"channel_change", "attention_maps", "grad_cam"}
+    assert figures == {"channel_change", "participation", "attention_maps", "grad_cam"}
     assert list(metrics["largest_change"]) == ["teacher", "ZSKT", "ZSKT+SV+TU"]
     assert set(metrics["grad_cam_classes"]) == {"0"}, "the target"
 
@@ -228,10 +228,28 @@ def test_05_alone_runs_seeds_and_the_control_and_says_its_scales(walk, tmp_path_
 def test_04_alone_asks_each_image_for_its_own_class_when_labels_are_all_to_all(tmp_path):
     overrides = {**TINY, "attack.relabel": "all_to_all"}
     metrics, figures, _ = execute("04", tmp_path, defended="zskt+sr", images=4, overrides=overrides)
-    assert figures == {"channel_change", "attention_maps", "grad_cam"}
+    assert figures == {"channel_change", "participation", "attention_maps", "grad_cam"}
     assert set(metrics["asr"]) == {"zskt", "zskt+sr"}
     labels = load("digits").test_labels[:4].tolist()
     assert metrics["grad_cam_classes"] == [str((label + 1) % 10) for label in labels]
+
+
+@pytest.mark.parametrize(("name", "objective"), [("09", "clamped"), ("10", "trades")])
+def test_09_and_10_put_teachers_beside_each_other(walk, tmp_path, name, objective):
+    root = walk[0] if name == "09" else tmp_path
+    overrides = {**TINY, "trades.steps": 1}
+    labels = ["bounded/teacher"]
+    given = {"objectives": [objective], "methods": labels, "overrides": overrides}
+    metrics, figures, book = execute(name, root, **given)
+    assert figures == {"objectives"}
+    rows = metrics["rows"]
+    assert [(r["objective"], r["label"]) for r in rows] == [
+        (kind, label) for kind in ("none", objective) for label in ("teacher", *labels)
+    ]
+    assert Run(root / objective / "seed0" / "teacher").config["teacher"]["objective"] == objective
+    if name == "10":
+        assert all(0 <= r["adversarial"] <= 1 for r in rows if r["label"] == "teacher")
+    assert last_line(book) == trained_for(rows, labels[-1])
 
 
 def test_every_figure_is_shown_once(walk):

@@ -153,6 +153,32 @@ def test_heatmap_rows_are_layers_sorted_by_change_on_one_scale():
     )
 
 
+def test_participation_is_a_share_of_each_layers_channels():
+    # one of two channels, and four of four
+    change = {"conv1": torch.tensor([0.0, 2.0]), "conv2": torch.ones(4)}
+    ax = plots.participation_figure({"teacher": change, "ZSKT": change})
+    assert [list(line.get_ydata()) for line in ax.lines] == [pytest.approx([0.5, 1.0])] * 2
+    assert labelled(ax)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["teacher", "ZSKT"]
+
+
+def test_objectives_are_groups_of_a_bar_per_method_with_each_seed_a_point():
+    kinds = ("none", "pgd")
+    frame = pd.DataFrame(
+        [
+            {"objective": kind, "label": label, "seed": seed, "acc": 0.5 + 0.25 * seed, "asr": 0.1}
+            for kind in kinds
+            for label in ("teacher", "bounded/teacher")
+            for seed in (0, 1)
+        ]
+    )
+    acc, asr = plots.objectives_figure(frame).axes
+    assert [bar.get_height() for bar in acc.patches[:4]] == pytest.approx([62.5] * 4)
+    assert [bar.get_height() for bar in asr.patches[:4]] == pytest.approx([10.0] * 4)
+    assert [t.get_text() for t in acc.get_xticklabels()] == ["none", "pgd"]
+    assert all(map(labelled, (acc, asr)))
+
+
 def test_ablation_shows_means_spread_and_the_floor():
     frame = pd.DataFrame(
         {

@@ -26,6 +26,7 @@ from abdlab.purifiers import (
     rough_pool,
     save_purified,
     synthetic_pool,
+    unlearn,
 )
 from abdlab.purifiers.bounded import AFTER, ALONE, agreement_curve, choose_k, statistics
 from abdlab.purifiers.clipped import margins
@@ -274,14 +275,32 @@ def test_unlearn_finds_the_planted_backdoor_and_removes_it():
     assert torch.equal(again.fc.weight, made.fc.weight)
 
 
-def test_unlearn_leaves_a_model_without_a_suspect_alone():
+def test_without_a_suspect_the_likeliest_class_is_tried_and_kept_where_it_stays(monkeypatch):
     images, _ = quadrants(64)
     teacher = Planted().eval()
     with torch.no_grad():
-        teacher.fc.weight[0, 0] = 1.0
+        teacher.fc.weight[0, 0] = 1.0  # no backdoor any more
     made = Unlearn().purify(teacher, SHAPE, pool=images)
-    assert made.purified[0]["targets"] == []
-    assert torch.equal(made.fc.weight, teacher.fc.weight)
+    told = made.purified[0]
+    assert told["targets"] == [told["tried"]]
+    assert told["stays"] >= unlearn.STAYS
+    assert torch.equal(made(images).argmax(1), teacher(images).argmax(1))
+    monkeypatch.setattr(unlearn, "STAYS", 1.1)
+    left = Unlearn().purify(teacher, SHAPE, pool=images)
+    assert left.purified[0] | {"targets": [], "triggers": 0, "found": []} == left.purified[0]
+    assert torch.equal(left.fc.weight, teacher.fc.weight)
+    assert not torch.equal(made.fc.weight, teacher.fc.weight)
+
+
+def test_the_share_of_a_class_that_stays():
+    """Of seven images the first network calls five class 1, the second three of them."""
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(2))
+        second.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    images = torch.tensor([[0.0, 1], [0.1, 1], [0.2, 1], [0.8, 1], [0.9, 1], [1, 0], [1, 0.5]])
+    assert unlearn.staying(first, second, images, 1) == pytest.approx(3 / 5)
+    assert unlearn.staying(first, second, images, 0) == 0.0, "two are too few to judge by"
 
 
 def test_synthetic_pool_with_and_without_batch_norm(teacher):

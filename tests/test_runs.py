@@ -11,10 +11,11 @@ from abdlab import students, teachers
 from abdlab.attacks.optimize import trojan
 from abdlab.checkpoint import load_model, read_card
 from abdlab.defenses import SelfRetrospection
+from abdlab.defenses.shuffled_teacher import ShuffledTeacher, shuffled_layers, suspicion
 from abdlab.errors import CheckpointError
-from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
+from abdlab.inspection import shuffle_auc, synthesize, vaccine_of, vaccine_trials
 from abdlab.labels import Label
-from abdlab.runs import Run, config_of, history, table
+from abdlab.runs import Run, config_of, folder_of, history, table
 from abdlab.settings import settings
 from abdlab.stream import HEADLESS, Step, _Board, progress
 from abdlab.students import clean_teacher_control, distill_all, distilled
@@ -677,7 +678,21 @@ def test_vaccines_are_tried_on_both_teachers(control, data):
     )
     assert rows == again
     assert [row["accepted"] for row in strict] == [0, 0]
+    assert [row["picked"] for row in strict] == [None, None]
+    assert all(0 <= row["picked"] <= 1 and row["auc_std"] >= 0 for row in rows)
     assert none == []
+
+
+def test_a_shuffle_is_judged_by_the_order_of_its_scores(wrn):
+    from sklearn.metrics import roc_auc_score
+
+    teacher, (clean, triggered) = wrn(), torch.rand(2, 30, 1, 8, 8)
+    triggered[:5] = clean[:5]  # equal scores count half
+    shuffle = ShuffledTeacher(teacher, shuffled_layers(teacher, 2), 3, torch.Generator())
+    scores = [suspicion(shuffle, teacher, x, reverse=True) for x in (triggered, clean)]
+    wanted = roc_auc_score([0] * 30 + [1] * 30, torch.cat(scores))
+    got = shuffle_auc(shuffle, teacher, clean, triggered, reverse=True)
+    assert got == pytest.approx(wanted, abs=1e-9)
 
 
 def test_a_mix_and_a_photograph_run_by_their_labels(tmp_path, data):
@@ -733,6 +748,22 @@ def test_another_set_of_classes_is_noticed(tmp_path, data):
     other = dataclasses.replace(data, classes=(*data.classes, "new"))
     with pytest.raises(ValueError, match=r"other settings \(classes was"):
         poisoned_teacher(tmp_path, tiny(), other)
+
+
+def test_another_setting_of_any_method_is_refused_before_anything_is_made(tmp_path, data):
+    """Also where a purifier would have run for minutes first."""
+    chosen = tiny(**{"bounded.k": 2.0})
+    for label, wrong in (
+        ("zskt", {"data": {"name": "other"}}),
+        ("bounded/zskt", {"bounded": {"k": 3.0}}),
+        ("bounded/teacher", {"bounded": {"k": 4.0}}),
+    ):
+        root = tmp_path / label.replace("/", "-")
+        folder = folder_of(root, 0, label)
+        Run(folder, wrong)
+        with pytest.raises(ValueError, match="holds a run with other settings"):
+            distill_all(root, chosen, data, ["zskt", "bounded/zskt"], workers=1)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")

@@ -377,7 +377,7 @@ def kernels_under(out):
 def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow, slots):
     path, out = (
         # the blow falls within 0.2 s of the second job's start, a second of its kernel's
-        study_file(tmp_path, parameters={"seconds": 1.5}, grid={"x": [1, 2, 3]}),
+        study_file(tmp_path, parameters={"seconds": 1.5}, grid={"x": [1, 2]}),
         tmp_path / "out",
     )
     process = subprocess.Popen(
@@ -397,7 +397,7 @@ def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path,
         assert "Traceback" not in told
     wait_for(lambda: not kernels_under(out))
     done, before = states(out, "done"), starts(out)
-    assert 1 <= len(done) < 3
+    assert len(done) == 1
     wait_for(lambda: "stopped" in set(studies.status(out)["state"]))
     finished = subprocess.run(
         command(path, "--out", out, "--slots", slots),
@@ -407,9 +407,9 @@ def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "3 of 3 jobs done" in finished.stdout
+    assert "2 of 2 jobs done" in finished.stdout
     assert all(starts(out)[name] == before[name] for name in done)
-    assert sorted(studies.results(out)["acc"]) == [0.1, 0.2, 0.3]
+    assert sorted(studies.results(out)["acc"]) == [0.1, 0.2]
 
 
 def states(out, wanted):
@@ -697,9 +697,19 @@ def test_ray_gives_the_same_numbers_as_local(tiny, by_local, cluster, tmp_path, 
     engine = RayEngine(tmp_path / "out", cluster[0], shared=None if shared else False)
     assert engine.slots == 2
     assert engine.shared == shared  # both nodes see this machine's folder
+    if shared:  # the other one has both jobs, on two nodes
+        tiny = studies.make_study(
+            "05_abd_ablation",
+            parameters={"overrides": TINY, "device": "cpu"},
+            grid={"methods": [["zskt"]]},
+            seeds=[3],
+        )
     frame = studies.sweep(tiny, tmp_path / "out", engine, shipped=not engine.shared)
     assert set(frame["state"]) == {"done"}, frame["error"].tolist()
-    assert numbers(tmp_path / "out") == numbers(by_local)
+    if shared:
+        assert {*numbers(tmp_path / "out")} < {*numbers(by_local)}
+    else:
+        assert numbers(tmp_path / "out") == numbers(by_local)
     assert not [*(tmp_path / "out").glob(".ray-*")]
 
 
@@ -770,19 +780,17 @@ def test_the_live_table_shows_jobs_at_work_first_and_what_failed(notebook):
     assert frame["error"].tolist() == [None, "cell 4: ValueError: [x] is wrong", None, None]
 
 
-def test_bad_arguments_are_one_sentence_and_exit_code_2(notebook, tmp_path):
+def test_bad_arguments_are_one_sentence_and_exit_code_2(notebook, tmp_path, here):
     path = study_file(tmp_path, grid={"x": [1]})
     for words, sentence in (
         ((path, "--engine", "rya"), "unknown engine 'rya': did you mean 'ray'"),
         ((path, "--slots", 0), "--slots is above 0"),
         ((tmp_path / "none.yaml",), "there is no study"),
     ):
-        done = subprocess.run(
-            command(*words), capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 2
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, told = here("sweep", *words)
+        assert code == 2
+        assert sentence in told
+        assert "Traceback" not in told
 
 
 @pytest.mark.parametrize(

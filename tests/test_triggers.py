@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
+from abdlab.attacks.image_wise import image_patch, wanet, warping_field
 from abdlab.attacks.triggers import (
     CORNERS,
     OPTIMISED,
@@ -440,3 +441,61 @@ class TestNames:
     def test_values_out_of_range(self, name, parameter, value):
         with pytest.raises(ValueError, match=parameter):
             Trigger(name, {parameter: value})(grey())
+
+
+def bent(image, field):
+    """Bilinear sampling of one channel, pixel by pixel; places beyond the border are the border."""
+    height, width = image.shape
+    out = torch.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            at = (min(max(x + field[y, x, 0].item(), 0), width - 1),
+                  min(max(y + field[y, x, 1].item(), 0), height - 1))  # fmt: skip
+            left, top = min(int(at[0]), width - 2), min(int(at[1]), height - 2)
+            a, b = at[0] - left, at[1] - top
+            out[y, x] = (1 - b) * ((1 - a) * image[top, left] + a * image[top, left + 1]) + b * (
+                (1 - a) * image[top + 1, left] + a * image[top + 1, left + 1]
+            )
+    return out
+
+
+class TestWarping:
+    def test_against_pixel_by_pixel_sampling(self):
+        images = pictures((2, 2, 7, 9))
+        field = warping_field(7, 9, pixels=1.5, grid=3, pattern_seed=5)
+        expected = torch.stack(
+            [torch.stack([bent(channel, field) for channel in image]) for image in images]
+        )
+        got = wanet(images, pixels=1.5, grid=3, pattern_seed=5)
+        assert torch.allclose(got, expected, atol=1e-5)
+
+    def test_the_control_points_move_by_their_mean_and_lie_on_the_corners(self):
+        drawn = 2 * torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
+        at = warping_field(10, 10, pixels=2.0)[::3, ::3]  # 4 points over 10 pixels
+        assert torch.allclose(at, (2 * drawn / drawn.abs().mean())[0].permute(1, 2, 0), atol=1e-5)
+
+    @pytest.mark.parametrize(("wrong", "named"), [({"pixels": 0}, "pixels"), ({"grid": 1}, "grid")])
+    def test_bad_values(self, wrong, named):
+        with pytest.raises(ValueError, match=named):
+            Trigger("wanet", wrong)(grey())
+
+
+class TestImagePatch:
+    def test_by_hand(self):
+        rng = torch.Generator().manual_seed(3)
+        order = torch.rand(4, 64, generator=rng).argsort(1).tolist()
+        image = pictures((1, 1, 8, 8))
+        levels = [round(255 * v) for v in image.flatten().tolist()]
+        sums = [sum(v if i < 32 else -v for i, v in zip(row, levels, strict=True)) for row in order]
+        expected = image.clone()
+        expected[0, 0, :2, 6:] = torch.tensor(sums).view(2, 2) > 0
+        assert torch.equal(image_patch(image, size=2, corner="top_right", pattern_seed=3), expected)
+
+    def test_every_image_has_its_own_and_all_channels_share_it(self):
+        patches = image_patch(pictures((20, 3, 8, 8)))[..., -4:, -4:]
+        assert (patches == patches[:, :1]).all()
+        assert len({tuple(p.flatten().tolist()) for p in patches}) == 20
+
+    def test_bad_size(self):
+        with pytest.raises(ValueError, match="size"):
+            Trigger("image_patch", {"size": 0})(grey())

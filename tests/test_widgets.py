@@ -66,6 +66,14 @@ TINY = {
 pytestmark = pytest.mark.filterwarnings("ignore::abdlab.WeakTeacher")
 
 
+@pytest.fixture(autouse=True)
+def page():
+    """A page of its own, so that a change of theme draws this test's widgets alone."""
+    looks._page.clear()
+    yield
+    looks._page.clear()
+
+
 @pytest.fixture(scope="session")
 def chosen():
     return settings("quick/digits", TINY, device="cpu")

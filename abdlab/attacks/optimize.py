@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from abdlab.attacks.triggers import Trigger, cosines, pack, paste, trigger_from
+from abdlab.attacks.patches import paste
+from abdlab.attacks.triggers import Trigger, cosines, pack, trigger_from
 from abdlab.data import pick_device
 from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.features import frozen, last_linear, mode, module_at, record

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from abdlab.attacks.image_wise import image_patch, wanet
+from abdlab.attacks.patches import CORNERS as CORNERS
+from abdlab.attacks.patches import paste
 from abdlab.attacks.patterns import pack as pack
 from abdlab.attacks.patterns import unpack
 from abdlab.errors import check_keys, did_you_mean, keywords
-
-CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
 
 
 def badnet_sq(
@@ -278,6 +278,8 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
     "l2_inv": l2_inv,
     "l0_inv": l0_inv,
     "smooth": smooth,
+    "wanet": wanet,
+    "image_patch": image_patch,
 }
 
 #: triggers whose attack keeps the labels (clean-label)
@@ -427,26 +429,3 @@ def _side(size: int | None, images: Tensor, least: int) -> int:
     if size is not None and size < 1:
         raise ValueError(f"size is a side in pixels, at least 1, not {size}")
     return max(least, round(min(images.shape[-2:]) * 3 / 32)) if size is None else size
-
-
-def paste(images: Tensor, patch: Tensor, mask: Tensor, corner: str, margin: int) -> Tensor:
-    """Replace the pixels under ``mask`` (C, h, w) in one corner; a patch larger than
-    the image is cut.
-    """
-    if corner not in CORNERS:
-        raise ValueError(did_you_mean("corner", corner, CORNERS))
-    if margin < 0:
-        raise ValueError(f"margin must not be negative, not {margin}")
-    height, width = images.shape[-2:]
-    h, w = min(patch.shape[-2], height - margin), min(patch.shape[-1], width - margin)
-    if h < 1 or w < 1:
-        raise ValueError(
-            f"a margin of {margin} pixels leaves no room for a trigger on {height}x{width} images"
-        )
-    vertical, horizontal = corner.split("_")
-    bottom, right = vertical == "bottom", horizontal == "right"
-    top = height - margin - h if bottom else margin
-    left = width - margin - w if right else margin
-    around = (left, width - left - w, top, height - top - h)
-    patch, mask = F.pad(patch[..., :h, :w], around), F.pad(mask[..., :h, :w], around)
-    return torch.where(mask > 0, patch.expand_as(images), images)

@@ -5,6 +5,7 @@ One colour per kind of model, everywhere (:mod:`abdlab.plots.colors`). Synthetic
 may leave [0, 1]: they are clamped for display.
 """
 
+from abdlab.plots.attackers import objectives_figure
 from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of, distinct_colors
 from abdlab.plots.confusion import confusion_figure
 from abdlab.plots.curves import ablation_figure, branch_curves, loss_curves, training_curves
@@ -22,6 +23,7 @@ from abdlab.plots.inside import (
     change_heatmaps,
     embedding_figure,
     overlay_figure,
+    participation_figure,
     suspicion_histogram,
 )
 from abdlab.plots.many_runs import many_runs
@@ -47,7 +49,9 @@ __all__ = [
     "loss_curves",
     "many_runs",
     "montage",
+    "objectives_figure",
     "overlay_figure",
+    "participation_figure",
     "picture",
     "prediction_figure",
     "samples_by_class",

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from abdlab.activations import participation
 from abdlab.plots.colors import PALETTE, ROLES, axes_of, class_colors, despine
 from abdlab.plots.images import show
 
@@ -67,6 +68,37 @@ def suspicion_histogram(
         ylabel="density (share of images per unit of score)",
     )
     ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    despine(ax)
+    return ax
+
+
+def participation_figure(
+    changes: Mapping[str, Mapping[str, Tensor]], ax: Axes | None = None
+) -> Axes:
+    """In what share of its channels each layer carries the trigger, a line per model
+    (:func:`abdlab.activations.participation` over the layer's channels).
+
+    Args:
+        changes: model -> layer -> (channels,), of
+            :func:`abdlab.activations.triggered_change`.
+    """
+    ax = axes_of(ax)
+    for i, (name, layers) in enumerate(changes.items()):
+        shares = [participation(change) / len(change) for change in layers.values()]
+        ax.plot(
+            range(1, len(shares) + 1),
+            shares,
+            marker="o",
+            color=ROLES.get(name, PALETTE[i]),
+            label=name,
+        )
+    ax.set(
+        xlabel="convolution, in the order of the network",
+        ylabel="channels that carry the trigger\n(participation ratio, share of the layer)",
+        ylim=(0, 1),
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=8, frameon=False)
     despine(ax)
     return ax
 

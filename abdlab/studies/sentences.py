@@ -68,6 +68,39 @@ def outcome(
     return f"{told[0].upper()}{told[1:]}. {sentence}".strip()
 
 
+def trained_for(rows: pd.DataFrame | Iterable[Mapping], method: str) -> str:
+    """What training a teacher for something does to one method: its ASR (in percent, means
+    over seeds) on teachers trained for their labels alone, and on each other kind.
+
+    Args:
+        rows: columns objective ("none" for labels alone), label, acc, asr (shares).
+        method: a label of the rows.
+
+    >>> trained_for([dict(objective="none", label="bounded/teacher", acc=1.0, asr=0.1),
+    ...              dict(objective="pgd", label="bounded/teacher", acc=0.9, asr=0.8)],
+    ...             "bounded/teacher")
+    'Bounded teacher has ASR 10 % (ACC 100); if trained with pgd, 80 % (ACC 90).'
+
+    Raises:
+        ValueError: where the rows have no such method.
+    """
+    frame = pd.DataFrame(rows)
+    frame = frame[frame["label"] == method] if "label" in frame else frame
+    if frame.empty:
+        raise ValueError(f"no row is of {method!r}")
+    means = frame.groupby("objective", sort=False)[["acc", "asr"]].mean()
+    told = {
+        kind: f"{percent(row['asr'])} % (ACC {percent(row['acc'])})"
+        for kind, row in means.iterrows()
+    }
+    plain = told.pop("none", None)
+    others = ", ".join(f"with {kind}, {said}" for kind, said in told.items())
+    name = name_of(method)
+    parts = [f"has ASR {plain}"] if plain else []
+    parts += [f"if trained {others}"] if others else []
+    return f"{name[0].upper()}{name[1:]} {'; '.join(parts)}."
+
+
 def _pairs(pairs: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
     """One pair by its name, several as their mean."""
     before, after = (pd.DataFrame([pair[i] for pair in pairs]).mean() for i in (1, 2))

@@ -30,6 +30,7 @@ from abdlab.checkpoint import write_atomically
 from abdlab.checks import check_overrides
 from abdlab.errors import check_keys, short
 from abdlab.home import at_home
+from abdlab.objectives import OBJECTIVES
 from abdlab.settings import settings
 from abdlab.threads import threads as todays_threads
 from abdlab.values import check_plain, fits
@@ -57,7 +58,7 @@ MOST_JOBS = 10_000
 _WEEKS = 1e7
 
 #: sections of the settings on which a poisoned teacher depends
-TEACHER_SECTIONS = ("data", "attack", "teacher")
+TEACHER_SECTIONS = ("data", "attack", "teacher", *OBJECTIVES)
 
 
 @dataclass(frozen=True)

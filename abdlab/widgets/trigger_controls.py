@@ -22,6 +22,8 @@ _WORDS = {
     "value": "brightness",
     "frequency": "periods per width",
     "pattern_seed": "pattern",
+    "pixels": "shift (pixels)",
+    "grid": "control points",
 }
 #: parameter -> its tooltip
 _TOLD = {
@@ -32,6 +34,8 @@ _TOLD = {
     "value": "Of its pixels: 0 black, 1 white.",
     "frequency": "Higher is finer.",
     "pattern_seed": "Another number draws another pattern.",
+    "pixels": "How far the image is bent: more is learnt more easily, and seen more easily.",
+    "grid": "Per axis: more bend the image in more places.",
 }
 
 
@@ -68,6 +72,10 @@ def control_of(name: str, key: str, value: Any, side: int) -> w.Widget | None:
         return Dial(value=value, low=1, high=side, step=1, whole=True, **told)
     if key in ("margin", "pattern_seed"):
         return Dial(value=value, high=max(1, side // 2), step=1, whole=True, **told)
+    if key == "pixels":
+        return Dial(value=value, low=0.05, high=side / 4, step=0.05, **told)
+    if key == "grid":
+        return Dial(value=value, low=2, high=side, step=1, whole=True, **told)
     if key == "frequency":
         return Dial(value=value, low=0.5, high=side / 2, step=0.5, **told)
     kind = type(value) if value is not None else _annotated(TRIGGERS[name], key)
