@@ -196,10 +196,12 @@ class Bench:
         """Choose a tab with the keyboard, from inside the one that is open."""
         tabs = self.page.locator(".jupyter-widgets .lm-TabBar-tab")
         self.tab_to(tabs.and_(self.page.locator(".lm-mod-current")).first, "Shift+Tab")
-        for _ in range(4):
-            self.page.keyboard.press("ArrowRight")
-            if name in self.page.evaluate("document.activeElement.textContent"):
-                break
+        here = "document.activeElement.textContent"
+        key = "ArrowRight" if name > self.page.evaluate(here) else "ArrowLeft"
+        while name not in self.page.evaluate(here):
+            before = self.page.evaluate(here)
+            self.page.keyboard.press(key)
+            assert self.page.evaluate(here) != before, f"{key} does not leave {before}"
         self.page.keyboard.press("Enter")
         self.page.locator(".lm-TabBar-tab.lm-mod-current", has_text=name).wait_for()
 
