@@ -190,7 +190,9 @@ class SampleExplorer(w.VBox):
     # --- opening a run
 
     def refresh(self) -> None:
-        """Look for runs with samples again; the newest is opened when none is open."""
+        """Look for runs with samples again; the newest is opened when none is open, but
+        rather a student's than the floor's, which may be newer.
+        """
         found = sorted(
             (p.parent for p in self.root.rglob("samples.safetensors")),
             key=lambda p: p.stat().st_mtime,
@@ -201,12 +203,13 @@ class SampleExplorer(w.VBox):
             for p in found
             if (p / "config.json").exists() and p.parent.name.startswith("seed")
         ]
-        kept = self.run.value
+        kept, floor = self.run.value, {n for n in names if n.endswith("/clean")}
+        opened = [n for n in names if n not in floor] or names
         looks.say(self.empty, "" if names else EMPTY, "empty")
         self._body.layout.display = "" if names else "none"
         self._quiet = True
         self.run.options = names
-        self.run.value = kept if kept in names else (names[0] if names else None)
+        self.run.value = kept if kept in names else next(iter(opened), None)
         self._quiet = False
         self._open()
 
