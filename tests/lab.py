@@ -193,9 +193,11 @@ class Bench:
         raise AssertionError(f"{key} does not reach {what}; it is at {active}")
 
     def go_to(self, name):
-        """Choose a tab with the keyboard, from inside the one that is open."""
+        """Choose a tab with the keyboard, from inside the one that is open: Tab comes to the
+        tab that had the focus last, arrows go on from it.
+        """
         tabs = self.page.locator(".jupyter-widgets .lm-TabBar-tab")
-        self.tab_to(tabs.and_(self.page.locator(".lm-mod-current")).first, "Shift+Tab")
+        self.tab_to(tabs.and_(self.page.locator("[tabindex='0']")).first, "Shift+Tab")
         here = "document.activeElement.textContent"
         key = "ArrowRight" if name > self.page.evaluate(here) else "ArrowLeft"
         while name not in self.page.evaluate(here):

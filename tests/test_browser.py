@@ -161,7 +161,8 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.button("Export the selection").click()
     b.text("images exported to").wait_for()
 
-    b.go_to("2 Defense")  # from here on, the keyboard alone
+    b.button("Export the selection").focus()  # from here on, the keyboard alone
+    b.go_to("2 Defense")
     b.tab_to(b.slider("SV: alpha"))
     b.page.keyboard.press("ArrowRight")
     b.tab_to(b.button("Start"), "Shift+Tab")
