@@ -190,9 +190,7 @@ class SampleExplorer(w.VBox):
     # --- opening a run
 
     def refresh(self) -> None:
-        """Look for runs with samples again; the newest is opened when none is open, but
-        rather a student's than the floor's, which may be newer.
-        """
+        """Look for runs with samples again; where none is open, the newest that is no floor."""
         found = sorted(
             (p.parent for p in self.root.rglob("samples.safetensors")),
             key=lambda p: p.stat().st_mtime,
@@ -203,8 +201,8 @@ class SampleExplorer(w.VBox):
             for p in found
             if (p / "config.json").exists() and p.parent.name.startswith("seed")
         ]
-        kept, floor = self.run.value, {n for n in names if n.endswith("/clean")}
-        opened = [n for n in names if n not in floor] or names
+        kept = self.run.value
+        opened = [n for n in names if not n.endswith("/clean")] or names
         looks.say(self.empty, "" if names else EMPTY, "empty")
         self._body.layout.display = "" if names else "none"
         self._quiet = True
