@@ -138,8 +138,8 @@ def distillation(
     teacher = purified_teacher(root, chosen, data, teacher, label.purifiers)
     student, active = chosen.student(data), chosen.defenses(*label.defenses)
     source = chosen.source(label.source, data)
-    folder = folder or label.folder
-    run = Run(Path(root) / f"seed{chosen.seed}" / folder, _config(chosen, data, label))
+    path = Path(root) / f"seed{chosen.seed}" / (folder or label.folder)
+    run = Run(path, _config(chosen, data, label))
     exam, every = chosen.exam(data), max(1, len(source) // max(1, exams))
     forks = chosen.forks(label, len(source))
     if resume_from is None and folder is None:

@@ -207,6 +207,8 @@ def command(folder, *words):
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["abdlab", *map(str, words)]),
         mock.patch.object(batch, "run_kernel", side_effect=AssertionError("started")),
+        # tests/test_forecast.py times steps; here every run is too short for that
+        mock.patch.object(sys.modules["abdlab.forecast"], "WORTH", 10**6),
         pytest.raises(SystemExit) as done,
     ):
         cli.main()

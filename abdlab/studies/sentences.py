@@ -79,7 +79,7 @@ def trained_for(rows: pd.DataFrame | Iterable[Mapping], method: str) -> str:
     >>> trained_for([dict(objective="none", label="bounded/teacher", acc=1.0, asr=0.1),
     ...              dict(objective="pgd", label="bounded/teacher", acc=0.9, asr=0.8)],
     ...             "bounded/teacher")
-    'Bounded teacher has ASR 10 % (ACC 100); if trained with pgd, 80 % (ACC 90).'
+    'Bounded/teacher has ASR 10 % (ACC 100); if trained with pgd, 80 % (ACC 90).'
 
     Raises:
         ValueError: where the rows have no such method.
