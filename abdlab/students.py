@@ -168,7 +168,7 @@ def distillation(
 
 def _config(chosen: Settings, data: Dataset, label: Label) -> dict:
     """What the config.json of a method's run says, or of a purified teacher's."""
-    own = label.defenses
+    own = ()
     if label.source != TEACHER:
         own = ("student", *chosen.sections(label.source), *label.defenses)
     return config_of(chosen, data, "data", "attack", "teacher", *own, *label.purifiers)

@@ -43,7 +43,7 @@ WITNESSES = 4
 
 #: and the copy must still predict at least this share of them as the class. Of digits
 #: teachers a target kept .83 (badnet_sq) and .71 (trojan_wm), and .04 of a third whose
-#: images all carry the trigger; the likeliest class of clean teachers 0, 0, 0 and .26
+#: images all carry the trigger; the likeliest class of five clean teachers 0 to .35
 #: (notebooks/studies/tuning_purifiers.md).
 STAYS = 0.5
 
