@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from abdlab.labels import name_of
@@ -18,6 +17,8 @@ def objectives_figure(frame: pd.DataFrame) -> Figure:
     Args:
         frame: columns objective, label, acc, asr (shares in [0, 1]).
     """
+    import seaborn as sns
+
     shown = frame.assign(method=[name_of(label) for label in frame["label"]])
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     palette = PALETTE[: shown["method"].nunique()]
