@@ -28,7 +28,7 @@ from abdlab.settings import SECTIONS, settings
 
 def abdlab(*arguments):
     return subprocess.run(
-        [sys.executable, "-c", "from abdlab.cli import main; main()", *arguments],
+        [sys.executable, "-m", "abdlab", *arguments],
         capture_output=True,
         text=True,
     )

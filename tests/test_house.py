@@ -59,7 +59,7 @@ STOREYS = [
     ["inspection", "plots", "defend"],
     ["studies", "batch"],
     ["widgets"],
-    ["cli", "cli_report", "cli_audit", "cli_plan"],
+    ["cli", "cli_report", "cli_audit", "cli_plan", "__main__"],
 ]
 #: what only the outermost rooms may import
 HEAVY = {"papermill", "ray", "seaborn", "ipywidgets", "anywidget", "IPython", "nbclient"}
