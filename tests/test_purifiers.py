@@ -275,6 +275,18 @@ def test_unlearn_finds_the_planted_backdoor_and_removes_it():
     assert torch.equal(again.fc.weight, made.fc.weight)
 
 
+def test_a_part_of_the_way_is_a_straight_line_between_the_weights():
+    images, _ = quadrants(64)
+    teacher = Planted().eval()
+    whole, part = (
+        Unlearn(rounds=1, steps=5, lr=3e-2, way=way).purify(teacher, SHAPE, pool=images, seed=0)
+        for way in (1.0, 0.25)
+    )
+    was, end = teacher.fc.weight, whole.fc.weight
+    assert not torch.equal(was, end)
+    assert torch.allclose(part.fc.weight, was + 0.25 * (end - was))
+
+
 def test_without_a_suspect_the_likeliest_class_is_tried_and_kept_where_it_stays(monkeypatch):
     images, _ = quadrants(64)
     teacher = Planted().eval()
@@ -348,6 +360,7 @@ def test_beyond_counts_what_a_bound_would_change():
         (lambda: CLP(u=-1.0), "above 0, not -1.0"),
         (lambda: Unlearn(rounds=0), "at least 1"),
         (lambda: Unlearn(natural=0.0), "factor above 0"),
+        (lambda: Unlearn(way=0.0), "share above 0, at most 1, not 0.0"),
         (lambda: Clipped(steps=0), "at least 1"),
         (lambda: bound(GroupNet(), 2.0), "no batch norm"),
     ],
