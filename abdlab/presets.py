@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abdlab.paper_presets import (
+    CIFAR10_PURIFIERS,
     FASTDFKD,
     PAPER,
     PAPER_CLEAN,
@@ -167,6 +168,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # with inverted triggers.
     "reduced/cifar10": {
         "data": {"name": "cifar10"},
+        **CIFAR10_PURIFIERS,
         "attack": {"trigger": "badnet_sq", "rate": 0.1, "target": 0},  # [paper]
         "teacher": {
             "model": "wrn-16-1",  # [paper] wrn-16-2
@@ -195,9 +197,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "synthesis_batch": 64,  # [paper] 256
         },
         "zskt": {**PAPER_ZSKT, "pseudo_batches": 300},  # [paper] 80,000
-        # two teachers, 800 images: badnet_sq 73.9/2.3 (70.7/0.7 without way, 78.7/92.8
-        # before), blend 73.2/1.3 (63.7/4.1, 78.5/100)
-        "unlearn": {"lr": 1e-4, "way": 0.7},
         # not yet measured at this size
         "fastdfkd": {
             **FASTDFKD,
