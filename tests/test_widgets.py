@@ -1181,10 +1181,17 @@ class TestLooks:
 
     def test_a_change_of_theme_draws_anew(self, finished):
         explorer = SampleExplorer(finished, "cpu")
-        before = explorer.histogram.png
+        themed = next(c for c in explorer.children if isinstance(c, looks.Themed))
+        light = explorer.histogram.png
         looks.page().dark = True
         try:
-            assert explorer.histogram.png != before
+            dark = explorer.histogram.png
+            assert dark != light
+            themed.gone = True  # a cell that is run again throws its old output away
+            looks.page().dark = False
+            assert explorer.histogram.png == dark
+            themed.gone = False  # the same widget is shown again
+            assert explorer.histogram.png == light
         finally:
             looks.page().dark = False
 

@@ -19,6 +19,7 @@ from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.inspection import MAPPED, Known, inspect_run, map_points
+from abdlab.labels import FLOOR
 from abdlab.widgets import looks
 from abdlab.widgets import sample_figures as figures
 from abdlab.widgets.experiment import who
@@ -177,7 +178,7 @@ class SampleExplorer(w.VBox):
         self.grid.on_pick(self._on_grid)
         self.histogram.on_pick(self._on_histogram)
         self.map.on_pick(self._on_map)
-        looks.page().observe(heard(self._redraw), "dark")
+        looks.follow_theme(self, heard(self._redraw))
         self.refresh()
 
     @property
@@ -202,7 +203,7 @@ class SampleExplorer(w.VBox):
             if (p / "config.json").exists() and p.parent.name.startswith("seed")
         ]
         kept = self.run.value
-        opened = [n for n in names if not n.endswith("/clean")] or names
+        opened = [n for n in names if not n.endswith(f"/{FLOOR}")] or names
         looks.say(self.empty, "" if names else EMPTY, "empty")
         self._body.layout.display = "" if names else "none"
         self._quiet = True
