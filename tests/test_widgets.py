@@ -43,6 +43,7 @@ from abdlab.widgets.branches import method_of, next_folder, parent_of
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 from abdlab.widgets.live import Live
+from abdlab.widgets.messages import in_turn
 
 TINY = {
     "data.size": 8,
@@ -1170,6 +1171,27 @@ class TestQueue:
         queue.wait(60)
         assert (queue.state, queue.setting.disabled) == ("stopped", False)
         assert "goes on with what is not done" in queue.status.value
+
+
+class TestMessages:
+    def test_what_a_page_tells_is_answered_one_after_another(self):
+        inside, most = [], []
+
+        @in_turn
+        def answer(again):
+            inside.append(again)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+            if again:
+                answer(False)  # an answer may change what tells more
+
+        threads = [threading.Thread(target=answer, args=(True,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert most == [1] * 6
 
 
 class TestLooks:

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from abdlab.plots import picture
+from abdlab.widgets.messages import one_at_a_time
 
 _HERE = Path(__file__).parent
 #: matplotlib's state is the process's: a run's thread and a click must not draw at once
@@ -68,6 +69,7 @@ def page() -> Page:
     """The one page of this kernel."""
     if not _page:
         _page.append(Page())
+        one_at_a_time()
     return _page[0]
 
 
