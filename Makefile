@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lab lint format bench bench-report pictures gpu quick-preset triggers book clean
+.PHONY: demo test lab lint format bench bench-report journeys pictures gpu quick-preset triggers book clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make format        mend style"
 	@echo "make bench         measure speed and memory against the naive formulas, and what sweeps and widgets cost"
 	@echo "make bench-report  the former alone, into tests/benchmarks/README.md: on an idle machine, please"
+	@echo "make journeys      the workbench's journeys in a real browser, ROUNDS=3 times in a row: red at the first that fails"
 	@echo "make pictures      take the README's pictures of the workbench anew, and measure how long it lets one wait"
 	@echo "make gpu           what a GPU is wanted for, in 9 minutes: DATA=cifar10-jpeg.tar.xz [INTO=runs/gpu] [SECONDS=520]"
 	@echo "make quick-preset  the figures of the quick preset: seeds 23, 24, 25"
@@ -50,6 +51,13 @@ bench: $(READY)
 
 bench-report: $(READY)
 	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s -k 'not sweep and not designer and not workbench_long'
+
+ROUNDS ?= 3
+journeys: $(READY)
+	for round in $$(seq $(ROUNDS)); do \
+		echo "round $$round of $(ROUNDS)"; \
+		$(BIN)/python -m pytest -x --durations=0 -m 'slow or benchmark' -k 'not queue' tests/test_browser.py tests/benchmarks/test_journeys.py tests/benchmarks/test_workbench_long.py || exit 1; \
+	done
 
 pictures: $(READY)
 	$(BIN)/python tests/pictures.py

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from abdlab import checks
 from abdlab.errors import did_you_mean, short
 from abdlab.home import HOME, home
-from abdlab.labels import Label
+from abdlab.labels import FLOOR, Label
 from abdlab.processes import is_gone, owner
 from abdlab.settings import SOURCES, Settings, settings
 from abdlab.stream import HEADLESS
@@ -222,7 +222,7 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         for part in (full["source"], *full["defenses"]):
             check_plain("defenses", part)
         labels = [
-            "clean",
+            FLOOR,
             str(full["source"]),
             "+".join(map(str, (full["source"], *full["defenses"]))),
         ]
@@ -242,7 +242,7 @@ def settings_of(full: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         if not isinstance(label, str):
             raise ValueError(f"a method is a text such as 'zskt+sv', not {short(label)}")
     # without labelled images our notebooks leave out what learns from them
-    return chosen, [x for x in dict.fromkeys(labels) if chosen.labelled or x != "clean"]
+    return chosen, [x for x in dict.fromkeys(labels) if chosen.labelled or x != FLOOR]
 
 
 def _is_ours(name: str, default: Any) -> bool:

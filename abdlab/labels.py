@@ -12,8 +12,11 @@ GRAMMAR = "purifier+purifier/source+defense+defense, such as zskt+sv+sr or bound
 #: the source of a label that names a teacher itself, plain or purified: bounded/teacher
 TEACHER = "teacher"
 
+#: the source that needs real data: its students are the floor, and this is their folder
+FLOOR = "clean"
+
 #: how figures and tables name models that are no plain method
-_SPOKEN = {TEACHER: "teacher", "clean": "clean KD"}
+_SPOKEN = {TEACHER: "teacher", FLOOR: "clean KD"}
 
 #: one part: a registered name, or an import path my_pkg.mine:Noise
 _PART = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?")

@@ -43,6 +43,7 @@ from abdlab.widgets.branches import method_of, next_folder, parent_of
 from abdlab.widgets.controls import Controls
 from abdlab.widgets.knobs import Knobs, check_branch, knobs_of
 from abdlab.widgets.live import Live
+from abdlab.widgets.messages import in_turn
 
 TINY = {
     "data.size": 8,
@@ -1172,6 +1173,27 @@ class TestQueue:
         assert "goes on with what is not done" in queue.status.value
 
 
+class TestMessages:
+    def test_what_a_page_tells_is_answered_one_after_another(self):
+        inside, most = [], []
+
+        @in_turn
+        def answer(again):
+            inside.append(again)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+            if again:
+                answer(False)  # an answer may change what tells more
+
+        threads = [threading.Thread(target=answer, args=(True,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert most == [1] * 6
+
+
 class TestLooks:
     def test_figures_are_drawn_in_the_themes_ink(self):
         drawn = looks.figure(2, 1)
@@ -1181,10 +1203,17 @@ class TestLooks:
 
     def test_a_change_of_theme_draws_anew(self, finished):
         explorer = SampleExplorer(finished, "cpu")
-        before = explorer.histogram.png
+        themed = next(c for c in explorer.children if isinstance(c, looks.Themed))
+        light = explorer.histogram.png
         looks.page().dark = True
         try:
-            assert explorer.histogram.png != before
+            dark = explorer.histogram.png
+            assert dark != light
+            themed.gone = True  # a cell that is run again throws its old output away
+            looks.page().dark = False
+            assert explorer.histogram.png == dark
+            themed.gone = False  # the same widget is shown again
+            assert explorer.histogram.png == light
         finally:
             looks.page().dark = False
 

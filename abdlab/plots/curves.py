@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abdlab.labels import in_order, name_of
+from abdlab.labels import FLOOR, in_order, name_of
 from abdlab.plots.colors import ROLES, axes_of, color_of, despine, distinct_colors
 from abdlab.plots.run_words import marks
 
@@ -150,7 +150,7 @@ def ablation_figure(results: pd.DataFrame) -> Figure:
         results: one row per method and seed, columns label, seed, acc, asr (shares).
     """
     order = in_order(results["label"])
-    floor = pd.to_numeric(results.loc[results["label"] == "clean", "asr"]).mean()
+    floor = pd.to_numeric(results.loc[results["label"] == FLOOR, "asr"]).mean()
     figure, axes = plt.subplots(
         1, 2, figsize=(10.5, 0.5 * len(order) + 1.4), layout="constrained", sharey=True
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from abdlab.labels import in_order, name_of
+from abdlab.labels import FLOOR, TEACHER, in_order, name_of
 from abdlab.plots.colors import color_of, distinct_colors
 from abdlab.plots.run_words import Shown, legends, marks, same_but_seed
 
@@ -36,7 +36,7 @@ _WHO = "%{fullData.name}<br>"
 _PANELS, _LINE = 400, 19
 #: between two panels, as a share of the figure
 _GAP = 0.06
-_REFERENCES = {"teacher": "dash", "clean": "dot"}
+_REFERENCES = {TEACHER: "dash", FLOOR: "dot"}
 
 
 def views_of(runs: Sequence[Shown]) -> list[str]:
@@ -351,7 +351,7 @@ def _by_label(references: Sequence[Shown]) -> Iterator[tuple[str, str, list[Show
         for root in roots:
             found = [r for r in kept if (r.label, PurePath(r.name).parent.parent) == (label, root)]
             where = "/".join(root.parts[:2])
-            name = "clean KD (floor)" if label == "clean" else name_of(label)
+            name = "clean KD (floor)" if label == FLOOR else name_of(label)
             if found:
                 yield label, f"{name} in {where}" if where and len(roots) > 1 else name, found
 

@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abdlab.labels import name_of
+from abdlab.labels import FLOOR, TEACHER, name_of
 from abdlab.plots.colors import axes_of as _axes
 from abdlab.plots.colors import color_of
 from abdlab.studies.job import label_of
@@ -27,7 +27,7 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
         results: what :func:`abdlab.studies.results.results` returns.
         defense: by default the one with the most parts among those that were run.
     """
-    students = _models(results[~results["source"].isin(["teacher", "clean"])])
+    students = _models(results[~results["source"].isin([TEACHER, FLOOR])])
     parts = {
         defense: len(label_of(label).parts)
         for defense, label in zip(students["defense"], students["label"], strict=True)
@@ -90,13 +90,13 @@ def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
             100 * part["asr"],
             color=color_of(label),
             marker=markers[part["source"].iloc[0]],
-            s=90 if label == "clean" else 42,
+            s=90 if label == FLOOR else 42,
             alpha=0.85,
             edgecolor="white",
             linewidth=0.6,
             label=name_of(label),
         )
-    front = pareto_front(students[students["label"] != "clean"])
+    front = pareto_front(students[students["label"] != FLOOR])
     if len(front) > 1:
         ax.plot(
             100 * front["acc"],
@@ -120,7 +120,7 @@ def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def _markers(sources: Iterable[str]) -> dict[str, str]:
     """A marker per source, clean KD's is a star."""
     shapes = itertools.cycle("os^DvPX<>")
-    return {source: "*" if source == "clean" else next(shapes) for source in dict.fromkeys(sources)}
+    return {source: "*" if source == FLOOR else next(shapes) for source in dict.fromkeys(sources)}
 
 
 def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
@@ -135,7 +135,7 @@ def sensitivity_figure(results: pd.DataFrame, axis: str) -> Figure:
             f"{axis} is no numeric axis of this study: its columns are"
             f" {', '.join(map(str, results.columns))}"
         )
-    students = _models(results[~results["label"].isin(["teacher", "clean"])], axis)
+    students = _models(results[~results["label"].isin([TEACHER, FLOOR])], axis)
     markers = _markers(students["source"])
     dashes = dict(zip(markers, itertools.cycle(["-", "--", ":", "-."])))
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", sharex=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor
 
-from abdlab.labels import TEACHER, Label, name_of
+from abdlab.labels import FLOOR, TEACHER, Label, name_of
 from abdlab.studies.job import label_of
 from abdlab.threads import mixed
 
@@ -44,7 +44,7 @@ def outcome(
         frame = frame.drop_duplicates(["label", "model", *by])
     labels = frame["label"].map(label_of)
     frame = frame.assign(source=[label.source for label in labels])
-    pupils = frame[~frame["source"].isin([TEACHER, "clean", "clean_teacher"])]
+    pupils = frame[~frame["source"].isin([TEACHER, FLOOR, "clean_teacher"])]
     pairs = []
     for _, part in pupils.groupby([*by, "source"], dropna=False, sort=False):
         means = part.groupby("label", sort=False)[["acc", "asr"]].mean()
@@ -60,7 +60,7 @@ def outcome(
             f"{name_of(label)} has {_scores(part[['acc', 'asr']].mean())}"
             for label, part in shown.groupby("label", sort=False)
         )
-    floor = frame.loc[frame["source"] == "clean", "asr"].mean()
+    floor = frame.loc[frame["source"] == FLOOR, "asr"].mean()
     told += f"; the floor is {percent(floor)} %" if floor == floor and len(pupils) else ""
     seeds = frame["seed"].nunique()
     told += f" (means of {seeds} seeds)" if seeds > 1 else ""

@@ -13,6 +13,7 @@ from abdlab.data import Dataset
 from abdlab.defenses.plans import tune
 from abdlab.errors import short
 from abdlab.home import at_home
+from abdlab.labels import FLOOR
 from abdlab.presets import METHOD
 from abdlab.runs import Run
 from abdlab.settings import Settings
@@ -36,7 +37,7 @@ _WEAK = 0.9
 #: one with less has next to none: it asks before a student is distilled
 USELESS = 0.5
 #: what gets ready -> whose ACC and ASR are shown meanwhile
-_OWNERS = {"clean_teacher": "clean teacher", "clean": "clean KD"}
+_OWNERS = {"clean_teacher": "clean teacher", FLOOR: "clean KD"}
 
 
 class DefenseTuner(NextRun):
@@ -263,7 +264,7 @@ class DefenseTuner(NextRun):
 
         def tell(_: str, step: Step) -> None:
             worker.wait()
-            self.live.say(f"Then {GETTING_READY['clean']}: {step.index} of {step.total}.")
+            self.live.say(f"Then {GETTING_READY[FLOOR]}: {step.index} of {step.total}.")
 
         return tell
 

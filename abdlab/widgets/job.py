@@ -11,7 +11,7 @@ from torch import nn
 
 from abdlab.checkpoint import read_card
 from abdlab.data import Dataset
-from abdlab.labels import Label
+from abdlab.labels import FLOOR, Label
 from abdlab.runs import Run
 from abdlab.settings import Settings
 from abdlab.stream import Step
@@ -24,7 +24,7 @@ from abdlab.widgets.knobs import check_branch
 GETTING_READY = {
     "teacher": "the teacher",
     "clean_teacher": "a clean teacher to optimise the trigger against",
-    "clean": "clean KD, the floor",
+    FLOOR: "clean KD, the floor",
 }
 
 
@@ -87,13 +87,13 @@ class Job:
     @property
     def floor_is_there(self) -> bool:
         """Whether clean KD has been distilled already."""
-        return (self.place.parent / "clean" / "metrics.json").exists()
+        return (self.place.parent / FLOOR / "metrics.json").exists()
 
     def floor(
         self, ready: Settings, data: Dataset, teacher: nn.Module, tell: Callable[[str, Step], None]
     ) -> float | None:
         """The clean-KD student's ASR as a share."""
-        return distilled(self.root, ready, data, teacher, "clean", tell=tell)[1].get("asr")
+        return distilled(self.root, ready, data, teacher, FLOOR, tell=tell)[1].get("asr")
 
     def begin(self, ready: Settings, data: Dataset, teacher: nn.Module, exams: int) -> Distillation:
         """The run as a stream. A branch takes its trunk's checkpoint, history and

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import anywidget
 import ipywidgets as w
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from abdlab.plots import picture
+from abdlab.widgets.messages import one_at_a_time
 
 _HERE = Path(__file__).parent
 #: matplotlib's state is the process's: a run's thread and a click must not draw at once
@@ -67,7 +69,40 @@ def page() -> Page:
     """The one page of this kernel."""
     if not _page:
         _page.append(Page())
+        one_at_a_time()
     return _page[0]
+
+
+class Themed(anywidget.AnyWidget):
+    """Redraws for the page's theme for as long as a page shows what it is part of: an
+    output that a rerun cell threw away lets go. Draws nothing.
+
+    Traits:
+        gone: whether every view that a page had of it is gone; False before the first.
+    """
+
+    _esm = _HERE / "themed.js"
+    key = t.Unicode().tag(sync=True)
+    gone = t.Bool(False).tag(sync=True)
+
+    def __init__(self, redraw: Callable[..., Any]):
+        self._redraw = redraw
+        super().__init__(key=uuid4().hex)
+        self._drawn_dark = page().dark
+        page().observe(self._draw, "dark")
+
+    def _draw(self, _change=None) -> None:
+        self._drawn_dark = page().dark
+        self._redraw()
+
+    @t.observe("gone")
+    def _turn(self, _change) -> None:
+        if self.gone:
+            page().unobserve(self._draw, "dark")
+            return
+        page().observe(self._draw, "dark")
+        if self._drawn_dark != page().dark:
+            self._draw()
 
 
 class Picture(anywidget.AnyWidget):
@@ -314,6 +349,11 @@ def scores(pairs: Sequence[tuple[str, str]]) -> str:
 def percent(share: float | None) -> str:
     """A share as a percentage; an en dash where there is none."""
     return "–" if share is None or share != share else f"{share:.1%}"
+
+
+def follow_theme(widget: w.Box, redraw: Callable[..., Any]) -> None:
+    """Call ``redraw()`` at a change of the theme while a page shows the widget."""
+    widget.children = (*widget.children, Themed(redraw))
 
 
 def dress(widget: w.DOMWidget) -> None:

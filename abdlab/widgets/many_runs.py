@@ -20,14 +20,14 @@ import ipywidgets as w
 
 from abdlab.checkpoint import write_atomically
 from abdlab.home import at_home
-from abdlab.labels import TEACHER
+from abdlab.labels import FLOOR, TEACHER
 from abdlab.plots.many_runs import END, many_runs, views_of
 from abdlab.plots.run_words import Shown, csv_of
 from abdlab.runs import Run
 from abdlab.widgets import looks
 
 #: what stands beside students as level lines
-_REFERENCES = (TEACHER, "clean")
+_REFERENCES = (TEACHER, FLOOR)
 #: folder below the root that tables go to
 EXPORTS = "exports"
 #: plotly's own buttons over the figure: none that sends anything anywhere
@@ -102,7 +102,7 @@ class ManyRuns(w.VBox):
         super().__init__([self.trouble, self._card])
         for control in self._controls:
             control.observe(heard(self.draw), "value")
-        looks.page().observe(heard(self.draw), "dark")
+        looks.follow_theme(self, heard(self.draw))
         self._card.layout.display = "none"
 
     @staticmethod

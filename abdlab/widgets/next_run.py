@@ -113,7 +113,7 @@ class NextRun(w.VBox):
         self.origin.observe(heard(self._choose), "value")
         self.compared.runs.observe(heard(self._show_compared), "value")
         self.observe(heard(self._show_state), "state")
-        looks.page().observe(heard(self._redraw), "dark")
+        looks.follow_theme(self, heard(self._redraw))
 
     def knob(self, name: str) -> w.Widget:
         """The control of one setting of the method's defenses, such as "sv.alpha".

@@ -135,7 +135,7 @@ class RunBrowser(w.VBox):
         for control in (self.text, self.method, self.least_acc, self.most_asr):
             control.observe(heard(self._filter), "value")
         self.rows.observe(heard(self._show_sides), "chosen")
-        looks.page().observe(heard(self._show_sides), "dark")
+        looks.follow_theme(self, heard(self._show_sides))
         heard(self.refresh)()
 
     def refresh(self) -> None:

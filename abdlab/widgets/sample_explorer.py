@@ -19,6 +19,7 @@ from abdlab.checkpoint import CheckpointError, save_state, write_atomically
 from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.inspection import MAPPED, Known, inspect_run, map_points
+from abdlab.labels import FLOOR
 from abdlab.widgets import looks
 from abdlab.widgets import sample_figures as figures
 from abdlab.widgets.experiment import who
@@ -68,7 +69,7 @@ class SampleExplorer(w.VBox):
         self._datasets: dict[str, Dataset | None] = {}
         self._quiet, self._points, self._mapped = False, None, np.array([], int)
         self._boxes: dict[str, tuple[float, float, float, float]] = {}
-        style, wide = {"description_width": "90px"}, w.Layout(width="330px")
+        style, wide = {"description_width": "108px"}, w.Layout(width="340px")
         self.run = w.Dropdown(options=[], description="run", style=style, layout=wide)
         self.time = w.SelectionSlider(
             options=["-"], description="step", style=style, layout=wide, continuous_update=False
@@ -177,7 +178,7 @@ class SampleExplorer(w.VBox):
         self.grid.on_pick(self._on_grid)
         self.histogram.on_pick(self._on_histogram)
         self.map.on_pick(self._on_map)
-        looks.page().observe(heard(self._redraw), "dark")
+        looks.follow_theme(self, heard(self._redraw))
         self.refresh()
 
     @property
@@ -202,7 +203,7 @@ class SampleExplorer(w.VBox):
             if (p / "config.json").exists() and p.parent.name.startswith("seed")
         ]
         kept = self.run.value
-        opened = [n for n in names if not n.endswith("/clean")] or names
+        opened = [n for n in names if not n.endswith(f"/{FLOOR}")] or names
         looks.say(self.empty, "" if names else EMPTY, "empty")
         self._body.layout.display = "" if names else "none"
         self._quiet = True
@@ -271,6 +272,10 @@ class SampleExplorer(w.VBox):
         begin = (self.page.value - 1) * PAGE
         self.shown = passing.index[begin : begin + PAGE].tolist()
         self._draw_grid()
+        self._say(passing)
+        self.time.disabled = self.all_steps.value
+
+    def _say(self, passing: pd.DataFrame) -> None:
         text = (
             f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange"
             " frames); the enlarged one has a blue frame."
@@ -278,15 +283,11 @@ class SampleExplorer(w.VBox):
         if figures.column_is_missing(passing, ORDERS[self.order.value][0]):
             text = "This run has no student yet that could disagree. " + text
         looks.say(self.said, text, "quiet")
-        self.time.disabled = self.all_steps.value
 
     def _draw_grid(self) -> None:
         chosen = set(self.selected)
-        marks = {
-            place: plots.ROLES["selected"]
-            for place, number in enumerate(self.shown)
-            if number in chosen
-        }
+        framed = [place for place, number in enumerate(self.shown) if number in chosen]
+        marks = dict.fromkeys(framed, plots.ROLES["selected"])
         if self.enlarged in self.shown:
             marks[self.shown.index(self.enlarged)] = plots.ROLES["looked at"]
         self.grid.png = (
@@ -321,11 +322,8 @@ class SampleExplorer(w.VBox):
             f"suspicion {facts['suspicion']:.2f}",
             f"teacher's confidence {facts['confidence']:.1%}",
         ]
-        parts += (
-            [f"disagreement {facts['disagreement']:.3g} nats"]
-            if facts["disagreement"] == facts["disagreement"]
-            else []
-        )
+        if facts["disagreement"] == facts["disagreement"]:  # a run may have no student yet
+            parts.append(f"disagreement {facts['disagreement']:.3g} nats")
         self.detail.alt = f"image {number}: " + ", ".join(parts)
         looks.say(self.said, self.detail.alt[0].upper() + self.detail.alt[1:] + ".", "quiet")
 
@@ -337,7 +335,7 @@ class SampleExplorer(w.VBox):
         """
         if self.known is not None:
             self.order.value, self.all_steps.value = next(iter(ORDERS)), True
-            scores = self.known.table["suspicion"]
+            scores = self.table["suspicion"]
             line = scores.mean() - 3 * scores.std(ddof=0)
             self._range_to(self.range.min, line if (scores < line).any() else scores.quantile(0.02))
 
@@ -367,6 +365,7 @@ class SampleExplorer(w.VBox):
             self._first_page()
         else:
             self._draw_grid()
+            self._say(self._passing())
         self._histogram()
         self._draw_map()
 

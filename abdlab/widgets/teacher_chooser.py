@@ -147,7 +147,7 @@ class TeacherOpener(w.VBox):
         super().__init__([looks.row(left, right, flex_flow="row nowrap")])
         for field in self.fields.values():
             field.observe(lambda _: self._forget(), "value")
-        looks.page().observe(looks.telling(self.trouble, self._draw), "dark")
+        looks.follow_theme(self, looks.telling(self.trouble, self._draw))
         self._lock()
 
     def _fill(self, chosen: Settings | None) -> None:
