@@ -258,6 +258,10 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="The printed table as CSV.")] = None,
     latex: Annotated[Path | None, typer.Option(help="The printed table as LaTeX.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The printed table as Markdown.")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="A study's models as rows of a CSV file of results, for abdlab book."),
+    ] = None,
 ) -> None:
     """Print ACC and ASR of every run below a folder; of a study's folder, mean and
     standard deviation of every cell.
@@ -270,8 +274,8 @@ def report(
     study = (folder / "study.json").is_file()
     if against and matrix:
         raise ValueError("--matrix and --against are two tables: ask for one of them")
-    if (html or matrix) and not study:
-        option = "--html" if html else "--matrix"
+    if (html or matrix or into) and not study:
+        option = "--html" if html else "--matrix" if matrix else "--into"
         raise ValueError(
             f"{option} is the report of a study, and {asked} holds none (no study.json): see"
             " abdlab sweep"
@@ -288,6 +292,8 @@ def report(
         cli_report.export(latex, table.to_latex(index=False, na_rep=""))
     if markdown:
         cli_report.export(markdown, cli_report.markdown(table))
+    if into:
+        cli_report.put_into(console, folder, into)
     if html:
         from abdlab.studies.results import report as study_report
 

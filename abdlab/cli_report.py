@@ -26,6 +26,18 @@ def export(path: Path, text: str) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def put_into(console: Console, folder: Path, file: Path) -> None:
+    """Put a study's models into a CSV file of results, and say how many are new there."""
+    from abdlab.studies.page_rows import merge, page_rows
+
+    rows = page_rows(folder, file.stem)
+    try:
+        new = merge(rows, file)
+    except OSError as error:
+        raise ValueError(f"cannot write {file}: {error.strerror or error}") from None
+    console.print(f"{file}: {len(rows)} rows, {new} of them new", markup=False, highlight=False)
+
+
 def _grid(table: pd.DataFrame, **look) -> Table:
     """A data frame for the terminal: text to the left, numbers to the right, nothing
     where there is none.

@@ -50,7 +50,7 @@ STOREYS = [
     ["defenses"],
     ["objectives"],
     ["methods", "values", "train", "train_together", "distill"],
-    ["evaluate", "activations", "detectors", "audit"],
+    ["evaluate", "watermarks", "activations", "detectors", "audit"],
     ["paper_presets", "presets", "settings", "checks"],
     ["runs"],
     ["teachers"],

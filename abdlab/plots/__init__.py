@@ -5,7 +5,7 @@ One colour per kind of model, everywhere (:mod:`abdlab.plots.colors`). Synthetic
 may leave [0, 1]: they are clamped for display.
 """
 
-from abdlab.plots.attackers import objectives_figure
+from abdlab.plots.attackers import claims_figure, objectives_figure
 from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of, distinct_colors
 from abdlab.plots.confusion import confusion_figure
 from abdlab.plots.curves import ablation_figure, branch_curves, loss_curves, training_curves
@@ -39,6 +39,7 @@ __all__ = [
     "bound_figure",
     "branch_curves",
     "change_heatmaps",
+    "claims_figure",
     "class_colors",
     "color_of",
     "confusion_figure",

@@ -11,6 +11,7 @@ from torch import Tensor
 from abdlab.labels import FLOOR, TEACHER, Label, name_of
 from abdlab.studies.job import label_of
 from abdlab.threads import mixed
+from abdlab.watermarks import Claim
 
 
 def outcome(
@@ -99,6 +100,28 @@ def trained_for(rows: pd.DataFrame | Iterable[Mapping], method: str) -> str:
     parts = [f"has ASR {plain}"] if plain else []
     parts += [f"if trained {others}"] if others else []
     return f"{name[0].upper()}{name[1:]} {'; '.join(parts)}."
+
+
+def proved(claims: Mapping[str, Claim], level: float, innocent: Iterable[str] = ()) -> str:
+    """In which models an owner can prove the watermark, and in which not.
+
+    Args:
+        claims: name of a model -> the owner's case. level: p-values below it prove.
+        innocent: names of models that never learnt from the owner's.
+
+    >>> proved({"ZSKT": Claim(10, 10, 0.1), "bounded/ZSKT": Claim(1, 10, 0.1)}, 0.01)
+    'At p < 0.01 the owner proves the watermark in ZSKT, and not in bounded/ZSKT.'
+    """
+    free = set(innocent)
+    won, lost = (
+        [k for k, claim in claims.items() if k not in free and claim.proves(level) is to]
+        for to in (True, False)
+    )
+    parts = [f"proves the watermark in {', '.join(won)}"] if won else []
+    parts += [f"{'and not' if won else 'proves nothing'} in {', '.join(lost)}"] if lost else []
+    accused = [k for k in claims if k in free and claims[k].proves(level)]
+    wronged = f" Innocent models accused: {', '.join(accused) or 'none'}." if free else ""
+    return f"At p < {level:g} the owner {', '.join(parts)}.{wronged}"
 
 
 def _pairs(pairs: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
