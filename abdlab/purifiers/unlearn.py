@@ -141,13 +141,10 @@ class Unlearn(Purifier):
         guard: so many images of the targets are made from the *bounded* network. Of a
             target's images only those stay that both networks predict as it: the others
             carry the trigger.
-        strength: of stamps, see :meth:`abdlab.inversion.Bank.on`. At 1 badnet_sq's
-            teacher (digits, seed 0) kept 33 % of its backdoor, at 3 it kept 12, before
-            any bound.
-        way: in (0, 1], how much of the way from the weights before to the unlearnt ones
-            the copy goes in the end (Wortsman et al., "Robust fine-tuning of zero-shot
-            models", CVPR 2022). Synthetic images hold accuracy badly on CIFAR-10, and
-            its last part costs most of it: notebooks/studies/tuning_purifiers.md.
+        strength: of stamps, see :meth:`abdlab.inversion.Bank.on`. Before any bound,
+            badnet_sq (digits, seed 0) kept 33 % of its backdoor at 1, 12 at 3.
+        way: in (0, 1], how far the copy goes from its weights before to the unlearnt
+            ones (Wortsman et al., CVPR 2022).
     """
 
     def __init__(
