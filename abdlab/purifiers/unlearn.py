@@ -136,7 +136,7 @@ class Unlearn(Purifier):
         steps: of Adam per round, on batches of ``batch`` images with and as many
             without a trigger. lr: of Adam.
         natural: a trigger is unlearnt while its cost is at most this factor of what the
-            cheapest other class costs in its family. A dearer one is no backdoor but
+            cheapest other class costs in its family. A dearer one is
             what the class looks like.
         guard: so many images of the targets are made from the *bounded* network. Of a
             target's images only those stay that both networks predict as it: the others
