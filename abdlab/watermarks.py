@@ -9,10 +9,10 @@ now and then; one that did, far more often (Adi et al., USENIX Security 2018, ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from abdlab.attacks.poison import Poisoned
@@ -29,8 +29,8 @@ class Claim:
         innocent: the rate of hits to expect of a model that never learnt from the owner's.
 
     >>> claim = Claim(hits=9, images=10, innocent=0.5)
-    >>> claim.p_value == 11 / 1024, claim.proves(0.05), claim.proves(0.01)
-    (True, True, False)
+    >>> round(claim.p_value * 1024, 6), claim.proves(0.05), claim.proves(0.01)
+    (11.0, True, False)
     """
 
     hits: int
@@ -45,7 +45,7 @@ class Claim:
     @property
     def p_value(self) -> float:
         """Chance that an innocent model has as many hits or more (exact, one-sided)."""
-        return binomial_tail(self.hits, self.images, self.innocent)
+        return float(binomtest(self.hits, self.images, self.innocent, alternative="greater").pvalue)
 
     def proves(self, level: float) -> bool:
         """Whether the p-value is below a level that was chosen before the model was seen."""
@@ -87,23 +87,3 @@ def innocent_rate(models: Iterable[nn.Module], keys: Tensor, target: int, classe
 def claim(model: nn.Module, keys: Tensor, target: int, innocent: float) -> Claim:
     """An owner's case against one model."""
     return Claim(hits(model, keys, target), len(keys), innocent)
-
-
-def binomial_tail(hits: int, tries: int, rate: float) -> float:
-    """P(X >= hits) of X ~ Binomial(tries, rate), exact up to round-off.
-
-    >>> binomial_tail(2, 2, 0.1)  # both of two
-    0.010000000000000002
-
-    Raises:
-        ValueError: for more hits than tries, or a rate outside [0, 1].
-    """
-    if not 0 <= hits <= tries or not 0 <= rate <= 1:
-        raise ValueError(
-            f"hits lie between 0 and the tries and a rate in [0, 1], not {hits} of {tries} at"
-            f" {rate}"
-        )
-    chances = (
-        math.comb(tries, k) * rate**k * (1 - rate) ** (tries - k) for k in range(hits, tries + 1)
-    )
-    return min(1.0, math.fsum(chances))
