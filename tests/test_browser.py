@@ -85,6 +85,8 @@ def metrics(folder):
 
 
 def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
+    from playwright.sync_api import expect
+
     b = bench("walk")
     b.open("4 Runs")
     b.text("No runs yet: run 01_poisoning, or press Start").wait_for()
@@ -140,12 +142,13 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.shot("light-2-done")
 
     b.open("3 Samples")
-    b.button("Suspicious tail").click()  # at once: what the tab begins is ended first
+    b.picture("images learnt from; click one").wait_for()
+    b.button("Suspicious tail").click()
     b.text("of [0-9]+ images are selected").wait_for()
     detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
     before = detail.get_attribute("alt")
     b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
-    b.page.wait_for_function("([e, old]) => e.alt !== old", arg=[detail.element_handle(), before])
+    expect(detail).not_to_have_attribute("alt", before, timeout=60_000)
     b.button("Draw the map").click()
     b.page.locator("progress:visible").wait_for()
     plan = b.picture("t-SNE map")

@@ -1265,6 +1265,7 @@ def test_the_scripts_come_with_the_package():
         "page.js",
         "picture.js",
         "rows.js",
+        "themed.js",
     }
 
 
