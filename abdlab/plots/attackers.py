@@ -62,8 +62,11 @@ def claims_figure(claims: Mapping[str, Claim], level: float) -> Figure:
         proved = claim.proves(level)
         ax.barh(place, 100 * claim.share, color=PALETTE[0] if proved else "0.75")
         said = f"p = {claim.p_value:.1g}" + ("" if proved else ", not proved")
-        ax.text(100 * claim.share + 1, place, said, va="center", fontsize=9)
-    ax.axvline(100 * max(c.innocent for c in claims.values()), color="black", ls="--", lw=1)
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text(100 * claim.share + 1, place, said, va="center", fontsize=9, bbox=back)
+    innocent = 100 * max(c.innocent for c in claims.values())
+    ax.axvline(innocent, color="black", ls="--", lw=1, label="expected of an innocent model")
+    ax.legend(frameon=False, loc="lower right")
     ax.set(
         yticks=range(len(shown)),
         yticklabels=[name for name, _ in shown],
