@@ -116,3 +116,30 @@ def teacher():
 @pytest.fixture
 def student():
     return tiny(seed=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the module's JupyterLab works."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    """The address of a JupyterLab in ``folder``."""
+    from lab import lab_server
+
+    with lab_server(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    from chromium import CHROMIUM
+
+    found = pytest.importorskip("playwright.sync_api")
+    with found.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from chromium import CHROMIUM, SHOTS
-from lab import LAYOUT_SECONDS, Bench, lab_server
+from lab import LAYOUT_SECONDS, Bench
 from PIL import Image
 
 from abdlab import batch, build
@@ -41,27 +41,6 @@ pytestmark = [
     ),
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, and there is none on the PATH"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("lab")
-
-
-@pytest.fixture(scope="module")
-def lab(folder):
-    with lab_server(folder) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

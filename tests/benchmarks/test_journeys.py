@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chromium import CHROMIUM
-from lab import Bench, lab_server
+from lab import Bench
 from test_browser import TINY, metrics
 
 from abdlab import batch
@@ -28,26 +28,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("journeys")
-
-
-@pytest.fixture(scope="module")
-def opened(place):
-    """A browser, and the address of a JupyterLab in ``place``."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with lab_server(place) as lab, playwright.sync_playwright() as found:
-        browser = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser, lab
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def demo(place):
+def demo(folder):
     """What the demo's notebooks leave behind: a copy of ABDLAB_DEMO, where that is set, else
     made here with few steps.
     """
-    root = place / "demo"
+    root = folder / "demo"
     if made := os.environ.get("ABDLAB_DEMO"):
         shutil.copytree(made, root)
         return root
@@ -57,8 +42,8 @@ def demo(place):
     return root
 
 
-def test_the_folder_of_a_whole_demo(opened, place, demo):
-    b = Bench(*opened, place, "demo", narrow=True)
+def test_the_folder_of_a_whole_demo(browser, lab, folder, demo):
+    b = Bench(browser, lab, folder, "demo", narrow=True)
     wrong = b.page.locator(".abdlab-wrong:visible")
     b.picture("clean, triggered and difference").wait_for()
     b.open("3 Samples")
@@ -80,8 +65,8 @@ def test_the_folder_of_a_whole_demo(opened, place, demo):
     b.close()
 
 
-def test_a_kernel_that_is_restarted_in_the_middle_goes_on_in_the_page(opened, place):
-    b = Bench(*opened, place, "restarted", narrow=True, **TINY | {"zskt.pseudo_batches": 900})
+def test_a_kernel_that_is_restarted_in_the_middle_goes_on_in_the_page(browser, lab, folder):
+    b = Bench(browser, lab, folder, "restarted", narrow=True, **TINY | {"zskt.pseudo_batches": 900})
     b.open("2 Defense")
     b.begin()
     b.menu("Kernel", "Restart Kernel…")
