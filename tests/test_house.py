@@ -72,6 +72,7 @@ ALLOWED = {
     *(("cli", name) for name in HEAVY),
     *(("cli_report", name) for name in HEAVY),
     ("plots", "seaborn"),
+    ("plots", "IPython"),  # a notebook's figures ask who shows them
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from abdlab import labels, plots
 from abdlab.attacks.triggers import Trigger, trigger_from
 from abdlab.inversion import Bank, Inverted
+from abdlab.plots import dark
 from abdlab.studies import figures, tables
 
 CLASSES = ["a", "b", "c"]
@@ -430,3 +431,70 @@ def test_branches_have_colours_of_their_own():
     _, axes = plt.subplots(1, 2)
     plots.branch_curves({f"zskt@{i}": history for i in range(12)}, axes)
     assert len({line.get_color() for line in axes[0].lines}) == 12
+
+
+class TestDark:
+    """Figures on a dark ground."""
+
+    @staticmethod
+    def _png(figure):
+        from io import BytesIO
+
+        buffer = BytesIO()
+        figure.savefig(buffer, dpi=50, format="raw")
+        return buffer.getvalue()
+
+    def test_a_figure_is_written_in_the_ink_and_is_itself_again_afterwards(self):
+        figure, (left, right) = plt.subplots(1, 2)
+        left.set_title("words")
+        (line,) = left.plot([0, 1], color="black", label="a")
+        bars = left.bar([0, 1], [1, 2], color=["#1b1f8a", "gold"])
+        dots = left.scatter([0, 1], [1, 2], color="black")
+        left.legend()
+        right.imshow(np.ones((4, 4)), vmin=0, vmax=1)
+        on, beside = right.text(1, 1, "on"), right.text(1.2, 0.5, "by", transform=right.transAxes)
+        before = self._png(figure)
+        with dark.inked(figure, True):
+            ink = matplotlib.colors.to_rgba(dark.INK[True])
+            colors = [left.title.get_color(), line.get_color(), beside.get_color()]
+            assert {matplotlib.colors.to_rgba(color) for color in colors} == {ink}
+            assert dots.get_facecolor()[0].tolist() == list(ink)
+            assert on.get_color() == "black"  # the image under it is as bright as ever
+            blue, gold = (bar.get_facecolor() for bar in bars)
+            assert gold == matplotlib.colors.to_rgba("gold")
+            light = dark.luminance(np.array(blue[:3])) + 0.05
+            ground = dark.luminance(np.array(matplotlib.colors.to_rgb(dark.GROUND))) + 0.05
+            assert dark.CONTRAST <= light / ground < dark.CONTRAST + 0.3
+            assert self._png(figure) != before
+        assert self._png(figure) == before
+
+    def test_a_figure_in_words(self):
+        figure, axes = plt.subplots(1, 2)
+        axes[0].set(xlabel="ACC (%)", ylabel="method")
+        axes[1].set_title("two\nlines")
+        assert dark.in_words(figure) == "method against ACC (%); two lines"
+        assert dark.in_words(plt.figure()) == "figure"
+
+    def test_a_kernel_shows_both_and_a_headless_one_does_not(self):
+        code = """
+import os
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.run_cell("from abdlab import plots; print(plots.follow_theme())", silent=True)
+shell.run_cell("%matplotlib inline")
+shell.run_cell("import matplotlib.pyplot as plt; f, ax = plt.subplots(); ax.set_title('a<b')")
+bundle, _ = shell.display_formatter.format(shell.user_ns["f"])
+print(sorted(bundle), bundle.get("text/html", "").count("<img"), "a&lt;b" in str(bundle))
+"""
+        told = []
+        for headless in ("", "1"):
+            env = {**os.environ, "ABDLAB_HEADLESS": headless}
+            ran = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+            )
+            told.append(ran.stdout.splitlines())
+        shows, hides = told
+        assert shows[0] == "True"
+        assert shows[-1].endswith("'text/html', 'text/plain'] 2 True")
+        assert hides[0] == "False"
+        assert "text/html" not in hides[-1]

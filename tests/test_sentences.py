@@ -42,6 +42,14 @@ def test_what_changes_nothing_says_so():
     assert outcome(rows) == "ZSKT+SV leaves ASR at 100 %, ACC lost 1 point."
 
 
+def test_a_defended_student_without_an_undefended_one_is_told_too():
+    rows = [row("zskt", 0.98, 1.0), row("zskt+sv", 0.97, 0.5), row("bounded/nayer", 0.96, 0.04)]
+    assert outcome(rows) == (
+        "ZSKT+SV takes ASR from 100 to 50 %, ACC lost 1 point; bounded/NAYER has ACC 96 % and ASR"
+        " 4 %."
+    )
+
+
 def test_means_are_over_seeds_and_the_most_defended_counts():
     rows = [
         row("zskt", 0.9, 0.8, 0),

@@ -9,6 +9,7 @@ from abdlab.plots.attackers import claims_figure, objectives_figure
 from abdlab.plots.colors import COLORS, ROLES, class_colors, color_of, distinct_colors
 from abdlab.plots.confusion import confusion_figure
 from abdlab.plots.curves import ablation_figure, branch_curves, loss_curves, training_curves
+from abdlab.plots.dark import follow_theme
 from abdlab.plots.images import (
     montage,
     picture,
@@ -46,6 +47,7 @@ __all__ = [
     "cost_heatmap",
     "distinct_colors",
     "embedding_figure",
+    "follow_theme",
     "inverted_figure",
     "loss_curves",
     "many_runs",

@@ -26,7 +26,8 @@ def outcome(
         by: further columns that tell experiments apart (trigger, a setting). Each has an
             undefended and a defended student per source, and counts once.
         defense: of the defended students, such as "sv+tu"; by default the one with the
-            most parts, of equals the last.
+            most parts, of equals the last. One without an undefended student beside it
+            is told alone.
 
     A column "model" says which rows are one model, which counts once.
 
@@ -46,15 +47,17 @@ def outcome(
     labels = frame["label"].map(label_of)
     frame = frame.assign(source=[label.source for label in labels])
     pupils = frame[~frame["source"].isin([TEACHER, FLOOR, "clean_teacher"])]
-    pairs = []
+    pairs, alone = [], []
     for _, part in pupils.groupby([*by, "source"], dropna=False, sort=False):
         means = part.groupby("label", sort=False)[["acc", "asr"]].mean()
         before = [label for label in means.index if label_of(label).undefended]
         after = _most_defended(means.index, defense)
         if before and after:
             pairs.append((after, means.loc[before[0]], means.loc[after]))
+        elif after and not by:
+            alone.append(f"; {name_of(after)} has {_scores(means.loc[after])}")
     if pairs:
-        told = _pairs(pairs)
+        told = _pairs(pairs) + "".join(alone)
     else:
         shown = pupils if len(pupils) else frame
         told = ", ".join(

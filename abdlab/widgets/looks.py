@@ -22,19 +22,16 @@ import traitlets as t
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
 from abdlab.plots import picture
+from abdlab.plots.dark import inked
 from abdlab.widgets.messages import one_at_a_time
 
 _HERE = Path(__file__).parent
 #: matplotlib's state is the process's: a run's thread and a click must not draw at once
 DRAWING = threading.RLock()
-#: what figures write and draw lines with, in the light and in the dark theme
-INK = {False: "#333333", True: "#d6d6d6"}
 
 
 class Page(anywidget.AnyWidget):
@@ -168,28 +165,11 @@ def figure(width: float, height: float) -> Figure:
 
 
 def png_of(drawn: Figure, dark: bool = False, dpi: int = 144) -> bytes:
-    """The figure as PNG on a transparent ground, with the theme's ink for all that is
-    drawn in black, white or grey text.
-    """
-    with DRAWING:
-        ink = INK[dark]
-        for ax in drawn.axes:
-            ax.set_facecolor("none")
-            ax.tick_params(colors=ink)
-            for spine in ax.spines.values():
-                spine.set_edgecolor(ink)
-        for line in drawn.findobj(Line2D):  # those of legends too
-            if to_rgb(line.get_color()) == (0, 0, 0):
-                line.set_color(ink)
-        for text in drawn.findobj(Text):
-            if len(set(to_rgb(text.get_color()))) == 1:
-                text.set_color(ink)
-        for legend in filter(None, (ax.get_legend() for ax in drawn.axes)):
-            legend.get_frame().set(facecolor="none", edgecolor="none")
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"savefig.facecolor": "none"}):
-            drawn.savefig(buffer, dpi=dpi, facecolor="none", edgecolor="none")
-        return buffer.getvalue()
+    """The figure as PNG on a transparent ground, written in the theme's ink."""
+    buffer = io.BytesIO()
+    with DRAWING, inked(drawn, dark), matplotlib.rc_context({"savefig.facecolor": "none"}):
+        drawn.savefig(buffer, dpi=dpi, facecolor="none", edgecolor="none")
+    return buffer.getvalue()
 
 
 def mosaic(

@@ -21,6 +21,7 @@ import ipywidgets as w
 from abdlab.checkpoint import write_atomically
 from abdlab.home import at_home
 from abdlab.labels import FLOOR, TEACHER
+from abdlab.plots.dark import INK
 from abdlab.plots.many_runs import END, many_runs, views_of
 from abdlab.plots.run_words import Shown, csv_of
 from abdlab.runs import Run
@@ -148,7 +149,7 @@ class ManyRuns(w.VBox):
             log_x=self.log_x.value,
             log_y=self.log_y.value,
             marked=self.marked.value,
-            ink=looks.INK[looks.page().dark],
+            ink=INK[looks.page().dark],
         )
         self.smoothing.disabled = self.marked.disabled = self.view.value == END
         from plotly.graph_objects import FigureWidget

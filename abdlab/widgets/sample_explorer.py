@@ -20,6 +20,7 @@ from abdlab.data import Dataset
 from abdlab.home import at_home
 from abdlab.inspection import MAPPED, Known, inspect_run, map_points
 from abdlab.labels import FLOOR
+from abdlab.plots.dark import INK
 from abdlab.widgets import looks
 from abdlab.widgets import sample_figures as figures
 from abdlab.widgets.experiment import who
@@ -436,7 +437,7 @@ class SampleExplorer(w.VBox):
             return
         with looks.DRAWING:
             drawn = looks.figure(5.6, 4.2)
-            ink, what = looks.INK[looks.page().dark], (self._mapped, self._points)
+            ink, what = INK[looks.page().dark], (self._mapped, self._points)
             ax = figures.draw_map(drawn, self.known, *what, self.selected, self._classes, ink)
             self.map.draw(drawn)
             self._boxes["map"], self._extent = figures.box_of(ax), (ax.get_xlim(), ax.get_ylim())
