@@ -47,7 +47,7 @@ def samples(b):
     """The suspicious tail of what that run learnt from, and where it lies on the map."""
     b.open("3 Samples")
     b.button("Suspicious tail").click()
-    b.text("[1-9][0-9]* of [0-9]+ images are selected").wait_for()
+    b.text("[1-9][0-9]* of [0-9]+ images selected").wait_for()
     b.button("Draw the map").click()
     b.picture("t-SNE map").wait_for(timeout=HOUR)
     b.shot("pictures-samples")

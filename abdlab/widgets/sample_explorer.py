@@ -278,8 +278,8 @@ class SampleExplorer(w.VBox):
 
     def _say(self, passing: pd.DataFrame) -> None:
         text = (
-            f"{len(passing)} images pass the filters, {len(self.selected)} are selected (orange"
-            " frames); the enlarged one has a blue frame."
+            f"{len(passing)} images pass the filters, {len(self.selected)} selected"
+            " (orange frames); the enlarged one has a blue frame."
         )
         if figures.column_is_missing(passing, ORDERS[self.order.value][0]):
             text = "This run has no student yet that could disagree. " + text
@@ -409,7 +409,7 @@ class SampleExplorer(w.VBox):
         share = len(self.selected) / len(scores)
         looks.say(
             self.note,
-            f"{len(self.selected)} of {len(scores)} images are selected ({share:.1%}). Drag over"
+            f"{len(self.selected)} of {len(scores)} images selected ({share:.1%}). Drag over"
             " the histogram, or move the range.",
             "quiet",
         )
