@@ -302,28 +302,35 @@ def distill_all(
     check_folders(root, chosen, data, labels)
     teacher = poisoned_teacher(root, chosen, data)
     methods = {label: Label.parse(label) for label in labels}
-    for label in methods.values():  # once, before several processes look for it
-        purified_teacher(root, chosen, data, teacher, label.purifiers)
-    methods = {label: m for label, m in methods.items() if m.source != TEACHER}
-    lengths = {m.source: len(chosen.source(m.source, data)) for m in methods.values()}
-    late = {m.source: chosen.forks(m, lengths[m.source]) for m in methods.values()}
+
+    def clean() -> None:  # once, before several processes look for it
+        for label in methods.values():
+            purified_teacher(root, chosen, data, teacher, label.purifiers)
+
+    students = {label: m for label, m in methods.items() if m.source != TEACHER}
+    lengths = {m.source: len(chosen.source(m.source, data)) for m in students.values()}
+    late = {m.source: chosen.forks(m, lengths[m.source]) for m in students.values()}
     trunks: dict[Label, list[str]] = {}
-    for label in sorted(methods, key=len):
-        trunk = methods[label].without(late[methods[label].source])
+    for label in sorted(students, key=len):
+        trunk = students[label].without(late[students[label].source])
         trunks.setdefault(trunk, []).append(label)
+    left = [label for label in students if not _is_done(root, chosen, label)]
     # the longest first, so that short ones fill the gaps
-    groups = sorted(trunks.values(), key=lambda group: -sum(len(label) for label in group))
+    groups = [group for group in trunks.values() if {*group} & {*left}]
+    groups.sort(key=lambda group: -sum(len(label) for label in group))
     # this process's share of the machine: in a sweep, other jobs have the rest
     share = max(1, torch.get_num_threads() // threads())
     on_cpu = data.train_images.device.type == "cpu"
     workers = min(len(groups), workers or (share if on_cpu else 1))
     if workers > 1:
-        left = [label for label in methods if not _is_done(root, chosen, label)]
-        board = _Board(sum(lengths[methods[label].source] for label in left))
+        board = _Board(sum(lengths[students[label].source] for label in left))
         if on_cpu:
-            _in_processes(root, chosen, groups, workers, board)
+            apart = [group for group in groups if not any(students[x].purifiers for x in group)]
+            _in_processes(root, chosen, groups, workers, board, clean, apart)
         else:
+            clean()
             _in_threads(root, chosen, data, groups, workers, board)
+    clean()
     results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}
@@ -396,14 +403,26 @@ def _in_threads(
 
 
 def _in_processes(
-    root: str | Path, chosen: Settings, groups: list[list[str]], workers: int, board: _Board
+    root: str | Path,
+    chosen: Settings,
+    groups: list[list[str]],
+    workers: int,
+    board: _Board,
+    prepare: Callable[[], None],
+    apart: list[list[str]],
 ) -> None:
-    """Run groups of labels in spawned processes."""
+    """Run groups of labels in spawned processes; those that stand ``apart`` do not need
+    what this process is to ``prepare``, and begin before.
+    """
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
         queue = manager.Queue()
-        jobs = [pool.submit(_work, str(root), chosen, group, queue) for group in groups]
+        begun = apart[: workers - 1]  # this process is one more
+        jobs = [pool.submit(_work, str(root), chosen, group, queue) for group in begun]
         try:
+            prepare()
+            groups = [group for group in groups if group not in begun]
+            jobs += [pool.submit(_work, str(root), chosen, group, queue) for group in groups]
             while not queue.empty() or not all(job.done() for job in jobs):
                 try:
                     label, step = queue.get(timeout=0.5)

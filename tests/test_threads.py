@@ -139,6 +139,25 @@ def test_cores_are_used_by_students_side_by_side_and_the_numbers_stay(
     assert torch.equal(*weights)
 
 
+def test_a_student_of_the_teacher_as_it_is_does_not_wait_for_the_purified_one(
+    tmp_path, chosen, data
+):
+    """In processes: the numbers are those of one after the other, and the student that
+    needs no purifier began first.
+    """
+    weights = []
+    for share in (2, 1):
+        root = tmp_path / str(share)
+        with computing_with(share):
+            distill_all(root, chosen, data, ["clp/zskt", "zskt"])
+        students = [root / "seed0" / name / "student.safetensors" for name in ("clp,zskt", "zskt")]
+        began = [path.with_name("config.json").stat().st_mtime_ns for path in students]
+        purified = (root / "seed0/clp,teacher/teacher.safetensors").stat().st_mtime_ns
+        assert began[0] > purified
+        weights.append([p for path in students for p in load_model(path).parameters()])
+    assert all(map(torch.equal, *weights))
+
+
 def test_a_run_goes_on_with_the_number_that_it_began_with_and_says_so(
     tmp_path, chosen, data, monkeypatch
 ):
