@@ -169,12 +169,10 @@ def self_retrospection(
     return outer.detach(), gradients
 
 
-class NaiveCMI:
-    """CMI's rounds, with gradients everywhere; ``source`` is a started
-    :class:`abdlab.CMI`, whose random numbers and pool are used.
-
-    As in the official code the generator runs once per step; images of the pool are not
-    read back from files, as there.
+class NaivePool:
+    """What :class:`abdlab.sources.pooled.Pooled` sources share, with gradients everywhere;
+    ``source`` is a started one, whose random numbers and pool are used. Images of the pool
+    are not read back from files, as in the official codes.
     """
 
     def __init__(self, source, teacher, student):
@@ -185,7 +183,6 @@ class NaiveCMI:
             momentum=source.momentum,
             weight_decay=source.weight_decay,
         )
-        self.adam_head = Adam(source.head.parameters(), lr=source.generator_lr)
         self.norms = [
             name for name, module in teacher.named_modules() if isinstance(module, nn.BatchNorm2d)
         ]
@@ -195,6 +192,87 @@ class NaiveCMI:
         with record(self.teacher, self.norms, inputs=True) as inputs:
             logits = self.teacher(view)
         return logits, inputs
+
+    def keep(self, images):
+        """A round's images into the pool."""
+        s = self.source
+        s.pool = latest(s.pool, images.clamp(0, 1).mul(255).round().to(torch.uint8), s.pool_size)
+
+    def kd_step(self):
+        s = self.source
+        images = augment(s._sample(), s.shift, s.flip, s.rng)
+        loss = (
+            s.temperature**2 * kl(self.teacher(images), self.student(images), s.temperature).mean()
+        )
+        forget_gradients(self.teacher, self.student)
+        loss.backward()
+        self.sgd.step()
+        return {"kd": loss.item()}
+
+
+class NaiveFast(NaivePool):
+    """Rounds of FastDFKD and NAYER, as their official codes make them."""
+
+    def terms(self, images, targets):
+        s, now, distance = self.source, {}, 0
+        view = random_views(images, s.rng, shift=s.shift, flip=s.flip)
+        logits, inputs = self.look(view)
+        for name, x in inputs.items():
+            module = self.teacher.get_submodule(name)
+            now[name] = mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            if name in s.past:
+                share = s.momentum_bn
+                mean, variance = (
+                    share * old + (1 - share) * new
+                    for old, new in zip(s.past[name], now[name], strict=True)
+                )
+            distance = (
+                distance
+                + (mean - module.running_mean).norm()
+                + (variance - module.running_var).norm()
+            )
+        losses = {
+            "batch_norm": s.batch_norm * distance,
+            "one_hot": s.one_hot * F.cross_entropy(logits, targets),
+        }
+        if s.rounds_made >= s.warmup:
+            with mode(self.student, training=False):
+                answer = self.student(view)
+            agree = answer.argmax(1) == logits.argmax(1)
+            losses["adversarial"] = -s.adversarial * (kl(logits, answer) * agree).mean()
+        return losses, now
+
+    def synthesis(self):
+        """One round's images into the pool; the losses of the batch that was kept."""
+        s = self.source
+        maker, (ours,) = s.begin()
+        groups = [{"params": g["params"], "lr": g["lr"]} for g in ours.param_groups]
+        adam = Adam(groups, betas=(0.5, 0.999))
+        targets, lowest = s.targets(), float("inf")
+        for _ in range(s.synthesis_steps):
+            images = maker()
+            losses, s.now = self.terms(images, targets)
+            total = sum(losses.values())
+            if total.item() < lowest:
+                lowest, kept = total.item(), images.detach()
+                best = {name: value.item() for name, value in losses.items()}
+            forget_gradients(maker, self.teacher, self.student)
+            total.backward()
+            adam.step()
+            s.gather(maker)
+        self.keep(kept)
+        s.remember(None)
+        s.rounds_made += 1
+        s._shuffle()
+        return best
+
+
+class NaiveCMI(NaivePool):
+    """CMI's rounds. As in the official code the generator runs once per step."""
+
+    def __init__(self, source, teacher, student):
+        super().__init__(source, teacher, student)
+        self.adam_head = Adam(source.head.parameters(), lr=source.generator_lr)
 
     def terms(self, images, targets):
         s = self.source
@@ -254,21 +332,10 @@ class NaiveCMI:
             forget_gradients(maker, self.teacher, self.student)
             total.backward()
             adam.step(), self.adam_head.step()
-        s.pool = latest(s.pool, kept.clamp(0, 1).mul(255).round().to(torch.uint8), s.pool_size)
+        self.keep(kept)
         s.remember(remembered)
         s._shuffle()
         return best
-
-    def kd_step(self):
-        s = self.source
-        images = augment(s._sample(), s.shift, s.flip, s.rng)
-        loss = (
-            s.temperature**2 * kl(self.teacher(images), self.student(images), s.temperature).mean()
-        )
-        forget_gradients(self.teacher, self.student)
-        loss.backward()
-        self.sgd.step()
-        return {"kd": loss.item()}
 
 
 def ood_step(source, teacher, student, adam):

@@ -25,7 +25,10 @@ from torch.optim import Adam
 
 from abdlab import CMI, OOD, train
 from abdlab.distill import distill, seed_of
+from abdlab.features import mode
+from abdlab.inversion import Bank, invert
 from abdlab.models import place
+from abdlab.sources import NAYER, FastDFKD
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.parametrize("device", DEVICES)]
 SIZES = {"main": MAIN, "small": SMALL}
@@ -141,13 +144,60 @@ def test_cmi_round(report, device):
         contrastive=1e-2,
         kd=2e-2,
     )
+    by_step(report, "CMI", MAIN, device, found, steps, kd_steps)
+
+
+FAST = {"FastDFKD": FastDFKD, "NAYER": NAYER}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_round(report, device, name):
+    steps, kd_steps = 2, 3
+    settings = {
+        "rounds": ENDLESS,
+        "warmup": 0,
+        "synthesis_steps": steps,
+        "kd_steps": kd_steps,
+        "batch_size": MAIN.batch,
+        "width": MAIN.generator,
+    }
+    teacher, student = MAIN.networks()
+    twin, twins = (
+        FAST[name](MAIN.shape, **settings),
+        [trainable(net, device) for net in (teacher.eval(), student.train())],
+    )
+    twin.start(*twins, torch.device(device), seed_of(0, "source", twin.name))
+    loop, stream = (
+        naive.NaiveFast(twin, *twins),
+        distill(teacher, student, FAST[name](MAIN.shape, **settings), device=device),
+    )
+    found = interleave(
+        ours=clock(lambda: next(stream).losses, device),
+        ours_kd=clock(lambda: [next(stream) for _ in range(kd_steps - 1)], device),
+        naive=clock(lambda: loop.synthesis() | loop.kd_step(), device),
+        naive_kd=clock(lambda: [loop.kd_step() for _ in range(kd_steps - 1)], device),
+    )
+    agree(
+        found["ours"].first,
+        found["naive"].first,
+        device,
+        batch_norm=1e-3,
+        one_hot=1e-3,
+        adversarial=1e-2,
+        kd=2e-2,
+    )
+    by_step(report, name, MAIN, device, found, steps, kd_steps)
+
+
+def by_step(report, name, size, device, found, steps, kd_steps):
+    """The seconds of a round, told apart."""
     kd, synthesis = {}, {}
     for side in ("ours", "naive"):
         kd[side] = Timed({}, [seconds / (kd_steps - 1) for seconds in found[f"{side}_kd"].seconds])
         pairs = zip(found[side].seconds, kd[side].seconds, strict=True)
         synthesis[side] = Timed({}, [(round_ - step) / steps for round_, step in pairs])
-    report.compare("CMI, a synthesis step", MAIN, device, synthesis["naive"], synthesis["ours"])
-    report.compare("CMI, a KD step", MAIN, device, kd["naive"], kd["ours"])
+    report.compare(f"{name}, a synthesis step", size, device, synthesis["naive"], synthesis["ours"])
+    report.compare(f"{name}, a KD step", size, device, kd["naive"], kd["ours"])
 
 
 def test_ood_step(report, device):
@@ -170,6 +220,32 @@ def test_ood_step(report, device):
     )
     agree(found["ours"].first, found["naive"].first, device, kd=1e-3)
     report.compare("OOD step", MAIN, device, found["naive"], found["ours"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inversion(report, device, size):
+    """All classes and families at once, against one trigger after the other; of one image
+    again and again, so that both see the same ones.
+    """
+    size, steps, batch = SIZES[size], 3, 8
+    model = trainable(size.networks()[1], device)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(1, *size.shape, generator=rng).expand(64, -1, -1, -1).to(device)
+    with torch.no_grad(), mode(model, training=False):
+        said = model(images[:2])[0].argmax().item()
+    bank = invert(model, images, [c for c in range(10) if c != said], steps=1, batch=batch)
+
+    def costs(banks):
+        found = [invert(model, images, [], warm=b, steps=steps, batch=batch) for b in banks]
+        return {"cost": sum(t.cost for each in found for t in each) / len(bank)}
+
+    found = interleave(
+        ours=clock(lambda: costs([bank]), device),
+        naive=clock(lambda: costs([Bank((t,)) for t in bank]), device),
+    )
+    agree(found["ours"].first, found["naive"].first, device, cost=1e-3)
+    what = f"inversion, {steps} steps of {len(bank)} triggers, {batch} images each"
+    report.compare(what, size, device, found["naive"], found["ours"], "naive: one by one")
 
 
 def test_teacher_epoch(report, device):
