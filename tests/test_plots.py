@@ -453,12 +453,16 @@ class TestDark:
         left.legend()
         right.imshow(np.ones((4, 4)), vmin=0, vmax=1)
         on, beside = right.text(1, 1, "on"), right.text(1.2, 0.5, "by", transform=right.transAxes)
+        boxed = left.text(0, 1, "p", bbox={"facecolor": "white"})
         before = self._png(figure)
         with dark.inked(figure, True):
             ink = matplotlib.colors.to_rgba(dark.INK[True])
             colors = [left.title.get_color(), line.get_color(), beside.get_color()]
             assert {matplotlib.colors.to_rgba(color) for color in colors} == {ink}
             assert dots.get_facecolor()[0].tolist() == list(ink)
+            assert boxed.get_color() == dark.INK[True]
+            ground = matplotlib.colors.to_rgba(dark.GROUND)
+            assert boxed.get_bbox_patch().get_facecolor() == ground
             assert on.get_color() == "black"  # the image under it is as bright as ever
             blue, gold = (bar.get_facecolor() for bar in bars)
             assert gold == matplotlib.colors.to_rgba("gold")

@@ -88,9 +88,12 @@ def inked(figure: Figure, dark: bool) -> Iterator[Figure]:
                 if not _is_none(getattr(line, f"get_{name}")()):
                     paint(line, name)
         for text in figure.findobj(Text):
+            if text in stay or len(set(to_rgb(text.get_color()))) > 1:
+                continue
+            put(text, "color", INK[dark])
             box = text.get_bbox_patch()
-            if text not in stay and box is None and len(set(to_rgb(text.get_color()))) == 1:
-                put(text, "color", INK[dark])
+            if dark and box and to_rgb(box.get_facecolor()) == (1, 1, 1):
+                put(box, "facecolor", GROUND)
         grounds = {figure.patch, *(ax.patch for ax in figure.axes)}
         for patch in figure.findobj(Patch) if dark else ():  # bars; boxes around text stay
             if patch not in grounds and not isinstance(patch, FancyBboxPatch) and patch.get_fill():
