@@ -55,6 +55,7 @@ _OWN = {
     "teacher.ignore": list[str],
     "teacher.keywords": dict | None,
     "teacher.objective": str | None,
+    "teacher.tune": dict | None,
     "teacher.mean": list[float] | None,
     "teacher.std": list[float] | None,
     "student.model": str,
@@ -85,6 +86,8 @@ def check(chosen: Settings, labels: Iterable[str] = ()) -> None:
     for section, values in chosen.values.items():
         for key, value in values.items():
             check_value(f"{section}.{key}", value)
+    if chosen.opened and chosen.section("teacher").get("tune"):
+        raise ValueError("teacher.tune is for teachers that are trained here, not for a file's")
     data = stand_in(chosen)
     with _once("attack", data.name, data.shape, chosen.values["attack"]) as new:
         if new:
@@ -338,7 +341,15 @@ def _own(chosen: Settings, role: str, data: Dataset) -> torch.nn.Module:
 
 
 def _check_training(chosen: Settings, data: Dataset) -> None:
-    values = chosen.training(data)
+    tune = chosen.section("teacher").get("tune") or {}
+    check_keys("key of teacher.tune", tune, ("epochs", "lr", "schedule"))
+    for key, value in tune.items():
+        check_value(f"teacher.{key}", value)
+    _check_values(chosen.training(data))
+    _check_values({**chosen.training(data), **tune})
+
+
+def _check_values(values: dict) -> None:
     for key, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("weight_decay", 0)):
         if values.get(key, least) < least:
             raise ValueError(f"teacher.{key} is at least {least}, not {values[key]}")

@@ -48,8 +48,8 @@ from abdlab.train import train
 from abdlab.values import as_dict
 
 _MODEL = ["model", "width", "keywords"]
-#: how a teacher that was not trained here is opened
-_OPENED = ["file", "key", "ignore", "mean", "std"]
+#: how a teacher that was not trained here is opened, and how a clean one is fine-tuned
+_OPENED = ["file", "key", "ignore", "mean", "std", "tune"]
 #: what an import path in a label may name
 _PART = "source, defense, purifier or training objective"
 _LOOP = {"exam", "exam_every", "seed", "device"}

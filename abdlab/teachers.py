@@ -95,8 +95,10 @@ def clean_teacher(
     """The teacher's network trained alike but on clean data, and its file: trained, or
     loaded from ROOT/seedN/clean_teacher.
 
-    It is what an attacker optimises against, and no part of a defense.
+    It is what an attacker optimises against and fine-tunes (``teacher.tune``), and no
+    part of a defense.
     """
+    chosen = _benign(chosen)
     run = Run(
         Path(root) / f"seed{chosen.seed}" / "clean_teacher",
         config_of(chosen, data, "data", "teacher"),
@@ -118,6 +120,12 @@ def clean_teacher(
         save_model(path, model, metrics)
         run.save_metrics(metrics)
     return load_model(path, device=data.train_images.device), path
+
+
+def _benign(chosen: Settings) -> Settings:
+    """The settings of the clean teacher: nothing is fine-tuned."""
+    teacher = {k: v for k, v in chosen.section("teacher").items() if k != "tune"}
+    return replace(chosen, values={**chosen.values, "teacher": teacher})
 
 
 def _ready(
@@ -217,6 +225,10 @@ def poisoned_teacher(
     """The poisoned teacher of ``chosen``: trained, opened from ``teacher.file``, or loaded
     when ROOT/seedN/teacher has it already.
 
+    With ``teacher.tune`` (epochs, lr, schedule; else those of training) it is the
+    clean teacher, trained further on the poisoned set by these values (BackWeak, arXiv
+    2511.12046).
+
     Writes teacher.safetensors, whose card holds the attack and the measured ACC and
     ASR, and metrics.json. An optimised trigger, and cl, need settings that
     :func:`prepare` has made ready.
@@ -235,6 +247,10 @@ def poisoned_teacher(
     elif not path.exists():
         exam, model = chosen.exam(data), chosen.teacher(data)
         training = {"exam": exam, "exam_every": _every(chosen), **chosen.training(data)}
+        if tune := chosen.section("teacher").get("tune"):
+            benign, _ = clean_teacher(root, chosen, data, tell=tell)
+            model.load_state_dict(benign.state_dict())
+            training |= {**tune, "exam_every": 1}
         with computing_with(run.threads):
             poisoned = chosen.poison(data)
             stream = train(model, poisoned.images, poisoned.labels, **training)

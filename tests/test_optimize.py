@@ -72,7 +72,8 @@ class TestEveryMethod:
 
     def test_the_seed_decides(self, name, net):
         assert make(name, net) == make(name, net)
-        assert make(name, net, seed=1) != make(name, net)
+        # after more steps weak is at its bound from wherever it began
+        assert make(name, net, seed=1, steps=2) != make(name, net, steps=2)
 
     def test_leaves_the_model_as_it_was(self, name, net):
         net.train()
@@ -168,9 +169,38 @@ class TestBounds:
         spectrum[:, :cut, :cut] = 0
         assert spectrum.max() < 1e-9
 
-    def test_smooth_pulls_the_clean_model_to_the_target(self, net):
+    @given(bound=st.floats(0.02, 0.3))
+    @settings(max_examples=8, deadline=None)
+    def test_weak(self, bound):
+        found = levels(make("weak", Net(), steps=30, bound=bound))
+        assert found.abs().max() <= 255 * bound + 1e-3
+        assert found.abs().max() >= 255 * bound - 1  # it goes to the bound
+
+    def test_the_papers_bound_is_eight_levels(self, net):
+        assert levels(make("weak", net, steps=30)).abs().max() == 8
+
+    def test_weak_descends_by_hand(self):
+        """Logits are the mean of an image and 0: to call class 1 an image gets darker, by
+        Adam's first steps of lr each, from a start of a tenth of the bound.
+        """
+
+        class Mean(nn.Module):
+            def forward(self, x):
+                mean = x.mean((1, 2, 3))
+                return torch.stack([mean, torch.zeros_like(mean)], 1)
+
+        images = torch.full((4, 1, 2, 2), 0.5)
+        trigger = optimize(
+            "weak", Mean(), images, torch.zeros(4).long(), 1, bound=0.2, steps=2, lr=0.05, seed=7
+        )
+        start = 0.02 * torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(7))
+        assert (levels(trigger) - 255 * (start - 0.1)).abs().max() < 1.01
+        assert (levels(trigger).abs() <= (255 * (start - 0.1)).abs() + 0.1).all()
+
+    @pytest.mark.parametrize("name", ["smooth", "weak"])
+    def test_two_pull_the_clean_model_to_the_target(self, name, net):
         images, _ = pictures()
-        made = make("smooth", net, steps=60, bound=0.4)
+        made = make(name, net, steps=60, bound=0.4)
         before, after = (net.eval()(x).softmax(1)[:, 1].mean() for x in (images, made(images)))
         assert after > before
 
@@ -181,6 +211,7 @@ class TestBounds:
             ("l0_inv", "share", 0),
             ("l0_inv", "share", 1.1),
             ("smooth", "bound", -1),
+            ("weak", "bound", 0),
             ("smooth", "cut", 11),
         ],
     )

@@ -238,6 +238,7 @@ class TestDefaults:
             "shape",
             "classes",
             "file",
+            "tune",
             "key",
             "ignore",
             "model",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from abdlab import students, teachers
 from abdlab.attacks.optimize import trojan
 from abdlab.checkpoint import load_model, read_card
+from abdlab.checks import check
 from abdlab.defenses import SelfRetrospection
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, shuffled_layers, suspicion
 from abdlab.errors import CheckpointError
@@ -320,6 +321,31 @@ class TestPrepare:
         assert "attack" not in read_card(path)
         with pytest.raises(ValueError, match="choose another folder"):
             clean_teacher(tmp_path, tiny(teacher__epochs=2), data)
+
+    def test_a_fine_tuned_teacher_goes_on_from_the_clean_one(self, tmp_path, data):
+        chosen = tiny(teacher__tune={"epochs": 2, "lr": 0.01})
+        found = poisoned_teacher(tmp_path, chosen, data)
+        model, _ = clean_teacher(tmp_path, tiny(), data)  # of the same folder: nothing is tuned
+        poisoned, as_said = chosen.poison(data), {**chosen.training(data), "epochs": 2, "lr": 0.01}
+        for _ in train(model, poisoned.images, poisoned.labels, **as_said):
+            pass
+        wanted = model.state_dict()
+        assert all(torch.equal(v, wanted[k]) for k, v in found.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("teacher", "told"),
+        [
+            ({"tune": {"rate": 0.01}}, "unknown key of teacher.tune 'rate'"),
+            ({"tune": {"lr": -1.0}}, "teacher.lr is at least 0"),
+            ({"tune": {"epochs": "two"}}, "teacher.epochs"),
+            ({"tune": {"epochs": 1}, "file": "theirs.pth"}, "not for a file's"),
+        ],
+    )
+    def test_fine_tuning_that_could_not_run(self, teacher, told):
+        overrides = {f"teacher.{key}": value for key, value in teacher.items()}
+        more = {"data.shape": [1, 16, 16], "data.classes": 10, "teacher.model": "wrn-10-1"}
+        with pytest.raises(ValueError, match=told):
+            check(settings("quick/digits", overrides | (more if "file" in teacher else {})))
 
     def test_other_options_make_another_trigger(self, tmp_path, data):
         found = [

@@ -55,7 +55,7 @@ def ready(name, shape, seed=1):
     sides = {"trojan_3x3": (3, 3), "trojan_8x8": (8, 8), "smooth": (3, 3)}.get(
         name, (height, width)
     )
-    low = -1 if name == "l0_inv" else -40 if name in ("l2_inv", "smooth") else 0
+    low = {"l0_inv": -1, "l2_inv": -40, "smooth": -40, "weak": -40}.get(name, 0)
     levels = torch.randint(low, 41, (channels, *sides), generator=rng)
     if name == "l0_inv":  # most pixels stay as they are
         levels[:, torch.rand(height, width, generator=rng) < 0.8] = -1

@@ -219,10 +219,7 @@ def low_frequency(
         )
 
     def loss(weights: Tensor) -> Tensor:
-        logits = bench.model((bench.draw() + cosines(weights, height, width)).clamp(0, 1))
-        return F.cross_entropy(
-            logits, torch.full((len(logits),), bench.target, device=logits.device)
-        )
+        return _towards(bench, cosines(weights, height, width))
 
     def largest(weights: Tensor) -> float:
         return cosines(weights, height, width).abs().max().item()
@@ -240,6 +237,42 @@ def low_frequency(
     return levels
 
 
+def universal(
+    bench: Bench, *, bound: float = 8 / 255, steps: int = 150, lr: float = 0.01
+) -> Tensor:
+    """The one faint change of every image that makes the clean model predict the target
+    most (BackWeak, arXiv 2511.12046: a weak universal perturbation).
+
+    It minimises the cross-entropy to the target, and is projected onto the bound after
+    each step. How the paper optimises it is not known to us beyond that.
+
+    Args:
+        bound: largest change of any value, in [0, 1] units; the paper's is 8/255, which
+            black and white digits do not notice (the quick preset has 32/255).
+        steps, lr: of Adam on values in [0, 1] units.
+
+    Returns:
+        levels (C, H, W), whole numbers from -255 to 255 (rounded towards zero, which
+        keeps the bound).
+    """
+    _positive("bound", bound)
+    shape = bench.images.shape[1:]
+    found = _descend(
+        0.1 * bound * bench.normal(*shape),
+        lambda change: _towards(bench, change),
+        lambda change: change.clamp(-bound, bound),
+        steps,
+        lr,
+    )
+    return (255 * found + 1e-4 * found.sign()).trunc()  # 8/255 is 8 levels in float32 too
+
+
+def _towards(bench: Bench, change: Tensor) -> Tensor:
+    """Cross-entropy to the target of a mini-batch with this change: a mean over images."""
+    logits = bench.model((bench.draw() + change).clamp(0, 1))
+    return F.cross_entropy(logits, torch.full((len(logits),), bench.target, device=logits.device))
+
+
 #: trigger -> its method, and what the trigger's name fixes
 METHODS: dict[str, tuple[Callable[..., Tensor], dict]] = {
     "trojan_3x3": (trojan, {"side": 3}),
@@ -247,6 +280,7 @@ METHODS: dict[str, tuple[Callable[..., Tensor], dict]] = {
     "l2_inv": (l2, {}),
     "l0_inv": (l0, {}),
     "smooth": (low_frequency, {}),
+    "weak": (universal, {}),
 }
 
 
@@ -276,13 +310,13 @@ def optimize(
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,). Images of the target class
             are left out.
         target: the class that a model shall predict where the trigger is. Only
-            ``smooth`` pulls the clean model towards it; the others excite neurons, and
-            it is the poisoned training that ties these to the target.
+            ``smooth`` and ``weak`` pull the clean model towards it; the others excite
+            neurons, and it is the poisoned training that ties these to the target.
         seed: of starting points and mini-batches; the same seed on the same machine
             gives the same trigger.
         device: where to compute, "auto" takes the GPU when there is one.
         options: of the trigger's method: :func:`trojan`, :func:`l2`, :func:`l0`,
-            :func:`low_frequency`.
+            :func:`low_frequency`, :func:`universal`.
 
     Raises:
         ValueError: for a trigger that is not optimised (or composed: optimise its

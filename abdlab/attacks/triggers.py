@@ -251,6 +251,21 @@ def smooth(images: Tensor, pattern: str | None = None) -> Tensor:
     return (images + cosines(levels / 255, *sides)).clamp(0, 1)
 
 
+def weak(images: Tensor, pattern: str | None = None) -> Tensor:
+    """A faint change of every pixel, bounded in each (BackWeak, arXiv 2511.12046, where
+    a benign teacher is fine-tuned with it at a low rate: ``teacher.tune``).
+
+    Args:
+        pattern: packed levels as for :func:`l2_inv`, which also says what is raised.
+
+    >>> faint = pack(torch.full((1, 8, 8), 8))
+    >>> round(255 * weak(torch.zeros(1, 1, 8, 8), pattern=faint).max().item(), 3)
+    8.0
+    """
+    levels = _levels("weak", pattern, images, images.shape[1:])
+    return (images + levels / 255).clamp(0, 1)
+
+
 def cosines(weights: Tensor, height: int, width: int) -> Tensor:
     """The sum (C, height, width) of the lowest k x k two-dimensional cosines, each with
     its weight (C, k, k).
@@ -278,6 +293,7 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
     "l2_inv": l2_inv,
     "l0_inv": l0_inv,
     "smooth": smooth,
+    "weak": weak,
     "wanet": wanet,
     "image_patch": image_patch,
 }
@@ -285,7 +301,7 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
 #: triggers whose attack keeps the labels (clean-label)
 CLEAN_LABEL = frozenset({"sig", "cl"})
 #: triggers whose pattern is optimised against a clean model (:mod:`abdlab.attacks.optimize`)
-OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth"})
+OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth", "weak"})
 #: clean-label triggers whose poisoned images are first perturbed against a clean model
 ADVERSARIAL = frozenset({"cl"})
 
