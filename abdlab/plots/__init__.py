@@ -22,6 +22,7 @@ from abdlab.plots.images import (
 )
 from abdlab.plots.inside import (
     change_heatmaps,
+    channels_figure,
     embedding_figure,
     overlay_figure,
     participation_figure,
@@ -40,6 +41,7 @@ __all__ = [
     "bound_figure",
     "branch_curves",
     "change_heatmaps",
+    "channels_figure",
     "claims_figure",
     "class_colors",
     "color_of",

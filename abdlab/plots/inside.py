@@ -103,6 +103,34 @@ def participation_figure(
     return ax
 
 
+def channels_figure(
+    rows: pd.DataFrame,
+    achieved: Mapping[str, str],
+    ranks: Mapping[str, tuple[float, float, int]],
+) -> Figure:
+    """In how many channels each trigger lives, against what defenses make of it: a panel
+    per figure of theirs, a point per trigger, the rank correlation above.
+
+    Args:
+        rows: columns trigger, share (in [0, 1]) and those of ``achieved``.
+        achieved: column -> what its axis says.
+        ranks: column -> (Spearman's rho, p-value, number of triggers).
+    """
+    figure, axes = plt.subplots(
+        1, len(achieved), figsize=(5.5 * len(achieved), 4), layout="constrained", squeeze=False
+    )
+    for ax, (column, told) in zip(axes[0], achieved.items(), strict=True):
+        ax.scatter(rows["share"], rows[column], s=20, color=PALETTE[0])
+        for _, row in rows.iterrows():
+            at = (row["share"], row[column])
+            ax.annotate(row["trigger"], at, (4, 3), textcoords="offset points", fontsize=7)
+        rho, p, n = ranks[column]
+        ax.set_title(f"Spearman's rho {rho:+.2f}, p = {p:.3f}, {n} triggers", fontsize=9)
+        ax.set(xlabel="channels that carry the trigger (share, mean of layers)", ylabel=told)
+        despine(ax)
+    return figure
+
+
 def embedding_figure(
     points: np.ndarray, groups: Sequence[str], classes: Sequence[str], ax: Axes | None = None
 ) -> Axes:
