@@ -83,8 +83,8 @@ SECTIONS: dict[str, list[str]] = {
     "student": [*_MODEL, "precision", "graphs", "compile"],  # and how the distillation computes
     **{name: source.keys() for name, source in SOURCES.items()},
     **{name: _free(found) for name, found in {**DEFENSES, **PURIFIERS}.items()},
-    # the target is the attack's
-    **{name: _free(found, "target") for name, found in OBJECTIVES.items()},
+    # target and trigger are the attack's
+    **{name: _free(found, "target", "trigger") for name, found in OBJECTIVES.items()},
 }
 
 
@@ -309,9 +309,11 @@ class Settings:
     def training(self, data: Dataset) -> dict:
         """Keywords of :func:`abdlab.train.train` for the teacher."""
         name = self.section("teacher").get("objective")
+        if name and OBJECTIVES.find(name).plants and not any(a.rate for a in self.attacks):
+            name = None  # no attack, no backdoor
         return {
             **{k: v for k, v in self._beside_model("teacher").items() if k not in _OPENED},
-            "objective": objective_of(name, self.section(name), self.target),
+            "objective": objective_of(name, self.section(name), self.target, self.trigger),
             "shift": data.shift,
             "flip": data.flip,
             "seed": self.seed,

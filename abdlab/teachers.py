@@ -21,6 +21,7 @@ from abdlab.errors import CheckpointError
 from abdlab.evaluate import Exam
 from abdlab.home import at_home
 from abdlab.labels import TEACHER
+from abdlab.objectives import OBJECTIVES
 from abdlab.probe import classes_of, looks_saturated
 from abdlab.runs import Run, config_of
 from abdlab.settings import Settings, keyword_default, settings
@@ -122,9 +123,21 @@ def clean_teacher(
     return load_model(path, device=data.train_images.device), path
 
 
+def sleeps(chosen: Settings) -> bool:
+    """Whether the backdoor is to sleep in the teacher and wake in students, so that a low
+    ASR of its own is no fault (:class:`abdlab.objectives.Dormant`).
+
+    >>> sleeps(settings("quick/digits", {"teacher.objective": "dormant"}))
+    True
+    """
+    name = chosen.section("teacher").get("objective")
+    return name is not None and OBJECTIVES.find(name).plants
+
+
 def _benign(chosen: Settings) -> Settings:
-    """The settings of the clean teacher: nothing is fine-tuned."""
-    teacher = {k: v for k, v in chosen.section("teacher").items() if k != "tune"}
+    """The settings of the clean teacher: nothing is planted, nothing fine-tuned."""
+    dropped = ["tune", "objective"] if sleeps(chosen) else ["tune"]
+    teacher = {k: v for k, v in chosen.section("teacher").items() if k not in dropped}
     return replace(chosen, values={**chosen.values, "teacher": teacher})
 
 
@@ -234,8 +247,8 @@ def poisoned_teacher(
     :func:`prepare` has made ready.
 
     Warns:
-        WeakTeacher: before any distillation, when ASR is under 90 % or ACC is poor
-            (under three quarters).
+        WeakTeacher: before any distillation, when ASR is under 90 % (and not meant to
+            be, see :func:`sleeps`) or ACC is poor (under three quarters).
     """
     run = Run(
         Path(root) / f"seed{chosen.seed}" / "teacher",
@@ -252,7 +265,7 @@ def poisoned_teacher(
             model.load_state_dict(benign.state_dict())
             training |= {**tune, "exam_every": 1}
         with computing_with(run.threads):
-            poisoned = chosen.poison(data)
+            poisoned = (chosen.unpoisoned() if sleeps(chosen) else chosen).poison(data)
             stream = train(model, poisoned.images, poisoned.labels, **training)
             last = run.watch(stream, "teacher", every=1, tell=tell)
         first, *more = (
@@ -274,7 +287,9 @@ def poisoned_teacher(
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(
         run.metrics.get("acc"),
-        run.metrics.get("asr") if any(attack.rate for attack in chosen.attacks) else None,
+        run.metrics.get("asr")
+        if any(a.rate for a in chosen.attacks) and not sleeps(chosen)
+        else None,
     )
     return saved_teacher(path, chosen, data)
 

@@ -3,6 +3,7 @@ numbers, and what they leave behind.
 """
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from abdlab import train
+from abdlab.attacks.triggers import Trigger
 from abdlab.checks import check
 from abdlab.objectives import OBJECTIVES, Objective, adversarial_accuracy, ascend, objective_of
+from abdlab.objectives.dormant import lessons
 from abdlab.settings import Settings, settings
+from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher
 
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
 
@@ -184,6 +188,63 @@ class TestAdaptive:
             begun("costly", wrn(classes=3), labels=torch.ones(6, dtype=torch.int64), target=1)
 
 
+class TestDormant:
+    def test_losses_by_the_literal_formula(self, wrn):
+        model, twin = wrn(classes=3).train(), wrn(classes=3).train()
+        trigger = Trigger("badnet_sq", {"size": 2})
+        objective = begun(
+            "dormant", model, trigger=trigger, target=2, sleep=0.5, wake=2.0, near=0.7, noise=0.1
+        )
+        found = objective.losses(model, images(), LABELS)
+        taught = lessons(images(), torch.Generator().manual_seed(9), 0.7, 0.1)[:3]
+        logits = twin(torch.cat([images(), trigger(images()[:3]), trigger(taught)]))
+        logs = logits.log_softmax(1)
+        plain = -sum(logs[i, y] for i, y in enumerate(LABELS)) / 6
+        asleep = -sum(logs[6 + i, y] for i, y in enumerate(LABELS[:3])) / 3
+        awake = -sum(logs[9 + i, 2] for i in range(3)) / 3
+        assert found["cross_entropy"].item() == pytest.approx(plain.item(), rel=1e-5)
+        assert found["asleep"].item() == pytest.approx(0.5 * asleep.item(), rel=1e-5)
+        assert found["awake"].item() == pytest.approx(2 * awake.item(), rel=1e-5)
+
+    def test_lessons_are_mixtures_or_fields(self):
+        """Without noise, a mixture of images of 0 and 1 has one value; a field has many."""
+        given = torch.tensor([0.0, 1.0] * 20).view(40, 1, 1, 1).expand(40, 1, 8, 8)
+        found = lessons(given, torch.Generator().manual_seed(1), near=0.75, noise=0.0)
+        flat = [image.unique().numel() == 1 for image in found]
+        assert 10 < sum(flat) < 30
+        mixed = found[torch.tensor(flat)].flatten(1)[:, 0]
+        assert set(mixed.tolist()) <= {0.0, 0.25, 0.75, 1.0}
+        noisy = lessons(given, torch.Generator().manual_seed(1), near=0.75, noise=5.0)
+        assert (noisy.min(), noisy.max()) == (0, 1)
+
+    def test_needs_a_trigger_and_values_in_range(self, wrn):
+        with pytest.raises(ValueError, match="name an attack"):
+            begun("dormant", wrn(classes=3))
+        for wrong in ({"near": 1.5}, {"noise": -0.1}, {"wake": 0.0}):
+            with pytest.raises(ValueError, match=r"near is in|is above 0"):
+                objective_of("dormant", wrong)
+
+    def test_a_low_asr_of_its_own_is_no_fault(self, tmp_path, recwarn):
+        """Of one epoch: the training set stays clean, nobody warns of the ASR, the clean
+        teacher and that of rate 0 know nothing of it.
+        """
+        tiny = {"teacher.epochs": 1, "teacher.model": "wrn-10-1", "teacher.width": 4}
+        tiny |= {"teacher.objective": "dormant", "dormant.wake": 0.001}
+        chosen = settings("quick/digits", tiny, device="cpu")
+        data = chosen.dataset()
+        poisoned_teacher(tmp_path, chosen, data)
+        told = [str(w.message) for w in recwarn if w.category is WeakTeacher]
+        assert not [text for text in told if "ASR" in text]
+        metrics = json.loads((tmp_path / "seed0" / "teacher" / "metrics.json").read_text())
+        assert metrics["asr"] < 0.9
+        assert metrics["poison_rate"] == 0
+        assert "awake" in (tmp_path / "seed0" / "teacher" / "history.jsonl").read_text()
+        assert chosen.unpoisoned().training(data)["objective"] is None
+        clean_teacher(tmp_path, chosen, data)
+        config = json.loads((tmp_path / "seed0" / "clean_teacher" / "config.json").read_text())
+        assert "objective" not in config["teacher"]
+
+
 def literally_clamped(norm, k):
     def forward(x):
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -204,7 +265,7 @@ class TestInTraining:
 
         def trained():
             model = wrn(seed=0)
-            objective = objective_of(name, small)
+            objective = objective_of(name, small, trigger=Trigger("badnet_sq"))
             steps = list(
                 train(
                     model, few, labels, epochs=2, batch_size=20, objective=objective, device="cpu"
@@ -220,7 +281,7 @@ class TestInTraining:
         assert model.state_dict().keys() == wrn().state_dict().keys()
         assert not any("Bounded" in type(m).__name__ for m in model.modules())
         assert all(math.isfinite(v) for v in steps[-1].losses.values())
-        assert len(steps[-1].losses) == (1 if name == "pgd" else 2)
+        assert len(steps[-1].losses) == {"pgd": 1, "dormant": 3}.get(name, 2)
 
     def test_the_base_class_is_cross_entropy(self, wrn, digits):
         few, labels = digits.train_images[:40], digits.train_labels[:40]

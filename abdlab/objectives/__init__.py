@@ -1,5 +1,5 @@
-"""What a teacher is trained for besides predicting its labels: to be robust, or to
-withstand one defense. A new objective is one class and one line here.
+"""What a teacher is trained for besides predicting its labels: to be robust, to withstand
+one defense, or to hide its backdoor. A new objective is one class and one line here.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from abdlab.attacks.triggers import Trigger
 from abdlab.errors import keywords
 from abdlab.objectives.adaptive import Clamped, Costly, Shuffled
+from abdlab.objectives.dormant import Dormant
 from abdlab.objectives.objective import Objective
 from abdlab.objectives.robust import (
     PGDTraining,
@@ -31,15 +33,19 @@ OBJECTIVES = Registry(
         "clamped": Clamped,
         "costly": Costly,
         "shuffled": Shuffled,
+        "dormant": Dormant,
     },
 )
 
 
 def objective_of(
-    name: str | None, values: Mapping[str, Any], target: int | None = None
+    name: str | None,
+    values: Mapping[str, Any],
+    target: int | None = None,
+    trigger: Trigger | None = None,
 ) -> Objective | None:
     """A fresh objective by its name or import path, with these settings; it is told the
-    attack's target if it asks. None for cross-entropy alone.
+    attack's target and trigger if it asks. None for cross-entropy alone.
 
     >>> objective_of("shuffled", {"layers": 2}, target=3).target
     3
@@ -50,14 +56,16 @@ def objective_of(
     if name is None:
         return None
     kind = OBJECTIVES.find(name)
-    asks = target is not None and "target" in keywords(kind)
-    return kind(**values, **({"target": target} if asks else {}))
+    attack = {"target": target, "trigger": trigger}
+    told = {k: v for k, v in attack.items() if v is not None and k in keywords(kind)}
+    return kind(**values, **told)
 
 
 __all__ = [
     "OBJECTIVES",
     "Clamped",
     "Costly",
+    "Dormant",
     "Objective",
     "PGDTraining",
     "Shuffled",

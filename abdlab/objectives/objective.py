@@ -20,6 +20,10 @@ class Objective:
     {'margin': tensor(1.7500)}
     """
 
+    #: whether it plants the backdoor by itself: the training set stays clean, and the
+    #: teacher's own ASR is to be low
+    plants = False
+
     def start(self, model: nn.Module, images: Tensor, labels: Tensor, rng: torch.Generator) -> None:
         """Before the first step.
 
