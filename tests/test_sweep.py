@@ -21,6 +21,8 @@ from ray_nodes import start_node, stop_node
 from rich.console import Console
 
 from abdlab import studies
+from abdlab.checks import check
+from abdlab.settings import settings
 from abdlab.studies.engines import LocalEngine, RayEngine
 from abdlab.studies.job import _scores as scores_of_folder
 from abdlab.studies.results import _frame as frame_of
@@ -805,3 +807,18 @@ def test_the_studies_that_are_shipped_can_be_read(path):
         assert len(study.jobs) >= 12
         assert len([name for name in study.axes if name not in ("seed", "seeds")]) >= 2
         assert len(study.axes.get("seed") or study.axes["seeds"]) == 2
+
+
+def test_every_attacker_of_the_study_is_accepted_up_to_eight_triggers():
+    path = Path(__file__).parents[1] / "notebooks" / "studies" / "attacks.yaml"
+    numbers = set()
+    for row in yaml.safe_load(path.read_text())["list"]:
+        chosen = settings("quick/digits", row)
+        check(chosen)
+        numbers.add(len(chosen.attacks))
+        assert len({attack.target for attack in chosen.attacks}) == len(chosen.attacks)
+        if len(chosen.attacks) == 8:  # on disjoint samples, as many for each target
+            poisoned = chosen.poison(chosen.dataset())
+            assert poisoned.which[poisoned.mask].bincount().unique().numel() == 1
+            assert poisoned.rate == pytest.approx(8 * 0.05, abs=0.005)
+    assert numbers == {1, 2, 4, 8}
