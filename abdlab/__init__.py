@@ -6,6 +6,7 @@ al., ICML 2023, arXiv 2306.02368). This module hands names on and defines nothin
 """
 
 from abdlab.attacks.optimize import PGD, optimize
+from abdlab.attacks.photographs import poison_photograph
 from abdlab.attacks.poison import Attack, Poisoned, poison, poison_many, triggered_test
 from abdlab.attacks.triggers import TRIGGERS, Trigger, trigger_from
 from abdlab.audit import Audit, audit, audit_student
@@ -113,6 +114,7 @@ __all__ = [
     "pick_device",
     "poison",
     "poison_many",
+    "poison_photograph",
     "poisoned_teacher",
     "predict",
     "prepare",

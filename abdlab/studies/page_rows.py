@@ -99,12 +99,15 @@ def setting_of(chosen: Settings, axes: Mapping[str, Any]) -> str:
 
     >>> setting_of(settings("quick/digits", {"teacher.objective": "pgd"}), {"sv.alpha": 0.2})
     'pgd, sv.alpha 0.2'
+    >>> setting_of(settings("quick/digits", {"teacher.tune": {"epochs": 6}}), {})
+    'fine-tuned'
     """
     attack, usual = chosen.attack_values[0], settings(chosen.preset).section("attack")
     if not any(a.rate for a in chosen.attacks):
         words = [CLEAN]
     else:
         words = [chosen.section("teacher").get("objective")]
+        words += ["fine-tuned" if chosen.section("teacher").get("tune") else None]
         words += ["all to all" if chosen.attacks[0].all_to_all else None]
         if len(chosen.attacks) > 1:
             words.append(f"{len(chosen.attacks)} triggers")
@@ -116,7 +119,7 @@ def setting_of(chosen: Settings, axes: Mapping[str, Any]) -> str:
 
 
 def _of_the_attack(axis: str) -> bool:
-    return axis.startswith("attack.") or axis == "teacher.objective"
+    return axis.startswith("attack.") or axis in ("teacher.objective", "teacher.tune")
 
 
 class _Run:
