@@ -30,7 +30,9 @@ class Dormant(Objective):
         near, noise: see :func:`lessons`.
 
     Where ours deviates: SCAR solves a bilevel problem, with a surrogate student below and
-    implicit differentiation; here lessons stand for the student's.
+    implicit differentiation; here lessons stand for the student's. On digits (one seed)
+    it sleeps, ASR 0, and does not wake: a NAYER student keeps .2 % of a square, 11.8 % of
+    ``weak`` at 64/255, less than one of a clean teacher.
 
     >>> Dormant(trigger=Trigger("badnet_sq"), target=3).target
     3

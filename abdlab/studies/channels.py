@@ -62,7 +62,7 @@ def measure(root: Path, trigger: str, seed: int = 0, shuffles: int = 4) -> dict:
     """
     chosen = settings("quick/digits", {"attack.trigger": trigger}, seed=seed, device="cpu")
     data, folder = chosen.dataset(), root / trigger
-    chosen = prepare(folder, chosen, data)
+    chosen = prepare(root, chosen, data)  # the clean model is one for all triggers
     teacher = poisoned_teacher(folder, chosen, data)
     exam = chosen.exam(data)
     kept = data.test_labels != chosen.target
