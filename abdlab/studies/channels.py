@@ -31,7 +31,7 @@ from abdlab.teachers import WeakTeacher, poisoned_teacher, prepare
 #: column -> what stands on the figure's axis
 ACHIEVED = {
     "bounded_asr": "ASR of the bounded teacher [%]",
-    "sv_auc": "AUC of shuffled copies: triggered against clean",
+    "sv_auc": "AUC of shuffled copies",
 }
 
 
