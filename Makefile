@@ -20,7 +20,7 @@ help:
 	@echo "make gpu           what a GPU is wanted for, in 9 minutes: DATA=cifar10-jpeg.tar.xz [INTO=runs/gpu] [SECONDS=520]"
 	@echo "make quick-preset  the figures of the quick preset: seeds 23, 24, 25"
 	@echo "make book          write notebooks/studies/README.md from its prose and its CSV files"
-	@echo "make triggers      the figures of all thirteen triggers: a teacher each"
+	@echo "make triggers      the figures of all fourteen triggers: a teacher each"
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("abdlab needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
@@ -74,7 +74,7 @@ quick-preset: $(READY)
 	$(BIN)/abdlab report runs/quick-preset
 
 triggers: $(READY)
-	for name in badnet_grid badnet_sq blend sig trojan_wm trojan_3x3 trojan_8x8 cl l2_inv l0_inv smooth wanet image_patch; do \
+	for name in badnet_grid badnet_sq blend sig trojan_wm trojan_3x3 trojan_8x8 cl l2_inv l0_inv smooth wanet image_patch weak; do \
 		OMP_NUM_THREADS=1 $(BIN)/abdlab run 01_poisoning -p run runs/triggers/$$name -p trigger $$name -p device cpu || exit; \
 	done
 	$(BIN)/abdlab report runs/triggers

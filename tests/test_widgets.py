@@ -484,6 +484,15 @@ class TestDefenseTuner:
         tuner.start()
         until(lambda: tuner.state == "done")
 
+    def test_asks_nothing_where_the_backdoor_is_to_sleep(self, tmp_path, data, monkeypatch):
+        monkeypatch.setattr("abdlab.widgets.defense_tuner.USELESS", 1.1)
+        dormant = settings("quick/digits", {**TINY, "teacher.objective": "dormant"}, device="cpu")
+        tuner = DefenseTuner(tmp_path, dormant, data, needs_page=False)
+        tuner.controls.with_floor.value = False
+        tuner.start()
+        until(lambda: tuner.state in ("asking", "done", "failed"))
+        assert tuner.state == "done"
+
     def test_a_page_that_is_gone_stops_the_run(self, tuner, monkeypatch):
         monkeypatch.setattr(workers, "PATIENCE", 0.0)
         page = looks.page()
