@@ -121,9 +121,12 @@ def channels_figure(
     )
     for ax, (column, told) in zip(axes[0], achieved.items(), strict=True):
         ax.scatter(rows["share"], rows[column], s=20, color=PALETTE[0])
-        for _, row in rows.iterrows():
-            at = (row["share"], row[column])
-            ax.annotate(row["trigger"], at, (4, 3), textcoords="offset points", fontsize=7)
+        places = rows[["share", column]].to_numpy(float)
+        near = 0.15, 0.06  # of the axes: about a name's width and height
+        apart = (places[:, None] - places) / np.maximum(np.ptp(places, axis=0), 1e-9)
+        for name, at, off in zip(rows["trigger"], places, apart, strict=True):
+            below = ((np.abs(off) < near).all(1) & (off[:, 1] < 0)).any()  # under another name
+            ax.annotate(name, at, (4, -8 if below else 3), textcoords="offset points", fontsize=7)
         rho, p, n = ranks[column]
         ax.set_title(f"Spearman's rho {rho:+.2f}, p = {p:.3f}, {n} triggers", fontsize=9)
         ax.set(xlabel="channels that carry the trigger (share, mean of layers)", ylabel=told)
