@@ -182,11 +182,11 @@ class Bench:
 
     def tab_to(self, what, key="Tab"):
         """Press Tab until an element has the focus, which shows where it is."""
-        wanted = what.element_handle()
         for _ in range(150):
             self.page.keyboard.press(key)
-            if wanted.evaluate("e => document.activeElement === e"):
-                style = wanted.evaluate("e => getComputedStyle(e).outlineStyle")
+            # looked up each time: a table may be drawn anew meanwhile
+            if what.evaluate("e => document.activeElement === e"):
+                style = what.evaluate("e => getComputedStyle(e).outlineStyle")
                 assert style != "none", "the focus is not visible"
                 return
         active = self.page.evaluate("document.activeElement.outerHTML.slice(0, 300)")

@@ -153,6 +153,12 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.page.keyboard.press("Enter")
     b.text("^(Stopped and saved|Done: zskt.sv.tu@3)").wait_for()
     b.go_to("4 Runs")
+    heading = b.page.locator(".abdlab-rows:visible th button").first
+    b.tab_to(heading)
+    for sign in "▲▼▲":  # sorted by the keyboard, which keeps its place
+        b.page.keyboard.press("Enter")
+        expect(heading).to_contain_text(sign)
+        expect(heading).to_be_focused()
     b.tab_to(b.page.locator(".abdlab-rows:visible tbody tr").first)
     row = b.page.locator(".abdlab-rows tr[data-id='seed0/zskt+sv+tu@3']")
     for _ in range(9):

@@ -13,7 +13,8 @@ function render({ model, el }) {
     model.save_changes();
   };
   const draw = () => {
-    const focused = frame.contains(document.activeElement) ? document.activeElement.dataset.id : null;
+    const active = frame.contains(document.activeElement) ? document.activeElement.dataset : {};
+    const focused = "id" in active ? ["id", active.id] : "column" in active ? ["column", active.column] : null;
     const table = document.createElement("table");
     table.setAttribute("role", "grid");
     table.setAttribute("aria-multiselectable", "true");
@@ -25,6 +26,7 @@ function render({ model, el }) {
       const button = document.createElement("button");
       button.textContent = name + (sorted[0] === i ? (sorted[1] > 0 ? " ▲" : " ▼") : "");
       button.title = `sort by ${name}`;
+      button.dataset.column = name;
       button.addEventListener("click", () => {
         sorted = [i, sorted[0] === i ? -sorted[1] : 1];
         draw();
@@ -79,7 +81,7 @@ function render({ model, el }) {
     }
     const [left, top] = [frame.scrollLeft, frame.scrollTop];
     frame.replaceChildren(table);
-    if (focused) frame.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+    if (focused) frame.querySelector(`[data-${focused[0]}="${CSS.escape(focused[1])}"]`)?.focus({ preventScroll: true });
     frame.scrollTo(left, top);
   };
 
