@@ -304,8 +304,8 @@ def distill_all(
     methods = {label: Label.parse(label) for label in labels}
 
     def clean() -> None:  # once, before several processes look for it
-        for label in methods.values():
-            purified_teacher(root, chosen, data, teacher, label.purifiers)
+        for names in dict.fromkeys(label.purifiers for label in methods.values()):
+            purified_teacher(root, chosen, data, teacher, names)
 
     students = {label: m for label, m in methods.items() if m.source != TEACHER}
     lengths = {m.source: len(chosen.source(m.source, data)) for m in students.values()}
@@ -322,15 +322,15 @@ def distill_all(
     share = max(1, torch.get_num_threads() // threads())
     on_cpu = data.train_images.device.type == "cpu"
     workers = min(len(groups), workers or (share if on_cpu else 1))
+    if workers <= 1 or not on_cpu:
+        clean()
     if workers > 1:
         board = _Board(sum(lengths[students[label].source] for label in left))
         if on_cpu:
             apart = [group for group in groups if not any(students[x].purifiers for x in group)]
             _in_processes(root, chosen, groups, workers, board, clean, apart)
         else:
-            clean()
             _in_threads(root, chosen, data, groups, workers, board)
-    clean()
     results = {label: distilled(root, chosen, data, teacher, label)[1] for label in labels}
     if with_teacher:
         results = {"teacher": Run(Path(root) / f"seed{chosen.seed}" / "teacher").metrics, **results}

@@ -134,6 +134,16 @@ def sleeps(chosen: Settings) -> bool:
     return name is not None and OBJECTIVES.find(name).plants
 
 
+def shows(chosen: Settings) -> bool:
+    """Whether the teacher itself is meant to have a high ASR: something attacks it, and
+    the backdoor does not sleep.
+
+    >>> shows(settings("quick/digits")), shows(settings("quick/digits", {"attack.rate": 0.0}))
+    (True, False)
+    """
+    return any(attack.rate for attack in chosen.attacks) and not sleeps(chosen)
+
+
 def _benign(chosen: Settings) -> Settings:
     """The settings of the clean teacher: nothing is planted, nothing fine-tuned."""
     dropped = ["tune", "objective"] if sleeps(chosen) else ["tune"]
@@ -247,8 +257,8 @@ def poisoned_teacher(
     :func:`prepare` has made ready.
 
     Warns:
-        WeakTeacher: before any distillation, when ASR is under 90 % (and not meant to
-            be, see :func:`sleeps`) or ACC is poor (under three quarters).
+        WeakTeacher: before any distillation, when ASR is under 90 % (and meant not to
+            be, see :func:`shows`) or ACC is poor (under three quarters).
     """
     run = Run(
         Path(root) / f"seed{chosen.seed}" / "teacher",
@@ -287,9 +297,7 @@ def poisoned_teacher(
         run.save_metrics({**metrics, "poison_rate": poisoned.rate})
     check_teacher(
         run.metrics.get("acc"),
-        run.metrics.get("asr")
-        if any(a.rate for a in chosen.attacks) and not sleeps(chosen)
-        else None,
+        run.metrics.get("asr") if shows(chosen) else None,
     )
     return saved_teacher(path, chosen, data)
 

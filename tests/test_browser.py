@@ -121,13 +121,16 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.shot("light-2-done")
 
     b.open("3 Samples")
-    b.picture("images learnt from; click one").wait_for()
-    detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
-    before = detail.get_attribute("alt")  # the first one's; the click is on the seventh
-    b.picture("images learnt from; click one").click(position={"x": 300, "y": 25})
-    expect(detail).not_to_have_attribute("alt", before, timeout=60_000)
-    b.button("Suspicious tail").click()
+    b.button("Suspicious tail").click()  # at once: what the tab begins is ended first
     b.text("of [0-9]+ images selected").wait_for()
+    detail = b.page.locator(".abdlab-picture img[alt^='image ']").locator("visible=true").first
+    before, gallery = detail.get_attribute("alt"), b.picture("images learnt from; click one")
+    gallery.click(position={"x": 300, "y": 25})
+    try:
+        expect(detail).not_to_have_attribute("alt", before, timeout=20_000)
+    except AssertionError:  # it was the one that is enlarged
+        gallery.click(position={"x": 100, "y": 25})
+        expect(detail).not_to_have_attribute("alt", before, timeout=60_000)
     b.button("Draw the map").click()
     b.page.locator("progress:visible").wait_for()
     plan = b.picture("t-SNE map")

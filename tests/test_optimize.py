@@ -72,8 +72,9 @@ class TestEveryMethod:
 
     def test_the_seed_decides(self, name, net):
         assert make(name, net) == make(name, net)
-        # after more steps weak is at its bound from wherever it began
-        assert make(name, net, seed=1, steps=2) != make(name, net, steps=2)
+        # weak is at its bound in the end, from wherever it began
+        few = {"steps": 2} if name == "weak" else {}
+        assert make(name, net, seed=1, **few) != make(name, net, **few)
 
     def test_leaves_the_model_as_it_was(self, name, net):
         net.train()

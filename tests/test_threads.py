@@ -139,11 +139,9 @@ def test_cores_are_used_by_students_side_by_side_and_the_numbers_stay(
     assert torch.equal(*weights)
 
 
-def test_a_student_of_the_teacher_as_it_is_does_not_wait_for_the_purified_one(
-    tmp_path, chosen, data
-):
-    """In processes: the numbers are those of one after the other, and the student that
-    needs no purifier began first.
+def test_students_begin_beside_a_purifier_and_the_numbers_stay(tmp_path, chosen, data):
+    """In processes: the numbers are those of one after the other, and the purified
+    teacher's student begins when that is there.
     """
     weights = []
     for share in (2, 1):

@@ -46,8 +46,10 @@ def poison_photograph(
             f" {down}x{across}: choose a smaller tile"
         )
     pixels = photo.float() / 255
-    if channels == 1:  # luminance (ITU-R BT.601)
-        pixels = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * pixels).sum(0, keepdim=True)
+    if channels == 1:  # as the source of one photograph does
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        pixels = rgb_to_grayscale(pixels)
     whole = pixels[:, : rows * down, : columns * across]
     tiles = whole.unfold(1, down, down).unfold(2, across, across)
     tiles = tiles.permute(1, 2, 0, 3, 4).reshape(-1, channels, down, across)

@@ -202,8 +202,7 @@ def l2_inv(images: Tensor, pattern: str | None = None) -> Tensor:
     >>> round(l2_inv(torch.zeros(1, 1, 8, 8), pattern=faint).mean().item(), 3)
     0.2
     """
-    levels = _levels("l2_inv", pattern, images, images.shape[1:])
-    return (images + levels / 255).clamp(0, 1)
+    return _added("l2_inv", pattern, images)
 
 
 def l0_inv(images: Tensor, pattern: str | None = None) -> Tensor:
@@ -262,8 +261,7 @@ def weak(images: Tensor, pattern: str | None = None) -> Tensor:
     >>> round(255 * weak(torch.zeros(1, 1, 8, 8), pattern=faint).max().item(), 3)
     8.0
     """
-    levels = _levels("weak", pattern, images, images.shape[1:])
-    return (images + levels / 255).clamp(0, 1)
+    return _added("weak", pattern, images)
 
 
 def cosines(weights: Tensor, height: int, width: int) -> Tensor:
@@ -401,6 +399,11 @@ def trigger_from(spec: Trigger | str | dict, params: dict | None = None) -> Trig
             " instead"
         )
     return Trigger(first.strip(), dict(params or {}), tuple(Trigger(name.strip()) for name in rest))
+
+
+def _added(name: str, pattern: str | None, images: Tensor) -> Tensor:
+    """The images with a pattern of their size added, in steps of 1/255."""
+    return (images + _levels(name, pattern, images, images.shape[1:]) / 255).clamp(0, 1)
 
 
 def _levels(

@@ -85,8 +85,7 @@ def inked(figure: Figure, dark: bool) -> Iterator[Figure]:
         stay = {text for ax in figure.axes for text in _on_a_picture(ax)}
         for line in figure.findobj(Line2D):  # those of legends too
             for name in ("color", "markeredgecolor", "markerfacecolor"):
-                if not _is_none(getattr(line, f"get_{name}")()):
-                    paint(line, name)
+                paint(line, name)
         for text in figure.findobj(Text):
             if text in stay or len(set(to_rgb(text.get_color()))) > 1:
                 continue
@@ -106,10 +105,6 @@ def inked(figure: Figure, dark: bool) -> Iterator[Figure]:
     finally:
         for back in reversed(undo):
             back()
-
-
-def _is_none(color: Any) -> bool:
-    return isinstance(color, str) and color.lower() == "none"
 
 
 def _on_a_picture(ax: Axes) -> list[Text]:

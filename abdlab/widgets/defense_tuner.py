@@ -19,7 +19,7 @@ from abdlab.runs import Run
 from abdlab.settings import Settings
 from abdlab.stream import Step
 from abdlab.students import Distillation
-from abdlab.teachers import sleeps
+from abdlab.teachers import shows
 from abdlab.widgets import looks
 from abdlab.widgets.branches import (
     Origin,
@@ -220,7 +220,7 @@ class DefenseTuner(NextRun):
         data = self._data
         ready, teacher, asr = job.teacher(data, tell)
         self._name()
-        if sleeps(job.chosen) or not any(attack.rate for attack in job.chosen.attacks):
+        if not shows(job.chosen):
             asr = None  # it is not meant to have a backdoor
         new = job.origin.folder is None and self.root not in self._agreed
         if asr is not None and asr < USELESS and new and worker.alive():

@@ -193,6 +193,17 @@ class NaivePool:
             logits = self.teacher(view)
         return logits, inputs
 
+    def off(self, name, mean, variance):
+        """How far statistics are from those that a batch norm remembers."""
+        module = self.teacher.get_submodule(name)
+        return (mean - module.running_mean).norm() + (variance - module.running_var).norm()
+
+    def disagreement(self, view, logits):
+        """Mean KL(T || S) where both predict the same class."""
+        with mode(self.student, training=False):
+            answer = self.student(view)
+        return (kl(logits, answer) * (answer.argmax(1) == logits.argmax(1))).mean()
+
     def keep(self, images):
         """A round's images into the pool."""
         s = self.source
@@ -218,7 +229,6 @@ class NaiveFast(NaivePool):
         view = random_views(images, s.rng, shift=s.shift, flip=s.flip)
         logits, inputs = self.look(view)
         for name, x in inputs.items():
-            module = self.teacher.get_submodule(name)
             now[name] = mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
             if name in s.past:
                 share = s.momentum_bn
@@ -226,20 +236,13 @@ class NaiveFast(NaivePool):
                     share * old + (1 - share) * new
                     for old, new in zip(s.past[name], now[name], strict=True)
                 )
-            distance = (
-                distance
-                + (mean - module.running_mean).norm()
-                + (variance - module.running_var).norm()
-            )
+            distance = distance + self.off(name, mean, variance)
         losses = {
             "batch_norm": s.batch_norm * distance,
             "one_hot": s.one_hot * F.cross_entropy(logits, targets),
         }
         if s.rounds_made >= s.warmup:
-            with mode(self.student, training=False):
-                answer = self.student(view)
-            agree = answer.argmax(1) == logits.argmax(1)
-            losses["adversarial"] = -s.adversarial * (kl(logits, answer) * agree).mean()
+            losses["adversarial"] = -s.adversarial * self.disagreement(view, logits)
         return losses, now
 
     def synthesis(self):
@@ -280,16 +283,8 @@ class NaiveCMI(NaivePool):
         logits, inputs = self.look(view)
         distance = 0
         for name, x in inputs.items():
-            module = self.teacher.get_submodule(name)
-            mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-            distance = (
-                distance
-                + (mean - module.running_mean).norm()
-                + (variance - module.running_var).norm()
-            )
-        with mode(self.student, training=False):
-            answer = self.student(view)
-        agree = answer.argmax(1) == logits.argmax(1)
+            distance = distance + self.off(name, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
+        disagreement = self.disagreement(view, logits)
         local_inputs = self.look(
             random_views(images, s.rng, scale=s.crop, ratio=(3 / 4, 4 / 3), flip=s.flip)
         )[1]
@@ -310,7 +305,7 @@ class NaiveCMI(NaivePool):
         losses = {
             "batch_norm": s.batch_norm * distance,
             "one_hot": s.one_hot * F.cross_entropy(logits, targets),
-            "adversarial": -s.adversarial * (kl(logits, answer) * agree).mean(),
+            "adversarial": -s.adversarial * disagreement,
             "contrastive": s.contrastive * (new.mean() + old.mean() if len(old) else new.mean()),
         }
         return losses, torch.stack([local, whole], 1).detach()
