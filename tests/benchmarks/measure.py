@@ -243,6 +243,11 @@ class SRStep:
         return seconds, losses
 
 
+def trainable(model, device):
+    """A copy on the device, every weight of which takes a gradient."""
+    return place(copy.deepcopy(model), torch.device(device), "float32").requires_grad_(True)
+
+
 def flat_gradient(model):
     """The gradients of all weights as one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters()])

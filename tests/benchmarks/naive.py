@@ -9,6 +9,8 @@ teachers are whole copies; SR recomputes the clean answer in every inner step. T
 networks, and each random number, are those of the side that it is compared with.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -344,6 +346,40 @@ def ood_step(source, teacher, student, adam):
     loss.backward()
     adam.step()
     return {"kd": loss.item()}
+
+
+class BoundedNorm(nn.BatchNorm2d):
+    """A batch norm in evaluation, bounded by the formula: normalise, clamp, scale, shift."""
+
+    def forward(self, x):
+        mean, variance, weight, bias = (
+            v.view(1, -1, 1, 1)
+            for v in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        z = (x - mean) / (variance + self.eps).sqrt()
+        return z.clamp(-self.reach, self.reach) * weight + bias
+
+
+def bounded(model, k):
+    """A copy, every batch norm of which is bounded to k standard deviations."""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.__class__, m.reach = BoundedNorm, k
+    return model
+
+
+def unlearn_step(teacher, model, adam, images, others, triggered):
+    """One step of unlearning: the teacher answers both halves anew, each half has a pass
+    of its own. Returns the loss.
+    """
+    kept = kl(teacher(images).detach(), model(images)).mean()
+    changed = kl(teacher(others).detach(), model(triggered)).mean()
+    loss = kept + changed
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+    return loss.item()
 
 
 def teacher_epochs(model, images, labels, *, epochs, batch_size, shift, flip, seed=0):

@@ -62,6 +62,14 @@ def free_port():
         return free.getsockname()[1]
 
 
+def command(process):
+    """A process's command line; empty when it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Killer(threading.Thread):
     """Kills at random moments, a node or one worker's process, and replaces nodes."""
 
@@ -70,8 +78,16 @@ class Killer(threading.Thread):
         self.nodes, self.address, self.kills, self.rng = nodes, address, kills, rng
         self.done, self.ended = done, threading.Event()
         self.told = {"node": 0, "worker": 0}
+        self.error = ""
 
     def run(self):
+        try:
+            self.kill_all()
+        except Exception as error:  # a thread's error ends nothing by itself
+            self.error = repr(error)
+            raise
+
+    def kill_all(self):
         # spread over the run by what is done, not by the clock
         for share in sorted(self.rng.uniform(0.02, 0.95) for _ in range(self.kills)):
             while self.done() < share:
@@ -86,7 +102,7 @@ class Killer(threading.Thread):
             self.nodes[i] = start_node(f"--address={self.address}", SMALL)
             return
         family = psutil.Process(self.nodes[i].pid).children(recursive=True)
-        working = [p for p in family if "ray::simulated" in " ".join(p.cmdline())]
+        working = [p for p in family if "ray::simulated" in command(p)]
         if working:
             self.rng.choice(working).kill()
             self.told["worker"] += 1
@@ -131,6 +147,7 @@ def measure(folder, address, nodes, options):
     lost = int((frame["state"] != "done").sum())
     wrong = int((frame["acc"] != frame["x"] / 1000).sum())
     again = int((frame["attempts"] > 1).sum())
+    assert not killer.error, killer.error
     print(
         f"| {options.jobs} | {len(nodes)} | {killer.told['node']} nodes,"
         f" {killer.told['worker']} workers | {again} | {frame['attempts'].max()} | {lost} | {wrong}"

@@ -2,8 +2,6 @@
 inputs; only the losses are asserted.
 """
 
-import copy
-
 import naive
 import pytest
 import torch
@@ -20,6 +18,7 @@ from measure import (
     agree,
     clock,
     interleave,
+    trainable,
 )
 from torch.optim import Adam
 
@@ -27,16 +26,10 @@ from abdlab import CMI, OOD, train
 from abdlab.distill import distill, seed_of
 from abdlab.features import mode
 from abdlab.inversion import Bank, invert
-from abdlab.models import place
 from abdlab.sources import NAYER, FastDFKD
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.parametrize("device", DEVICES)]
 SIZES = {"main": MAIN, "small": SMALL}
-
-
-def trainable(model, device):
-    """A copy on the device, every weight of which takes a gradient."""
-    return place(copy.deepcopy(model), torch.device(device), "float32").requires_grad_(True)
 
 
 @pytest.mark.parametrize("size", SIZES)
