@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -163,21 +164,39 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
-def _digits(root: Path, size: int | None, download: bool):
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+#: the digits' rows for training and, the last :data:`DIGITS_TEST`, for testing: what
+#: scikit-learn's ``train_test_split(range(1797), test_size=500, random_state=0,
+#: stratify=labels)`` gave
+DIGITS_SPLIT, DIGITS_TEST = Path(__file__).with_name("digits_split.npy"), 500
 
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images / 16).float().unsqueeze(1)
+
+def _digits(root: Path, size: int | None, download: bool):
+    table = _digits_table()
+    images = torch.from_numpy(table[:, :-1].reshape(-1, 8, 8) / 16).float().unsqueeze(1)
     size = size or 16
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False).clamp_(
         0, 1
     )
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=500, random_state=0, stratify=bunch.target
-    )
+    labels = torch.from_numpy(table[:, -1]).long()
+    rows = torch.from_numpy(np.load(DIGITS_SPLIT).astype(np.int64))
+    train, test = rows[:-DIGITS_TEST], rows[-DIGITS_TEST:]
     return (images[train], labels[train]), (images[test], labels[test]), [str(i) for i in range(10)]
+
+
+def _digits_table() -> np.ndarray:
+    """(1797, 65): 64 pixels from 0 to 16, then the label, as scikit-learn ships them.
+
+    Read without importing scikit-learn, which takes a second, where its file is found.
+    """
+    found = find_spec("sklearn")
+    folder = Path(found.submodule_search_locations[0]) if found else Path()
+    file = folder / "datasets/data/digits.csv.gz"
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def _cifar10(root: Path, size: int | None, download: bool):

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from abdlab.attacks.poison import Poisoned
@@ -45,6 +44,8 @@ class Claim:
     @property
     def p_value(self) -> float:
         """Chance that an innocent model has as many hits or more (exact, one-sided)."""
+        from scipy.stats import binomtest  # takes half a second
+
         return float(binomtest(self.hits, self.images, self.innocent, alternative="greater").pvalue)
 
     def proves(self, level: float) -> bool:

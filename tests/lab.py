@@ -42,7 +42,8 @@ def lab_server(folder):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    env.pop("ABDLAB_HEADLESS", None)
+    for not_a_persons in ("ABDLAB_HEADLESS", "PYTHONDONTWRITEBYTECODE"):
+        env.pop(not_a_persons, None)
     command = [
         sys.executable,
         "-m",

@@ -3,6 +3,8 @@ import http.server
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from functools import partial
@@ -12,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from abdlab import distill_all, folder_of, load_model, settings
 from abdlab.data import DATASETS, augment, load, pick_device, to_unit
 from abdlab.folders import IMAGE_SUFFIXES
+
+ROOT = Path(__file__).parents[1]
 
 SPLITS = ("train", "test")
 
@@ -133,6 +139,30 @@ class TestDigits:
         data = cpu("digits")
         assert data.mean == pytest.approx((data.train_images.mean().item(),), abs=1e-4)
         assert data.std == pytest.approx((data.train_images.std().item(),), abs=1e-4)
+
+    def test_images_and_split_are_scikit_learns(self):
+        bunch = load_digits()
+        train, test = train_test_split(
+            range(1797), test_size=500, random_state=0, stratify=bunch.target
+        )
+        data = cpu("digits", size=8)  # their own size: nothing is interpolated
+        for rows, images, labels in (
+            (train, data.train_images, data.train_labels),
+            (test, data.test_images, data.test_labels),
+        ):
+            assert torch.equal(images[:, 0], torch.from_numpy(bunch.images[rows] / 16).float())
+            assert labels.tolist() == bunch.target[rows].tolist()
+
+    def test_are_the_same_where_scikit_learns_file_is_not_found(self, monkeypatch):
+        first = cpu("digits")
+        monkeypatch.setattr("abdlab.data.find_spec", lambda name: None)
+        second = cpu("digits")
+        assert torch.equal(first.train_images, second.train_images)
+        assert torch.equal(first.test_labels, second.test_labels)
+
+    def test_do_not_import_scikit_learn(self):  # which takes a second
+        code = "import sys, abdlab; abdlab.load('digits'); assert 'sklearn' not in sys.modules"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
     def test_size(self):
         assert cpu("digits", size=8).shape == (1, 8, 8)
