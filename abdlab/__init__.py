@@ -23,6 +23,7 @@ from abdlab.defenses import (
 from abdlab.distill import distill
 from abdlab.errors import CheckpointError, Diverged
 from abdlab.evaluate import Exam, accuracy, agreement, attack_success, predict, trigger_size
+from abdlab.experiments import distill_each
 from abdlab.features import record
 from abdlab.forecast import forecast
 from abdlab.inspection import synthesize, vaccine_of, vaccine_trials
@@ -102,6 +103,7 @@ __all__ = [
     "clean_teacher_control",
     "distill",
     "distill_all",
+    "distill_each",
     "distillation",
     "distilled",
     "folder_of",

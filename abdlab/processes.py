@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import threading
+import time
 
 
 def alive(pid: int) -> bool:
@@ -33,6 +35,17 @@ def is_gone(name: str) -> bool:
     """
     machine, _, pid = name.partition("-")
     return machine == _machine() and pid.isdigit() and not alive(int(pid))
+
+
+def end_with(pid: int) -> None:
+    """Let this process end when its parent ``pid`` is gone, also one that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _machine() -> str:

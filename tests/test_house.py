@@ -55,6 +55,7 @@ STOREYS = [
     ["runs"],
     ["teachers"],
     ["students"],
+    ["experiments"],
     ["forecast"],
     ["inspection", "plots", "defend"],
     ["studies", "batch"],

@@ -326,6 +326,15 @@ def test_synthetic_pool_with_and_without_batch_norm(teacher):
     assert all(p.requires_grad for p in teacher.parameters())
 
 
+def test_a_bound_of_batch_norms_takes_no_pool(teacher, pool):
+    """Making one takes two thirds of the time; by its statistics it makes no difference."""
+    assert not Bounded().needs_pool(teacher)
+    assert Bounded().needs_pool(GroupNet())
+    without, with_it = (Bounded().purify(teacher, SHAPE, pool=p, seed=3) for p in (None, pool))
+    assert without.purified == with_it.purified
+    assert torch.equal(without(pool), with_it(pool))
+
+
 def test_guards_are_images_of_the_target_by_the_networks_own_answer(teacher, pool):
     purifier = Unlearn(targets=[2], rounds=1, steps=1, guard=64)
     made = purifier.purify(teacher, SHAPE, pool=pool, seed=0)

@@ -56,6 +56,7 @@ def ready(name, shape, seed=1):
         name, (height, width)
     )
     low = {"l0_inv": -1, "l2_inv": -40, "smooth": -40, "weak": -40}.get(name, 0)
+    channels += name == "adba"  # its mask
     levels = torch.randint(low, 41, (channels, *sides), generator=rng)
     if name == "l0_inv":  # most pixels stay as they are
         levels[:, torch.rand(height, width, generator=rng) < 0.8] = -1

@@ -17,43 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from abdlab.attacks.bench import Bench
+from abdlab.attacks.joint import joint
 from abdlab.attacks.patches import paste
 from abdlab.attacks.triggers import Trigger, cosines, pack, trigger_from
 from abdlab.data import pick_device
 from abdlab.errors import check_keys, did_you_mean, keywords
 from abdlab.features import frozen, last_linear, mode, module_at, record
 from abdlab.models import place
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every method works on.
-
-    Attributes:
-        model: clean, in eval mode, frozen.
-        images: (N, C, H, W) in [0, 1], of other classes than the target.
-        target: the class that a model shall predict where the trigger is.
-        generator: draws starting points and mini-batches, on the CPU.
-    """
-
-    model: nn.Module
-    images: Tensor
-    target: int
-    generator: torch.Generator
-
-    def draw(self, n: int = 64) -> Tensor:
-        """A random mini-batch of the images."""
-        return self.images[
-            torch.randint(len(self.images), (n,), generator=self.generator).to(self.images.device)
-        ]
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) on the images' device, the same on every device."""
-        return torch.rand(shape, generator=self.generator).to(self.images)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Gaussian numbers on the images' device, the same on every device."""
-        return torch.randn(shape, generator=self.generator).to(self.images)
 
 
 def trojan(
@@ -281,6 +252,7 @@ METHODS: dict[str, tuple[Callable[..., Tensor], dict]] = {
     "l0_inv": (l0, {}),
     "smooth": (low_frequency, {}),
     "weak": (universal, {}),
+    "adba": (joint, {}),
 }
 
 
@@ -310,13 +282,13 @@ def optimize(
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,). Images of the target class
             are left out.
         target: the class that a model shall predict where the trigger is. Only
-            ``smooth`` and ``weak`` pull the clean model towards it; the others excite
+            ``smooth``, ``weak`` and ``adba`` pull a model towards it; the others excite
             neurons, and it is the poisoned training that ties these to the target.
         seed: of starting points and mini-batches; the same seed on the same machine
             gives the same trigger.
         device: where to compute, "auto" takes the GPU when there is one.
         options: of the trigger's method: :func:`trojan`, :func:`l2`, :func:`l0`,
-            :func:`low_frequency`, :func:`universal`.
+            :func:`low_frequency`, :func:`universal`, :func:`abdlab.attacks.joint.joint`.
 
     Raises:
         ValueError: for a trigger that is not optimised (or composed: optimise its
@@ -337,7 +309,9 @@ def optimize(
     device = pick_device(device)
     place(model, device)
     with mode(model, training=False), frozen(model):
-        bench = Bench(model, images[others].to(device), target, torch.Generator().manual_seed(seed))
+        every = images.to(device)
+        rng = torch.Generator().manual_seed(seed)
+        bench = Bench(model, every[others.to(device)], every, target, rng)
         levels = method(bench, **fixed, **options)
     return Trigger(trigger.name, {**trigger.params, "pattern": pack(levels)})
 

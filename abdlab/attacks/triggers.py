@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from abdlab.attacks.image_wise import image_patch, wanet
+from abdlab.attacks.joint import masked
 from abdlab.attacks.patches import CORNERS as CORNERS
 from abdlab.attacks.patches import paste
 from abdlab.attacks.patterns import pack as pack
@@ -264,6 +265,28 @@ def weak(images: Tensor, pattern: str | None = None) -> Tensor:
     return _added("weak", pattern, images)
 
 
+def adba(images: Tensor, pattern: str | None = None) -> Tensor:
+    """(1 - mask) x image + mask x pattern, both found while a teacher and a shadow student
+    learn (ADBA, Ge et al., ACM MM 2021).
+
+    Args:
+        pattern: packed levels (C + 1, H, W), from :func:`abdlab.attacks.optimize.optimize`,
+            in steps of 1/255: the pattern, and the mask last.
+
+    Raises:
+        ValueError: without a pattern, or with one of another shape than the images.
+
+    >>> half = pack(torch.tensor([[[255, 255]], [[51, 0]]]))
+    >>> round(adba(torch.zeros(1, 1, 1, 2), pattern=half).sum().item(), 3)
+    0.2
+    """
+    levels = _levels("adba", pattern, images)
+    fits = (len(levels) - 1, *levels.shape[1:])
+    if fits != images.shape[1:]:
+        raise ValueError(_misfit("adba", fits, images))
+    return masked(images, (levels / 255).clamp(0, 1))
+
+
 def cosines(weights: Tensor, height: int, width: int) -> Tensor:
     """The sum (C, height, width) of the lowest k x k two-dimensional cosines, each with
     its weight (C, k, k).
@@ -292,6 +315,7 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
     "l0_inv": l0_inv,
     "smooth": smooth,
     "weak": weak,
+    "adba": adba,
     "wanet": wanet,
     "image_patch": image_patch,
 }
@@ -299,7 +323,7 @@ TRIGGERS: dict[str, Callable[..., Tensor]] = {
 #: triggers whose attack keeps the labels (clean-label)
 CLEAN_LABEL = frozenset({"sig", "cl"})
 #: triggers whose pattern is optimised against a clean model (:mod:`abdlab.attacks.optimize`)
-OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth", "weak"})
+OPTIMISED = frozenset({"trojan_3x3", "trojan_8x8", "l2_inv", "l0_inv", "smooth", "weak", "adba"})
 #: clean-label triggers whose poisoned images are first perturbed against a clean model
 ADVERSARIAL = frozenset({"cl"})
 
@@ -422,7 +446,7 @@ def _levels(
     return levels.to(images)
 
 
-def _misfit(name: str, shape: torch.Size, images: Tensor) -> str:
+def _misfit(name: str, shape: tuple[int, ...], images: Tensor) -> str:
     given, wanted = ("x".join(map(str, sides)) for sides in (shape, images.shape[1:]))
     return (
         f"this {name} was optimised for other images: its pattern is {given}, and the images are"

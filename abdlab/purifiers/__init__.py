@@ -57,7 +57,7 @@ def purify(
         ValueError: for an unknown name, with a "did you mean".
     """
     steps = [PURIFIERS.find(p)() if isinstance(p, str) else p for p in purifiers]
-    if pool is None and any(step.needs_pool for step in steps):
+    if pool is None and any(step.needs_pool(teacher) for step in steps):
         own = copy.deepcopy(teacher).to(device)
         classes_of(own, torch.zeros(2, *shape, device=device), "the teacher")
         pool = synthetic_pool(own, shape, device=device, seed=seed)

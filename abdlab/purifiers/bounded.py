@@ -265,6 +265,9 @@ class Bounded(Purifier):
             raise ValueError(f"agreement is a share in (0, 1], not {agreement}")
         self.k, self.agreement = k, agreement
 
+    def needs_pool(self, teacher):
+        return not batch_norms(teacher)
+
     def clean(self, model, origin, pool, rng):
         k = self.k
         if k is None:

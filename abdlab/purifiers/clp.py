@@ -53,8 +53,7 @@ class CLP(Purifier):
             raise ValueError(f"u counts standard deviations and is above 0, not {u}")
         self.u = u
 
-    @property
-    def needs_pool(self):
+    def needs_pool(self, teacher):
         return False
 
     @torch.no_grad()

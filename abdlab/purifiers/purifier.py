@@ -20,9 +20,8 @@ class Purifier:
     #: what a reader of the results must know of the latest call, plain values only
     report: dict
 
-    @property
-    def needs_pool(self) -> bool:
-        """Whether it looks at the synthetic images at all."""
+    def needs_pool(self, teacher: nn.Module) -> bool:
+        """Whether it looks at the synthetic images of this teacher at all."""
         return True
 
     @property
@@ -36,15 +35,15 @@ class Purifier:
         return 1920
 
     def clean(
-        self, model: nn.Module, origin: nn.Module, pool: Tensor | None, rng: torch.Generator
+        self, model: nn.Module, origin: nn.Module, pool: Tensor, rng: torch.Generator
     ) -> dict:
         """Change ``model``, a copy in eval mode with weights that take gradients, in
         place; returns the report.
 
         Args:
             origin: a frozen copy of the teacher as it was before any purifier.
-            pool: (N, C, H, W) synthetic images of it; may be None where
-                :attr:`needs_pool` says so.
+            pool: (N, C, H, W) synthetic images of it; none, N = 0, where
+                :meth:`needs_pool` says so.
             rng: draws all random numbers.
         """
         raise NotImplementedError
@@ -82,10 +81,12 @@ class Purifier:
         model.requires_grad_(True).eval()
         for network in (origin, model):
             classes_of(network, torch.zeros(2, *shape, device=device), "the teacher")
-        if pool is None and self.needs_pool:
-            pool = synthetic_pool(origin, shape, device=device, seed=seed)
+        if pool is None:
+            pool = torch.empty(0, *shape)
+            if self.needs_pool(teacher):
+                pool = synthetic_pool(origin, shape, device=device, seed=seed)
         rng = torch.Generator().manual_seed(seed)
-        self.report = self.clean(model, origin, None if pool is None else pool.to(device), rng)
+        self.report = self.clean(model, origin, pool.to(device), rng)
         after = teacher.state_dict()
         if not all(torch.equal(value, after[key]) for key, value in before.items()):
             raise RuntimeError(f"{self.name} changed the teacher that it was to copy")

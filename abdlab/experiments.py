@@ -1,0 +1,92 @@
+"""Several experiments, each with a teacher of its own: what an attacker or a defense
+changes is seen beside what it was before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from abdlab.data import pick_device
+from abdlab.labels import Label
+from abdlab.processes import end_with
+from abdlab.settings import Settings
+from abdlab.stream import stages
+from abdlab.students import distill_all
+from abdlab.teachers import prepare
+from abdlab.threads import threads
+
+
+def distill_each(
+    experiments: Mapping[str | Path, Settings],
+    labels: Sequence[str],
+    *,
+    with_teacher: bool = False,
+    workers: int | None = None,
+) -> dict[str, dict[str, dict]]:
+    """Several experiments, teachers included, as :func:`abdlab.prepare` and
+    :func:`abdlab.distill_all` make each; root -> label -> metrics.
+
+    On a CPU with several cores they run side by side, in processes of their own with the
+    threads of :func:`abdlab.threads.threads` each. What is there already is read, so the
+    same call goes on after a stop.
+
+    Args:
+        experiments: root -> settings. No two may share a root.
+        labels: methods, the same for each experiment.
+        with_teacher: put each teacher's own metrics first, under "teacher".
+        workers: experiments at once, at most; by default as many as share the threads that
+            torch may use here on a CPU, else 1.
+
+    Raises:
+        ValueError: for a label that is none, before anything is trained.
+
+    >>> distill_each({}, ["zskt"])
+    {}
+    """
+    for label in labels:
+        Label.parse(label)
+    places = {str(root): chosen for root, chosen in experiments.items()}
+    share = max(1, torch.get_num_threads() // threads())
+    on_cpu = all(pick_device(chosen.device).type == "cpu" for chosen in places.values())
+    workers = min(len(places), workers or (share if on_cpu else 1))
+    if workers > 1:
+        _in_processes(places, labels, workers)
+    results = {}
+    for root, chosen in places.items():
+        data = chosen.dataset()
+        ready = prepare(root, chosen, data)
+        results[root] = distill_all(root, ready, data, labels, with_teacher=with_teacher)
+    return results
+
+
+def _in_processes(places: Mapping[str, Settings], labels: Sequence[str], workers: int) -> None:
+    """Let spawned processes fill the folders, an experiment each at a time."""
+    context, tell = multiprocessing.get_context("spawn"), stages("experiments")
+    with ProcessPoolExecutor(
+        workers, context, initializer=end_with, initargs=(multiprocessing.current_process().pid,)
+    ) as pool:
+        jobs = {
+            pool.submit(_fill, root, chosen, list(labels)): root for root, chosen in places.items()
+        }
+        try:
+            tell(f"{workers} at once", 0, len(jobs))
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                tell(f"{jobs[job]} is there", done, len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _fill(root: str, chosen: Settings, labels: list[str]) -> None:
+    """One process's share: an experiment, its methods one after the other."""
+    torch.set_num_threads(threads())
+    data = chosen.dataset()
+    distill_all(root, prepare(root, chosen, data), data, labels, workers=1)
