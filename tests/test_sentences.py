@@ -173,6 +173,8 @@ def test_a_table_has_a_dash_where_there_is_no_number_and_a_row_per_axis_value():
     one = tables.shown(tables.study_summary(results, ["alpha"]))
     assert one.loc[("blend", "zskt", "none", 0.1)].tolist() == ["80.0", "14.1", "70.0", "14.1", "2"]
     assert one.loc[("blend", "zskt", "none", 0.5)].tolist() == ["50.0", "-", "-", "-", "1"]
+    some = pd.DataFrame({"alpha": [0.1, None], "k": ["a", "b"], "x": [1.0, 2.0]})
+    assert tables.shown(some.set_index(["alpha", "k"])).index.tolist() == [(0.1, "a"), ("-", "b")]
     assert tables.shown(pd.DataFrame({"x": [-0.0, -0.04]}))["x"].tolist() == ["0.0", "0.0"]
     lone = tables.results_table(pd.DataFrame([row("zskt", 0.5, None)]))
     assert lone.loc["ZSKT"].tolist() == ["50.0", "unknown", 1]

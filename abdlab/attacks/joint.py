@@ -18,7 +18,7 @@ from abdlab.losses import kl
 def joint(
     bench: Bench,
     *,
-    size: float = 0.5,
+    size: float = 10.0,
     shadow: float = 1.0,
     steps: int = 150,
     lr: float = 0.05,

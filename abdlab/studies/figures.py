@@ -34,7 +34,7 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
     }
     defended = [d for d in dict.fromkeys(students["defense"]) if d != "none"]
     defense = defense or max(defended, key=parts.get, default=None)
-    shown = [("undefended", "none")] + ([(f"with {defense.upper()}", defense)] if defense else [])
+    shown = [("undefended", "none")] + ([(f"with {_spoken(defense)}", defense)] if defense else [])
     triggers, sources = (
         sorted(students["trigger"].dropna().unique()),
         list(dict.fromkeys(students["source"])),
@@ -72,6 +72,17 @@ def study_heatmaps(results: pd.DataFrame, defense: str | None = None) -> Figure:
         ax.set_xticklabels([t.get_text().upper() for t in ax.get_xticklabels()])
         ax.tick_params(axis="y", labelrotation=0)  # turned names run into each other
     return figure
+
+
+def _spoken(defense: str) -> str:
+    """What stands around the source in a label, as it is said: purifiers small, defenses
+    large.
+
+    >>> _spoken("unlearn+bounded/"), _spoken("bounded/sv+tu")
+    ('unlearn+bounded', 'bounded, SV+TU')
+    """
+    purifiers, _, defenses = defense.rpartition("/")
+    return ", ".join(part for part in (purifiers, defenses.upper()) if part)
 
 
 def tradeoff_figure(results: pd.DataFrame, ax: Axes | None = None) -> Axes:

@@ -94,8 +94,11 @@ def study_summary(results: pd.DataFrame, axes: Sequence[str] = ()) -> pd.DataFra
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table as text for a reader: one decimal, and a dash where there is no number,
-    such as the deviation of one run.
+    such as the deviation of one run, or an axis that a job does not have.
     """
+    if table.index.nlevels > 1:
+        index = table.index.to_frame().astype(object)
+        table = table.set_axis(pd.MultiIndex.from_frame(index.where(index.notna(), NONE)))
     return table.map(lambda v: NONE if v != v or v is None else _text(v))
 
 
