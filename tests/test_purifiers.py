@@ -28,7 +28,14 @@ from abdlab.purifiers import (
     synthetic_pool,
     unlearn,
 )
-from abdlab.purifiers.bounded import AFTER, ALONE, agreement_curve, choose_k, statistics
+from abdlab.purifiers.bounded import (
+    AFTER,
+    ALONE,
+    _clamp,
+    agreement_curve,
+    choose_k,
+    statistics,
+)
 from abdlab.purifiers.clipped import margins
 from abdlab.purifiers.clp import channel_lipschitz, pairs
 from abdlab.purifiers.dhbe import place
@@ -64,6 +71,30 @@ def test_bounded_batch_norm_by_hand():
     x = torch.tensor([1.0, 4.0, 5.0, 100.0, -100.0]).view(5, 1, 1, 1)
     bound(nn.Sequential(norm), 2.0)
     assert norm(x).flatten().tolist() == pytest.approx([0.5, 5.0, 6.5, 6.5, -5.5])
+
+
+def test_gradients_through_a_bound_are_those_of_clamp(double):
+    """Also of a gradient, which SR asks for, and of bounds that are learned. Of a value on
+    the bound itself it is the whole one; torch 2.14 takes half."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 4, generator=rng).requires_grad_()
+    low, high = (torch.tensor(v).view(1, 2, 1, 1) for v in ([-0.5, -1.0], [0.5, 0.25]))
+    up = torch.randn(x.shape, generator=rng)
+    ours, theirs = (f(x, low, high) for f in (_clamp, torch.clamp))
+    assert torch.equal(ours, theirs)
+    given, expected = (torch.autograd.grad(y, x, up)[0] for y in (ours, theirs))
+    assert torch.equal(given, expected)
+    edge = high.expand(3, 2, 4, 4).clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(_clamp(edge, low, high), edge, up)[0], up)
+    learned = low.clone().requires_grad_()  # as by the purifier clipped
+    (slope,) = torch.autograd.grad(_clamp(x, learned, high).sum(), learned)
+    assert slope.flatten().tolist() == [(x[:, c] < low[0, c]).sum() for c in range(2)]
+    inside = x.detach().clone().mul_(0.1).requires_grad_()  # away from the bounds
+    assert torch.autograd.gradcheck(lambda t: _clamp(t, low, high).sin(), inside)
+    assert torch.autograd.gradgradcheck(lambda t: _clamp(t, low, high).sin(), inside)
+    stack = torch.stack([x.detach(), 2 * x.detach()]).requires_grad_()
+    each = torch.func.vmap(torch.func.grad(lambda t: (_clamp(t, low, high) * up).sum()))(stack)
+    assert torch.equal(each[0], expected)
 
 
 def test_a_wide_bound_changes_nothing_in_either_mode(pool):

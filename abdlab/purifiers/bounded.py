@@ -28,6 +28,35 @@ KS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
 ALONE, AFTER = 0.7, 0.9
 
 
+class _Clamp(torch.autograd.Function):
+    """x within [low, high]. For the gradient it keeps which values stayed; torch's own
+    compares with both bounds anew, which takes as long as the batch norm itself.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, low, high):
+        return torch.clamp(x, low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output == inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (stayed,) = ctx.saved_tensors
+        return gradient * stayed, None, None
+
+
+def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x within [low, high]. Bounds may be learned: torch's own clamp knows how."""
+    learned = low.requires_grad or high.requires_grad
+    if torch.is_grad_enabled() and x.requires_grad and not learned:
+        return _Clamp.apply(x, low, high)
+    return torch.clamp(x, low, high)
+
+
 class BoundedBatchNorm(nn.BatchNorm2d):
     """A batch norm whose normalised value is clamped to [-k, k] before scale and shift.
 
@@ -50,7 +79,7 @@ class BoundedBatchNorm(nn.BatchNorm2d):
             return z if self.weight is None else z * _channels(self.weight) + _channels(self.bias)
         reach = self.k * (self.running_var + self.eps).sqrt()
         low, high = _channels(self.running_mean - reach), _channels(self.running_mean + reach)
-        return super().forward(torch.clamp(x, low, high))
+        return super().forward(_clamp(x, low, high))
 
 
 class _Clamped:
@@ -58,7 +87,7 @@ class _Clamped:
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        return torch.clamp(out, _channels(self.low, out), _channels(self.high, out))
+        return _clamp(out, _channels(self.low, out), _channels(self.high, out))
 
 
 class BoundedGroupNorm(_Clamped, nn.GroupNorm):
