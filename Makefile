@@ -74,7 +74,7 @@ quick-preset: $(READY)
 	$(BIN)/abdlab report runs/quick-preset
 
 triggers: $(READY)
-	for name in badnet_grid badnet_sq blend sig trojan_wm trojan_3x3 trojan_8x8 cl l2_inv l0_inv smooth wanet image_patch weak; do \
+	for name in badnet_grid badnet_sq blend sig trojan_wm trojan_3x3 trojan_8x8 cl l2_inv l0_inv smooth wanet image_patch weak adba; do \
 		OMP_NUM_THREADS=1 $(BIN)/abdlab run 01_poisoning -p run runs/triggers/$$name -p trigger $$name -p device cpu || exit; \
 	done
 	$(BIN)/abdlab report runs/triggers
