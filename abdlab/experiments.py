@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from abdlab.data import pick_device
+from abdlab.home import at_home
 from abdlab.labels import Label
 from abdlab.processes import end_with
+from abdlab.runs import folder_of
 from abdlab.settings import Settings
 from abdlab.stream import stages
 from abdlab.students import distill_all
@@ -53,15 +55,22 @@ def distill_each(
     places = {str(root): chosen for root, chosen in experiments.items()}
     share = max(1, torch.get_num_threads() // threads())
     on_cpu = all(pick_device(chosen.device).type == "cpu" for chosen in places.values())
-    workers = min(len(places), workers or (share if on_cpu else 1))
+    left = {root: chosen for root, chosen in places.items() if not _is_there(root, chosen, labels)}
+    workers = min(len(left), workers or (share if on_cpu else 1))
     if workers > 1:
-        _in_processes(places, labels, workers)
+        _in_processes(left, labels, workers)
     results = {}
     for root, chosen in places.items():
         data = chosen.dataset()
         ready = prepare(root, chosen, data)
         results[root] = distill_all(root, ready, data, labels, with_teacher=with_teacher)
     return results
+
+
+def _is_there(root: str, chosen: Settings, labels: Sequence[str]) -> bool:
+    """Whether every method of an experiment has its metrics."""
+    folders = (at_home(folder_of(root, chosen.seed, label)) for label in labels)
+    return all((folder / "metrics.json").exists() for folder in folders)
 
 
 def _in_processes(places: Mapping[str, Settings], labels: Sequence[str], workers: int) -> None:
