@@ -27,24 +27,24 @@ def joint(
     """The mask and pattern that call the target in a teacher and in a shadow student
     distilled from it, while both learn (ADBA, Ge et al., ACM MM 2021).
 
-    In turns, each with a mini-batch: the teacher, from the clean model's weights on, is to
-    answer images as that does and triggered ones with the target; the shadow student, of
-    fresh weights, is to answer images as the teacher does; the trigger is to call the
-    target in both, at the cost of its mask.
+    In turns: the teacher, from the clean model's weights on, is to answer images as that
+    does and triggered ones with the target; the shadow, of fresh weights, is to answer
+    images as the teacher; the trigger is to call the target in both, at the cost of its
+    mask.
 
     Args:
-        size: weight of the mask's mean, which is in [0, 1].
-        shadow: weight of the shadow student's part.
-        steps: rounds. lr: of Adam on mask and pattern, in [0, 1] units.
-        net_lr: of Adam on both networks.
+        size, shadow: weights of the mask's mean, in [0, 1], and of the shadow's part.
+        steps: rounds. lr, net_lr: of Adam on mask and pattern, and on both networks.
 
-    Where ours deviates: the paper's weights and norms are known to us by its idea alone;
-    the shadow has the teacher's architecture; and the teacher that is given away is not
-    the one of the workshop: as for every trigger, it learns the finished one from poisoned
-    images.
+    Where ours deviates: the weights and the mask's norm are ours; the shadow has the
+    teacher's architecture; the teacher that is given away learns the finished trigger anew,
+    from poisoned images.
 
     Returns:
         levels (C + 1, H, W), whole numbers from 0 to 255: the pattern, and the mask last.
+
+    Raises:
+        ValueError: for a weight below 0, or where nothing is left of the mask.
     """
     if min(size, shadow) < 0:
         raise ValueError(f"size and shadow are weights, 0 or more, not {size} and {shadow}")
@@ -80,7 +80,13 @@ def joint(
         step(of_trigger, cost)
         with torch.no_grad():
             both.clamp_(0, 1)
-    return (255 * both.detach()).round()
+    levels = (255 * both.detach()).round()
+    if not levels[-1].any():
+        raise ValueError(
+            f"no trigger is left: at size {size} its mask went to 0 within {steps} steps. Take a"
+            " smaller size"
+        )
+    return levels
 
 
 def masked(images: Tensor, both: Tensor) -> Tensor:
