@@ -189,10 +189,10 @@ def _digits_table() -> np.ndarray:
     Read without importing scikit-learn, which takes a second, where its file is found.
     """
     found = find_spec("sklearn")
-    folder = Path(found.submodule_search_locations[0]) if found else Path()
-    file = folder / "datasets/data/digits.csv.gz"
-    if file.is_file():
-        return np.loadtxt(file, delimiter=",")
+    for folder in found.submodule_search_locations if found else ():
+        file = Path(folder) / "datasets/data/digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

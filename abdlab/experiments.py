@@ -4,23 +4,21 @@ changes is seen beside what it was before.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 
 from abdlab.data import pick_device
-from abdlab.home import at_home
 from abdlab.labels import Label
-from abdlab.processes import end_with
-from abdlab.runs import folder_of
+from abdlab.processes import spawned
+from abdlab.runs import is_measured
 from abdlab.settings import Settings
 from abdlab.stream import stages
 from abdlab.students import distill_all
 from abdlab.teachers import prepare
-from abdlab.threads import threads
+from abdlab.threads import share, threads
 
 
 def distill_each(
@@ -53,49 +51,41 @@ def distill_each(
     for label in labels:
         Label.parse(label)
     places = {str(root): chosen for root, chosen in experiments.items()}
-    share = max(1, torch.get_num_threads() // threads())
     on_cpu = all(pick_device(chosen.device).type == "cpu" for chosen in places.values())
-    left = {root: chosen for root, chosen in places.items() if not _is_there(root, chosen, labels)}
-    workers = min(len(left), workers or (share if on_cpu else 1))
+    left = {
+        root: chosen
+        for root, chosen in places.items()
+        if not all(is_measured(root, chosen.seed, label) for label in labels)
+    }
+    workers = min(len(left), workers or (share() if on_cpu else 1))
     if workers > 1:
         _in_processes(left, labels, workers)
-    results = {}
-    for root, chosen in places.items():
-        data = chosen.dataset()
-        ready = prepare(root, chosen, data)
-        results[root] = distill_all(root, ready, data, labels, with_teacher=with_teacher)
-    return results
+    return {
+        root: _experiment(root, chosen, labels, with_teacher=with_teacher)
+        for root, chosen in places.items()
+    }
 
 
-def _is_there(root: str, chosen: Settings, labels: Sequence[str]) -> bool:
-    """Whether every method of an experiment has its metrics."""
-    folders = (at_home(folder_of(root, chosen.seed, label)) for label in labels)
-    return all((folder / "metrics.json").exists() for folder in folders)
+def _experiment(root: str, chosen: Settings, labels: Sequence[str], **options) -> dict[str, dict]:
+    """One of them: the attack is made ready, then teacher and methods are made or read."""
+    data = chosen.dataset()
+    return distill_all(root, prepare(root, chosen, data), data, labels, **options)
 
 
 def _in_processes(places: Mapping[str, Settings], labels: Sequence[str], workers: int) -> None:
     """Let spawned processes fill the folders, an experiment each at a time."""
-    context, tell = multiprocessing.get_context("spawn"), stages("experiments")
-    with ProcessPoolExecutor(
-        workers, context, initializer=end_with, initargs=(multiprocessing.current_process().pid,)
-    ) as pool:
+    tell = stages("experiments")
+    with spawned(workers) as pool:
         jobs = {
             pool.submit(_fill, root, chosen, list(labels)): root for root, chosen in places.items()
         }
-        try:
-            tell(f"{workers} at once", 0, len(jobs))
-            for done, job in enumerate(as_completed(jobs), start=1):
-                job.result()
-                tell(f"{jobs[job]} is there", done, len(jobs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+        tell(f"{workers} at once", 0, len(jobs))
+        for done, job in enumerate(as_completed(jobs), start=1):
+            job.result()
+            tell(f"{jobs[job]} is there", done, len(jobs))
 
 
 def _fill(root: str, chosen: Settings, labels: list[str]) -> None:
     """One process's share: an experiment, its methods one after the other."""
     torch.set_num_threads(threads())
-    data = chosen.dataset()
-    distill_all(root, prepare(root, chosen, data), data, labels, workers=1)
+    _experiment(root, chosen, labels, workers=1)

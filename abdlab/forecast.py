@@ -27,10 +27,9 @@ from abdlab.distill import distill
 from abdlab.errors import Diverged
 from abdlab.evaluate import Exam, predict
 from abdlab.features import frozen, mode
-from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.purifiers import PURIFIERS
-from abdlab.runs import folder_of
+from abdlab.runs import is_measured
 from abdlab.settings import Settings, keyword_default
 from abdlab.sources import SOURCES
 from abdlab.teachers import opened_teacher
@@ -185,10 +184,7 @@ def _apart(device):
 
 def _is_done(root: str | Path | None, chosen: Settings, label: Label) -> bool:
     """Whether a method's metrics lie in the folder, of which nothing is made here."""
-    if root is None:
-        return False
-    metrics = folder_of(at_home(root), chosen.seed, label) / "metrics.json"
-    return metrics.exists() and "stopped_at" not in metrics.read_text()
+    return root is not None and is_measured(root, chosen.seed, label)
 
 
 def _student(chosen, data, teacher, label) -> tuple[float, float | None]:

@@ -291,6 +291,14 @@ def folder_of(root: str | Path, seed: int, label: str | Label) -> Path:
     return Path(root) / f"seed{seed}" / Label.parse(label).folder
 
 
+def is_measured(root: str | Path, seed: int, label: str | Label) -> bool:
+    """Whether a method's metrics lie in its folder, of a run that was not stopped. Nothing
+    is made there.
+    """
+    metrics = folder_of(at_home(root), seed, label) / "metrics.json"
+    return metrics.exists() and "stopped_at" not in metrics.read_text()
+
+
 def history(root: str | Path, chosen: Settings, labels: Iterable[str]) -> pd.DataFrame:
     """The histories of several methods below one root as one table."""
     return pd.concat(

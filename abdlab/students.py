@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
@@ -23,6 +22,7 @@ from abdlab.evaluate import Exam
 from abdlab.home import at_home
 from abdlab.labels import TEACHER, Label
 from abdlab.probe import classes_of
+from abdlab.processes import spawned
 from abdlab.purifiers import load_purified, purify, save_purified
 from abdlab.runs import Run, config_of, folder_of, refuse_other_settings
 from abdlab.settings import Settings, keyword_default
@@ -30,7 +30,7 @@ from abdlab.side_by_side import side_by_side
 from abdlab.sources import Source
 from abdlab.stream import Step, _Board
 from abdlab.teachers import _each_asr, answered, poisoned_teacher, saved_teacher
-from abdlab.threads import computing_with, pulled_with, threads
+from abdlab.threads import computing_with, pulled_with, share, threads
 
 #: folder below a root for :func:`clean_teacher_control`
 CONTROL = "clean_teacher_control"
@@ -319,9 +319,8 @@ def distill_all(
     groups = [group for group in trunks.values() if {*group} & {*left}]
     groups.sort(key=lambda group: -sum(len(label) for label in group))
     # this process's share of the machine: in a sweep, other jobs have the rest
-    share = max(1, torch.get_num_threads() // threads())
     on_cpu = data.train_images.device.type == "cpu"
-    workers = min(len(groups), workers or (share if on_cpu else 1))
+    workers = min(len(groups), workers or (share() if on_cpu else 1))
     if workers <= 1 or not on_cpu:
         clean()
     if workers > 1:
@@ -414,8 +413,7 @@ def _in_processes(
     """Run groups of labels in spawned processes; those that stand ``apart`` do not need
     what this process is to ``prepare``, and begin before.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
+    with multiprocessing.get_context("spawn").Manager() as manager, spawned(workers) as pool:
         queue = manager.Queue()
         begun = apart[: workers - 1]  # this process is one more
         jobs = [pool.submit(_work, str(root), chosen, group, queue) for group in begun]
@@ -431,11 +429,6 @@ def _in_processes(
                 board.show(label, step)
             for job in jobs:
                 job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
         finally:
             board.close()
 

@@ -44,6 +44,13 @@ def threads() -> int:
     return int(named)
 
 
+def share() -> int:
+    """How many runs at once share the threads that torch may use in this process, each
+    with :func:`threads` of them; at least 1.
+    """
+    return max(1, torch.get_num_threads() // threads())
+
+
 @contextmanager
 def computing_with(number: int) -> Iterator[None]:
     """Let torch compute with so many threads inside the block, in the calling thread.

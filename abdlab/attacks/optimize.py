@@ -240,8 +240,7 @@ def universal(
 
 def _towards(bench: Bench, change: Tensor) -> Tensor:
     """Cross-entropy to the target of a mini-batch with this change: a mean over images."""
-    logits = bench.model((bench.draw() + change).clamp(0, 1))
-    return F.cross_entropy(logits, torch.full((len(logits),), bench.target, device=logits.device))
+    return bench.missed(bench.model((bench.draw() + change).clamp(0, 1)))
 
 
 #: trigger -> its method, and what the trigger's name fixes
@@ -309,9 +308,8 @@ def optimize(
     device = pick_device(device)
     place(model, device)
     with mode(model, training=False), frozen(model):
-        every = images.to(device)
         rng = torch.Generator().manual_seed(seed)
-        bench = Bench(model, every[others.to(device)], every, target, rng)
+        bench = Bench(model, images[others].to(device), images, target, rng)
         levels = method(bench, **fixed, **options)
     return Trigger(trigger.name, {**trigger.params, "pattern": pack(levels)})
 
