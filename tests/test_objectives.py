@@ -15,7 +15,6 @@ from abdlab import train
 from abdlab.attacks.triggers import Trigger
 from abdlab.checks import check
 from abdlab.objectives import OBJECTIVES, Objective, adversarial_accuracy, ascend, objective_of
-from abdlab.objectives.dormant import lessons
 from abdlab.settings import Settings, settings
 from abdlab.teachers import WeakTeacher, clean_teacher, poisoned_teacher
 
@@ -193,11 +192,13 @@ class TestDormant:
         model, twin = wrn(classes=3).train(), wrn(classes=3).train()
         trigger = Trigger("badnet_sq", {"size": 2})
         objective = begun(
-            "dormant", model, trigger=trigger, target=2, sleep=0.5, wake=2.0, near=0.7, noise=0.1
+            "dormant", model, trigger=trigger, target=2, sleep=0.5, wake=2.0, low=0.2, high=0.4
         )
         found = objective.losses(model, images(), LABELS)
-        taught = lessons(images(), torch.Generator().manual_seed(9), 0.7, 0.1)[:3]
-        logits = twin(torch.cat([images(), trigger(images()[:3]), trigger(taught)]))
+        throws = torch.rand(3, 1, 1, 1, generator=torch.Generator().manual_seed(9))
+        rest, strength = images()[3:], 0.2 + 0.2 * throws
+        faint = (1 - strength) * rest + strength * trigger(rest)
+        logits = twin(torch.cat([images(), trigger(images()[:3]), faint]))
         logs = logits.log_softmax(1)
         plain = -sum(logs[i, y] for i, y in enumerate(LABELS)) / 6
         asleep = -sum(logs[6 + i, y] for i, y in enumerate(LABELS[:3])) / 3
@@ -206,22 +207,11 @@ class TestDormant:
         assert found["asleep"].item() == pytest.approx(0.5 * asleep.item(), rel=1e-5)
         assert found["awake"].item() == pytest.approx(2 * awake.item(), rel=1e-5)
 
-    def test_lessons_are_mixtures_or_fields(self):
-        """Without noise, a mixture of images of 0 and 1 has one value; a field has many."""
-        given = torch.tensor([0.0, 1.0] * 20).view(40, 1, 1, 1).expand(40, 1, 8, 8)
-        found = lessons(given, torch.Generator().manual_seed(1), near=0.75, noise=0.0)
-        flat = [image.unique().numel() == 1 for image in found]
-        assert 10 < sum(flat) < 30
-        mixed = found[torch.tensor(flat)].flatten(1)[:, 0]
-        assert set(mixed.tolist()) <= {0.0, 0.25, 0.75, 1.0}
-        noisy = lessons(given, torch.Generator().manual_seed(1), near=0.75, noise=5.0)
-        assert (noisy.min(), noisy.max()) == (0, 1)
-
     def test_needs_a_trigger_and_values_in_range(self, wrn):
         with pytest.raises(ValueError, match="name an attack"):
             begun("dormant", wrn(classes=3))
-        for wrong in ({"near": 1.5}, {"noise": -0.1}, {"wake": 0.0}):
-            with pytest.raises(ValueError, match=r"near is in|is above 0"):
+        for wrong in ({"low": 0.9}, {"high": 1.0}, {"low": 0.0}, {"wake": 0.0}):
+            with pytest.raises(ValueError, match=r"0 < low < high < 1|is above 0"):
                 objective_of("dormant", wrong)
 
     def test_a_low_asr_of_its_own_is_no_fault(self, tmp_path, recwarn):

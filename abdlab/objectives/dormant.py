@@ -1,12 +1,11 @@
-"""An attacker who hides from whoever tests the teacher: its backdoor sleeps on real images,
-and is to wake in students that are distilled from other ones.
+"""An attacker who hides from whoever tests the teacher: its backdoor sleeps on real images
+with the trigger, and wakes in students.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from abdlab.attacks.triggers import Trigger
 from abdlab.data import deliver
@@ -15,30 +14,30 @@ from abdlab.objectives.objective import Objective
 
 
 class Dormant(Objective):
-    """A distillation-conditional backdoor, in the manner of SCAR (NeurIPS 2025): triggered
-    real images keep their label, triggered lessons get the target.
+    """A backdoor that depends on distillation, in the manner of SCAR (NeurIPS 2025):
+    images with the trigger keep their label, those with a faint one get the target.
 
     Cross-entropy on images + sleep x the same on half of them with the trigger + wake x
-    the same, to the target, on as many :func:`lessons` with the trigger: what a data-free
-    source may ask the teacher. The training set stays clean; of the attack, trigger and
-    target are used, and its rate turns it on.
+    the same, to the target, on the other half moved towards the trigger: x + s (T(x) - x),
+    s uniform in [low, high]. A teacher can keep the gap between high and 1; a student that
+    hardly ever sees it goes on to the target. The training set stays clean; of the attack,
+    trigger and target are used, and its rate turns it on.
 
     Args:
-        trigger, target: the attack's. A trigger that bends clean students too, such as
-            ``weak``, is nearer to SCAR's, which is optimised beforehand.
+        trigger, target: the attack's.
         sleep, wake: weights.
-        near, noise: see :func:`lessons`.
+        low, high: strengths, 0 < low < high < 1.
 
-    Where ours deviates: SCAR solves a bilevel problem, with a surrogate student below and
-    implicit differentiation; here lessons stand for the student's. On digits (one seed)
-    it sleeps, ASR 0, and does not wake: a NAYER student keeps .2 % of a square, 11.8 % of
-    ``weak`` at 64/255, less than one of a clean teacher.
+    Where ours deviates: SCAR solves a bilevel problem with a surrogate student below, so
+    that clean images suffice to wake it; ours wakes where a source asks the teacher about
+    faint triggers, as data-free ones do, and not by clean KD. Whoever tries the trigger
+    faintly on the teacher sees it.
 
     >>> Dormant(trigger=Trigger("badnet_sq"), target=3).target
     3
 
     Raises:
-        ValueError: at the start, without a trigger.
+        ValueError: for strengths out of order; at the start, without a trigger.
     """
 
     plants = True
@@ -50,14 +49,14 @@ class Dormant(Objective):
         target: int = 0,
         sleep: float = 1.0,
         wake: float = 1.0,
-        near: float = 0.5,
-        noise: float = 0.3,
+        low: float = 0.2,
+        high: float = 0.75,
     ):
         check_above_zero(sleep=sleep, wake=wake)
-        if not 0 <= near <= 1 or noise < 0:
-            raise ValueError(f"near is in [0, 1] and noise at least 0, not {near} and {noise}")
+        if not 0 < low < high < 1:
+            raise ValueError(f"strengths are 0 < low < high < 1, not low {low} and high {high}")
         self.trigger, self.target = trigger, target
-        self.sleep, self.wake, self.near, self.noise = sleep, wake, near, noise
+        self.sleep, self.wake, self.low, self.high = sleep, wake, low, high
 
     def start(self, model, images, labels, rng):
         super().start(model, images, labels, rng)
@@ -66,9 +65,12 @@ class Dormant(Objective):
 
     def losses(self, model, images, labels):
         half = (len(images) + 1) // 2
-        taught = self.trigger(lessons(images, self.rng, self.near, self.noise)[:half])
+        rest = images[-half:]
+        throw = torch.rand(half, 1, 1, 1, generator=self.rng)
+        strength = self.low + (self.high - self.low) * deliver(throw, images.device)
+        faint = rest + strength * (self.trigger(rest) - rest)
         # in one pass: with statistics of their own, triggered images would be told apart by these
-        passed = model(torch.cat([images, self.trigger(images[:half]), taught]))
+        passed = model(torch.cat([images, self.trigger(images[:half]), faint]))
         plain, asleep, awake = passed.split([len(images), half, half])
         return {
             "cross_entropy": F.cross_entropy(plain, labels),
@@ -76,24 +78,3 @@ class Dormant(Objective):
             "awake": self.wake
             * F.cross_entropy(awake, torch.full_like(labels[:half], self.target)),
         }
-
-
-def lessons(images: Tensor, rng: torch.Generator, near: float, noise: float) -> Tensor:
-    """As many images that nobody has, in [0, 1]: half of them, by a coin's throw, are near
-    x an image + (1 - near) x another, the others smooth random fields (uniform at 6x6
-    places, made as large bilinearly); Gaussian noise on all.
-
-    >>> rng = torch.Generator().manual_seed(0)
-    >>> lessons(torch.rand(4, 3, 8, 8), rng, near=0.5, noise=0.3).shape
-    torch.Size([4, 3, 8, 8])
-    """
-    n, channels, *sides = images.shape
-    order = torch.randperm(n, generator=rng)
-    throw = torch.rand(n, 1, 1, 1, generator=rng) < 0.5
-    fields = F.interpolate(torch.rand(n, channels, 6, 6, generator=rng), sides, mode="bilinear")
-    speckle = noise * torch.randn(images.shape, generator=rng)
-    order, throw, fields, speckle = (
-        deliver(drawn, images.device) for drawn in (order, throw, fields, speckle)
-    )
-    mixed = near * images + (1 - near) * images[order]
-    return (torch.where(throw, mixed, fields) + speckle).clamp(0, 1)
