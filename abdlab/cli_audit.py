@@ -179,6 +179,10 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         names: Annotated[
             str, typer.Option("--with", help="What cleans it, in order: unlearn+bounded.")
         ] = "unlearn+bounded",
+        p: Annotated[
+            list[str] | None,
+            typer.Option("-p", help="A setting of theirs: -p unlearn.scans 4. Repeat for more."),
+        ] = None,
         seed: Seed = 0,
         device: Device = "auto",
     ) -> None:
@@ -195,9 +199,9 @@ def add_to(app: typer.Typer, clear_errors: Callable, console: Console) -> None:
         if output.suffix.lower() != ".safetensors":
             raise ValueError(f"-o names a file .safetensors, not {output}")
         label = Label.parse(f"{names}/{TEACHER}")
-        chosen, images, teacher = open_file(given, seed, device)
+        chosen, images, teacher = open_file(given | _settings(p or []), seed, device)
         steps = chosen.purifiers(*label.purifiers)
-        expected = purifying_seconds(teacher, images, label.purifiers)
+        expected = purifying_seconds(teacher, images, steps)
         tell(f"about {told_time(expected)} on this machine")
         bar, total, began = stages("purify"), len(steps) + 1, time.perf_counter()
         where = images.train_images.device

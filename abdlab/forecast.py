@@ -28,7 +28,7 @@ from abdlab.errors import Diverged
 from abdlab.evaluate import Exam, predict
 from abdlab.features import frozen, mode
 from abdlab.labels import TEACHER, Label
-from abdlab.purifiers import PURIFIERS
+from abdlab.purifiers import Purifier
 from abdlab.runs import is_measured
 from abdlab.settings import Settings, keyword_default
 from abdlab.sources import SOURCES
@@ -287,23 +287,21 @@ def _exam_seconds(model: nn.Module, exam: Exam) -> float:
 
 
 def _purifying(chosen, data, teacher, label, root) -> float:
-    """Seconds that the label's purifiers take, by their default settings' count of
-    passes; 0 where the purified teacher is there.
-    """
+    """Seconds that the label's purifiers take; 0 where the purified teacher is there."""
     if not label.purifiers:
         return 0.0
     made = Label(TEACHER, purifiers=label.purifiers)
     if _is_done(root, chosen, made):
         return 0.0
-    return purifying_seconds(teacher, data, label.purifiers)
+    return purifying_seconds(teacher, data, chosen.purifiers(*label.purifiers))
 
 
-def purifying_seconds(teacher: nn.Module, data: Dataset, names: Sequence[str]) -> float:
-    """About how long these purifiers take: images times passes of their default settings,
-    times the time of one, which is measured.
+def purifying_seconds(teacher: nn.Module, data: Dataset, purifiers: Sequence[Purifier]) -> float:
+    """About how long these purifiers take: the passes of images that they and the pool
+    need, times the time of one, which is measured.
     """
-    each = (PURIFIERS.find(name)().passes(len(data.classes)) for name in names)
-    return (384 * 40 + sum(each)) * seconds_per_image(teacher, data)
+    each = sum(purifier.passes(len(data.classes)) for purifier in purifiers)
+    return (384 * 40 + each) * seconds_per_image(teacher, data)
 
 
 def seconds_per_image(model: nn.Module, data: Dataset) -> float:

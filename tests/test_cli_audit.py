@@ -120,6 +120,9 @@ def test_purify_writes_a_model_that_loads(file, tmp_path):
     alone = model.purified[0]
     assert [entry["name"] for entry in both] == ["clp", "bounded"]
     assert (both[1]["k"] == alone["k"]) == (both[0]["pruned"] == 0), "by the teacher as it was"
+    given = run("purify", file, *OWN, "--with", "bounded", "-p", "bounded.k=2.5", "-o", out)
+    assert given.exit_code == 0, given.output
+    assert load_purified(out, Small()).purified[0]["k"] == 2.5
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,8 @@ def test_purify_writes_a_model_that_loads(file, tmp_path):
         (["audit", "FILE", *OWN, "--classes", "4"], "tells 3 classes apart"),
         (["purify", "FILE", *OWN, "-o", "out.pt"], "-o names a file .safetensors"),
         (["purify", "FILE", *OWN, "-o", "o.safetensors", "--with", "bonded"], "'bounded'"),
+        (["purify", "FILE", *OWN, "-o", "o.safetensors", "-p", "unlearn.scan=2"], "unlearn.scans'"),
+        (["purify", "FILE", *OWN, "-o", "o.safetensors", "-p", "unlearn.scans=0"], "at least 1"),
         (["defend", "FILE", *OWN[:2]], "data.shape (--shape of the commands) is (channels"),
         (["defend", "FILE", *OWN, "--label", "bounded/cmii"], "did you mean 'cmi'"),
         (["defend", "FILE", *OWN, "-p", "sv.k=1", "-p", "sv.k=2"], "-p names sv.k twice"),

@@ -124,33 +124,32 @@ def unlearning_loss(
 
 
 class Unlearn(Purifier):
-    """Find the suspects; invert triggers that call them; train the copy to answer
-    images with a trigger as the teacher answers them without, and all others as before;
-    again, until fresh triggers cost what other classes' do.
+    """Invert triggers that call the suspects; train the copy to answer images with one as
+    the teacher answers them without, and all others as before; again, until fresh triggers
+    cost what other classes' do.
 
     Args:
-        targets: classes; None finds them (:func:`abdlab.suspects.suspects`). Without
-            one, the likeliest class is tried; where it would be forgotten itself,
-            nothing changes.
+        targets: classes; None finds them (:func:`abdlab.suspects.suspects`), or tries
+            the likeliest, and keeps all as it was where that would itself be forgotten.
+        scans: look for suspects up to so often, on the copy after each time: several
+            targets hide each other. All found are then unlearnt together.
         rounds: at most so many. starts: new triggers per round, target and family.
         steps: of Adam per round, on batches of ``batch`` images with and as many
             without a trigger. lr: of Adam.
-        natural: a trigger is unlearnt while its cost is at most this factor of what the
-            cheapest other class costs in its family. A dearer one is
-            what the class looks like.
-        guard: so many images of the targets are made from the *bounded* network. Of a
-            target's images only those stay that both networks predict as it: the others
-            carry the trigger.
-        strength: of stamps, see :meth:`abdlab.inversion.Bank.on`. Before any bound,
-            badnet_sq (digits, seed 0) kept 33 % of its backdoor at 1, 12 at 3.
-        way: in (0, 1], how far the copy goes from its weights before to the unlearnt
-            ones (Wortsman et al., CVPR 2022).
+        natural: triggers that cost more than this factor of the cheapest other class's
+            are left: they are what the class looks like.
+        guard: so many images of the targets come from the *bounded* network; of a
+            target's, those stay that both networks predict as it.
+        strength: of stamps, see :meth:`abdlab.inversion.Bank.on`.
+        way: in (0, 1], how far to go from the weights before to the unlearnt ones
+            (Wortsman et al., CVPR 2022).
     """
 
     def __init__(
         self,
         *,
         targets: Sequence[int] | None = None,
+        scans: int = 1,
         rounds: int = 3,
         starts: int = 3,
         steps: int = 40,
@@ -161,8 +160,8 @@ class Unlearn(Purifier):
         strength: float = 3.0,
         way: float = 1.0,
     ):
-        if min(rounds, starts, steps) < 1 or batch < 2:
-            raise ValueError("rounds, starts and steps are at least 1, batch at least 2")
+        if min(scans, rounds, starts, steps) < 1 or batch < 2:
+            raise ValueError("scans, rounds, starts and steps are at least 1, batch at least 2")
         if not natural > 0:
             raise ValueError(f"natural is a factor above 0, not {natural}")
         if guard < 0:
@@ -171,15 +170,17 @@ class Unlearn(Purifier):
             raise ValueError(f"strength is a factor, 1 or more, not {strength}")
         if not 0 < way <= 1:
             raise ValueError(f"way is a share above 0, at most 1, not {way}")
-        self.targets, self.rounds, self.starts, self.steps = targets, rounds, starts, steps
-        self.batch, self.lr, self.natural, self.guard = batch, lr, natural, guard
+        self.targets, self.scans, self.rounds = targets, scans, rounds
+        self.starts, self.steps, self.batch = starts, steps, batch
+        self.lr, self.natural, self.guard = lr, natural, guard
         self.strength, self.way = strength, way
         #: the triggers that were unlearnt last
         self.bank = Bank()
 
     def passes(self, classes):
         each = self.starts * 4 * 8 * 60 + 4 * self.batch * self.steps
-        return self.rounds * each + classes * 4 * 8 * 40
+        again = self.scans > 1  # all of them together, at the end
+        return (self.scans + again) * self.rounds * each + self.scans * classes * 4 * 8 * 40
 
     def clean(self, model, origin, pool, rng):
         def seed() -> int:
@@ -189,24 +190,50 @@ class Unlearn(Purifier):
         # near borders, keep accuracy while triggers are unlearnt
         rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed())
         both = torch.cat([pool, rough])
-        told = len(set(_answers(origin, rough).argmax(1).tolist())) > 1
-        table, _ = costs(origin, rough if told else both, seed=seed())
+        images = rough if len(set(_answers(origin, rough).argmax(1).tolist())) > 1 else both
+        table, _ = costs(origin, images, seed=seed())
         if self.targets is not None:
             return self._forget(model, origin, both, rough, [*self.targets], table, rng)
-        classes, shape = len(table), tuple(pool.shape[1:])
-        margins = largest_margins(origin, shape, classes, seed=seed(), device=pool.device)
+        before = copy.deepcopy(model.state_dict())
+        reports = [self._scan(model, origin, origin, pool, rough, table, [], rng)]
+        first, bank = copy.deepcopy(model.state_dict()), self.bank
+        targets = reports[0]["targets"]
+        while reports[-1]["triggers"] and len(reports) < self.scans and len(targets) < len(table):
+            later, _ = costs(model, images, seed=seed())
+            reports.append(self._scan(model, model, origin, pool, rough, later, targets, rng))
+            if reports[-1]["triggers"]:
+                targets = list(dict.fromkeys(targets + reports[-1]["targets"]))
+        if len(reports) == 1:
+            return reports[0]
+        if targets == reports[0]["targets"]:
+            model.load_state_dict(first)
+            self.bank, report = bank, reports[0]
+        else:  # one by one, the first ones come back while the last go
+            model.load_state_dict(before)
+            report = self._forget(model, origin, both, rough, targets, table, rng)
+        return {**report, "scans": reports}
+
+    def _scan(self, model, seen, origin, pool, rough, table, known, rng) -> dict:
+        """Unlearn the suspects of the network ``seen``, whose costs these are; without one,
+        the likeliest class that is not known, on trial.
+        """
+        seed = int(torch.randint(2**31, (), generator=rng))
+        shape = tuple(pool.shape[1:])
+        margins = largest_margins(seen, shape, len(table), seed=seed, device=pool.device)
         targets = suspects(table, margins)
         if targets:
+            both = torch.cat([pool, rough])
             return self._forget(model, origin, both, rough, targets, table, rng)
-        return self._try(model, origin, pool, rough, table, margins, rng)
+        order = suspicion(table, margins).argsort(descending=True).tolist()
+        likeliest = next(c for c in order if c not in known)
+        return self._try(model, origin, pool, rough, table, likeliest, rng)
 
-    def _try(self, model, origin, pool, rough, table, margins, rng) -> dict:
-        """Unlearn the likeliest class on trial; take it where the class itself stays.
+    def _try(self, model, origin, pool, rough, table, likeliest, rng) -> dict:
+        """Unlearn a class on trial; take it where the class itself stays.
 
         What is unlearnt of a natural class is the class: the copy predicts none of its
         images any more. A trigger is not what its target looks like.
         """
-        likeliest = int(suspicion(table, margins).argmax())
         witnesses = pool[::HELD_OUT]
         rest = torch.arange(len(pool)) % HELD_OUT > 0
         trial = copy.deepcopy(model)
