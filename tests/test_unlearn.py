@@ -150,3 +150,10 @@ def test_the_share_of_a_class_that_stays():
     images = torch.tensor([[0.0, 1], [0.1, 1], [0.2, 1], [0.8, 1], [0.9, 1], [1, 0], [1, 0.5]])
     assert unlearn.staying(first, second, images, 1) == pytest.approx(3 / 5)
     assert unlearn.staying(first, second, images, 0) == 0.0, "two are too few to judge by"
+
+
+def test_what_is_counted_grows_with_the_scans():
+    """Rounds of 3 x 4 x 8 x 60 + 4 x 48 x 40 images, and 10 x 4 x 8 x 40 to look once."""
+    each = 3 * (3 * 4 * 8 * 60 + 4 * 48 * 40)
+    assert Unlearn().passes(10) == each + 12800
+    assert Unlearn(scans=3).passes(10) == 4 * each + 3 * 12800

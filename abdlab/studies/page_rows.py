@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,27 @@ def setting_of(chosen: Settings, axes: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, words)) or "none"
 
 
+def what_was_done(purified: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a run's purifiers say that they did, in words.
+
+    >>> what_was_done([{"name": "unlearn", "targets": [], "tried": 7}, {"k": 2.5}])
+    ['class 7 on trial, left alone', 'k = 2.5']
+    >>> what_was_done([{"name": "unlearn", "targets": [0, 3], "triggers": 9}])
+    ['targets [0, 3]', '9 triggers unlearnt']
+    """
+    words = []
+    for part in purified:
+        if "tried" in part:
+            left = "" if part["targets"] else ", left alone"
+            words.append(f"class {part['tried']} on trial{left}")
+        elif "targets" in part:
+            words.append(f"targets {part['targets']}")
+        if part.get("triggers"):
+            words.append(f"{part['triggers']} triggers unlearnt")
+        words += [f"k = {part['k']}"] if "k" in part else []
+    return words
+
+
 def _of_the_attack(axis: str) -> bool:
     return axis.startswith("attack.") or axis in ("teacher.objective", "teacher.tune")
 
@@ -167,13 +188,7 @@ class _Run:
         return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items())
 
     def _note(self) -> str:
-        words = []
-        for part in self.metrics.get("purified", ()):
-            if "targets" in part:
-                words.append(f"targets {part['targets']}" if part["targets"] else "no suspect")
-            if part.get("triggers"):
-                words.append(f"{part['triggers']} triggers unlearnt")
-            words += [f"k = {part['k']}"] if "k" in part else []
+        words = what_was_done(self.metrics.get("purified", ()))
         lost = [
             name
             for name, report in self.metrics.get("defenses", {}).items()
