@@ -20,6 +20,15 @@ def deliver(drawn: Tensor, device: str | torch.device) -> Tensor:
     return drawn.to(device)
 
 
+def new_seed(rng: torch.Generator) -> int:
+    """A seed for something with draws of its own, drawn from this generator.
+
+    >>> 0 <= new_seed(torch.Generator().manual_seed(0)) < 2**31
+    True
+    """
+    return int(torch.randint(2**31, (), generator=rng))
+
+
 def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Shift every image by its own random offset (zeros move in) and mirror half of
     them.

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abdlab.augment import augment, deliver, random_views, resized_crops
+from abdlab.augment import augment, deliver, new_seed, random_views, resized_crops
 from abdlab.errors import did_you_mean, some
 from abdlab.folders import decode, read_folder
 from abdlab.home import at_home
@@ -32,6 +32,7 @@ __all__ = [
     "augment",
     "deliver",
     "load",
+    "new_seed",
     "pick_device",
     "random_views",
     "resized_crops",

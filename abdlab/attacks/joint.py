@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from abdlab.attacks.bench import Bench
+from abdlab.data import new_seed
 from abdlab.losses import kl
 
 
@@ -100,7 +101,7 @@ def masked(images: Tensor, both: Tensor) -> Tensor:
 def fresh(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy with weights drawn anew, as its layers draw them."""
     model = copy.deepcopy(model)
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = new_seed(generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in model.modules():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from abdlab.data import new_seed
 from abdlab.defenses.defense import Defense
 from abdlab.defenses.plans import Plan, planned
 from abdlab.errors import one_of
@@ -127,7 +128,7 @@ class TriggerConsistency(Defense):
                 batch.logits, self.keep = answers, None
 
     def _make(self, shape: Sequence[int]) -> None:
-        seed = int(torch.randint(2**31, (), generator=self.rng))
+        seed = new_seed(self.rng)
         pool = synthetic_pool(
             self.teacher, shape, images=self.images, device=self.device, seed=seed
         )
@@ -141,7 +142,7 @@ class TriggerConsistency(Defense):
     def _renew(self, batch: Batch) -> None:
         """New triggers of the student, one per target and family."""
         images = batch.images.clamp(0, 1)
-        seed = int(torch.randint(2**31, (), generator=self.rng))
+        seed = new_seed(self.rng)
         with torch.no_grad(), mode(self.student, training=False):
             predicted = self.student(images).argmax(1)
         targets = [c for c in self.bank.targets if bool((predicted != c).any())]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from abdlab.data import deliver
+from abdlab.data import deliver, new_seed
 from abdlab.defenses.shuffled_teacher import ShuffledTeacher, shuffled_layers
 from abdlab.errors import check_above_zero
 from abdlab.features import frozen, mode
@@ -131,7 +131,7 @@ class Costly(Objective):
         with torch.no_grad(), mode(model, training=False):
             if bool((model(some).argmax(1) == self.target).all()):
                 return  # an untrained model, which calls everything so
-        seed = int(torch.randint(2**31, (), generator=self.rng))
+        seed = new_seed(self.rng)
         found = invert(
             model, some, [self.target], families=tuple(SCALES), steps=self.steps, batch=8, seed=seed
         )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from abdlab.data import new_seed
 from abdlab.features import mode, record
 from abdlab.purifiers.pool import rough_pool
 from abdlab.purifiers.purifier import Purifier, same_weights
@@ -303,7 +304,7 @@ class Bounded(Purifier):
             wanted = self.agreement
             if wanted is None:
                 wanted = ALONE if same_weights(model, origin) else AFTER
-            seed = int(torch.randint(2**31, (), generator=rng))
+            seed = new_seed(rng)
             rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed)
             k = round(choose_k(agreement_curve(model, rough), wanted), 2)
         if batch_norms(model):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from abdlab.data import deliver
+from abdlab.data import deliver, new_seed
 from abdlab.inversion import FAMILIES, Bank, costs, invert
 from abdlab.losses import kl
 from abdlab.purifiers.bounded import (
@@ -183,15 +183,12 @@ class Unlearn(Purifier):
         return (self.scans + again) * self.rounds * each + self.scans * classes * 4 * 8 * 40
 
     def clean(self, model, origin, pool, rng):
-        def seed() -> int:
-            return int(torch.randint(2**31, (), generator=rng))
-
         # rough images: those that the suspects' threshold was set on, and whose answers,
         # near borders, keep accuracy while triggers are unlearnt
-        rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=seed())
+        rough = rough_pool(origin, pool.shape[1:], device=pool.device, seed=new_seed(rng))
         both = torch.cat([pool, rough])
         images = rough if len(set(_answers(origin, rough).argmax(1).tolist())) > 1 else both
-        table, _ = costs(origin, images, seed=seed())
+        table, _ = costs(origin, images, seed=new_seed(rng))
         if self.targets is not None:
             return self._forget(model, origin, both, rough, [*self.targets], table, rng)
         before = copy.deepcopy(model.state_dict())
@@ -199,7 +196,7 @@ class Unlearn(Purifier):
         first, bank = copy.deepcopy(model.state_dict()), self.bank
         targets = reports[0]["targets"]
         while reports[-1]["triggers"] and len(reports) < self.scans and len(targets) < len(table):
-            later, _ = costs(model, images, seed=seed())
+            later, _ = costs(model, images, seed=new_seed(rng))
             reports.append(self._scan(model, model, origin, pool, rough, later, targets, rng))
             if reports[-1]["triggers"]:
                 targets = list(dict.fromkeys(targets + reports[-1]["targets"]))
@@ -217,9 +214,8 @@ class Unlearn(Purifier):
         """Unlearn the suspects of the network ``seen``, whose costs these are; without one,
         the likeliest class that is not known, on trial.
         """
-        seed = int(torch.randint(2**31, (), generator=rng))
         shape = tuple(pool.shape[1:])
-        margins = largest_margins(seen, shape, len(table), seed=seed, device=pool.device)
+        margins = largest_margins(seen, shape, len(table), seed=new_seed(rng), device=pool.device)
         targets = suspects(table, margins)
         if targets:
             both = torch.cat([pool, rough])
@@ -250,14 +246,11 @@ class Unlearn(Purifier):
     def _forget(self, model, origin, pool, rough, targets, table, rng) -> dict:
         """Train the model until fresh triggers towards the targets are as dear as any."""
 
-        def seed() -> int:
-            return int(torch.randint(2**31, (), generator=rng))
-
         self.bank, history, guards = Bank(), [], 0
         before = copy.deepcopy(model.state_dict())
         safe = _bounded(origin, pool, rough)
         if self.guard and safe is not None:
-            made = self._guards(safe, origin, pool, targets, seed())
+            made = self._guards(safe, origin, pool, targets, new_seed(rng))
             pool, guards = torch.cat([pool, made]), len(made)
         answers = _answers(origin, pool)
         target = torch.isin(answers.argmax(1), torch.tensor(targets, device=pool.device))
@@ -280,7 +273,7 @@ class Unlearn(Purifier):
                 starts=self.starts,
                 steps=60,
                 batch=8,
-                seed=seed(),
+                seed=new_seed(rng),
             )
             found = Bank(tuple(t for t in found if t.family in told[t.target]))
             found = cheap(found, table, targets, self.natural)
