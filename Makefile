@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# a process per core; the files of a process in our order
+AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lab lint format bench bench-report journeys pictures gpu quick-preset triggers book clean
+.PHONY: demo test cover lab lint format bench bench-report journeys pictures gpu quick-preset triggers book clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          run the notebooks on real digits and print the comparison"
-	@echo "make test          run all tests, with coverage"
+	@echo "make test          run all tests"
+	@echo "make cover         the same with coverage, which traces every line, torch's too, and takes half as long again"
 	@echo "make lab           open the notebooks in JupyterLab"
 	@echo "make lint          check style"
 	@echo "make format        mend style"
@@ -33,7 +36,10 @@ demo: $(READY)
 	$(BIN)/abdlab demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(BIN)/python -m pytest $(AT_ONCE)
+
+cover: $(READY)
+	$(BIN)/python -m pytest $(AT_ONCE) --cov --cov-report=term
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks/index.ipynb

@@ -68,7 +68,16 @@ def test_each_model_is_a_row_with_its_attack_in_words(rows):
             {},
             "all to all, 30 % poisoned",
         ),
-        ({"attack.more": [{"trigger": "blend", "target": 3}]}, {"seeds": [1]}, "2 triggers"),
+        (
+            {"attack.more": [{"trigger": "blend", "target": 3, "rate": 0.1}]},
+            {"seeds": [1]},
+            "2 triggers with 2 targets, 10 % poisoned each",
+        ),
+        (
+            {"attack.more": [{"trigger": "blend", "target": 0, "rate": 0.05}]},
+            {"unlearn.scans": 4},
+            "2 triggers with 1 target, 10 and 5 % poisoned, unlearn.scans 4",
+        ),
         ({}, {"sv.alpha": 0.2, "methods": ["zskt"]}, "sv.alpha 0.2"),
     ],
 )

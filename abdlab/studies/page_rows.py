@@ -102,17 +102,21 @@ def setting_of(chosen: Settings, axes: Mapping[str, Any]) -> str:
     >>> setting_of(settings("quick/digits", {"teacher.tune": {"epochs": 6}}), {})
     'fine-tuned'
     """
-    attack, usual = chosen.attack_values[0], settings(chosen.preset).section("attack")
-    if not any(a.rate for a in chosen.attacks):
+    own, usual = chosen.attack_values[0], settings(chosen.preset).section("attack")
+    attacks = chosen.attacks
+    if not any(attack.rate for attack in attacks):
         words = [CLEAN]
     else:
         words = [chosen.section("teacher").get("objective")]
         words += ["fine-tuned" if chosen.section("teacher").get("tune") else None]
-        words += ["all to all" if chosen.attacks[0].all_to_all else None]
-        if len(chosen.attacks) > 1:
-            words.append(f"{len(chosen.attacks)} triggers")
-        if attack.get("rate") != usual.get("rate"):
-            words.append(f"{100 * chosen.attacks[0].rate:g} % poisoned")
+        words += ["all to all" if attacks[0].all_to_all else None]
+        if len(attacks) > 1:
+            targets = len({attack.target for attack in attacks})
+            words.append(f"{len(attacks)} triggers with {targets} target" + "s" * (targets > 1))
+        if len(attacks) > 1 or own.get("rate") != usual.get("rate"):
+            rates = dict.fromkeys(f"{100 * attack.rate:g}" for attack in attacks)
+            each = " each" if len(rates) == 1 < len(attacks) else ""
+            words.append(f"{' and '.join(rates)} % poisoned{each}")
     told = ("seed", "seeds", "methods", "preset")
     words += [f"{k} {v}" for k, v in axes.items() if k not in told and not _of_the_attack(k)]
     return ", ".join(filter(None, words)) or "none"
@@ -185,7 +189,8 @@ class _Run:
 
     def _triggers(self) -> str:
         counts = Counter(str(attack.trigger) for attack in self.chosen.attacks)
-        return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items())
+        *first, last = (f"{name} x{n}" if n > 1 else name for name, n in counts.items())
+        return " and ".join(filter(None, [", ".join(first), last]))
 
     def _note(self) -> str:
         words = what_was_done(self.metrics.get("purified", ()))
@@ -194,4 +199,6 @@ class _Run:
             for name, report in self.metrics.get("defenses", {}).items()
             if report.get("found") is False
         ]
-        return "; ".join([*words, *(f"{name}: no vaccine found" for name in lost)])
+        words += [f"{name}: no vaccine found" for name in lost]
+        each = [f"{100 * v:.1f}" for k, v in self.metrics.items() if k.startswith("asr/")]
+        return "; ".join([*words, *(["ASR each " + ", ".join(each)] if each else [])])
