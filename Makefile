@@ -12,7 +12,7 @@ AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make demo          run the notebooks on real digits and print the comparison"
 	@echo "make test          run all tests"
-	@echo "make cover         the same with coverage, which traces every line, torch's too, and takes half as long again"
+	@echo "make cover         the same with coverage, which traces every line, torch's too, and takes longer"
 	@echo "make lab           open the notebooks in JupyterLab"
 	@echo "make lint          check style"
 	@echo "make format        mend style"
