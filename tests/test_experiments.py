@@ -81,15 +81,17 @@ def test_an_error_in_one_ends_the_others(tmp_path):
 
 
 def test_a_process_ends_with_its_parent():
-    child = "import os, time; from abdlab.processes import end_with; end_with(os.getppid())"
+    child = (
+        "import os, time; from abdlab.processes import end_with; end_with(os.getppid()); "
+        "print(os.getpid(), flush=True); time.sleep(600)"  # it has begun to watch
+    )
     parent = (
         "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(600)'!r}])\n"
-        "print(p.pid, flush=True); time.sleep(600)"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as started:
         number = int(started.stdout.readline())
-        time.sleep(3)  # it has begun to watch
         assert psutil.pid_exists(number)
         started.kill()
     psutil.wait_procs([psutil.Process(number)] if psutil.pid_exists(number) else [], timeout=30)
