@@ -245,7 +245,6 @@ class Unlearn(Purifier):
 
     def _forget(self, model, origin, pool, rough, targets, table, rng) -> dict:
         """Train the model until fresh triggers towards the targets are as dear as any."""
-
         self.bank, history, guards = Bank(), [], 0
         before = copy.deepcopy(model.state_dict())
         safe = _bounded(origin, pool, rough)

@@ -201,4 +201,6 @@ class _Run:
         ]
         words += [f"{name}: no vaccine found" for name in lost]
         each = [f"{100 * v:.1f}" for k, v in self.metrics.items() if k.startswith("asr/")]
-        return "; ".join([*words, *(["ASR each " + ", ".join(each)] if each else [])])
+        if each:
+            words.append(f"ASR each {', '.join(each)}")
+        return "; ".join(words)
