@@ -38,7 +38,7 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
         "-m",
         "benchmark",
         "-k",
-        "not sweep and not designer and not workbench_long",
+        "not sweep and not designer and not workbench_long and not journeys",
     ]
     done = subprocess.run(
         [*command, "-q", "-p", "no:cacheprovider"],

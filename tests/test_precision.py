@@ -23,6 +23,9 @@ from abdlab.sources import SOURCES
 
 CPU = torch.device("cpu")
 SHORT = {
+    "teacher.model": "wrn-10-1",
+    "teacher.width": 4,
+    "student.width": 4,
     "zskt.pseudo_batches": 4,
     "dafl.pseudo_batches": 4,
     "dfad.pseudo_batches": 4,
@@ -49,7 +52,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", device="cpu")
+    return load("digits", size=8, device="cpu")
 
 
 def test_the_networks_compute_in_bf16_and_what_they_return_is_float32(digits):
@@ -84,7 +87,9 @@ def test_an_update_inside_the_block_is_seen_by_the_next_pass():
             assert layer(torch.ones(1, 1)).item() == weight
 
 
-def test_bf16_learns_digits_as_float32_does(digits):
+@pytest.fixture(scope="module")
+def taught(digits):
+    """A network trained in each precision, and its ACC."""
     found = {}
     for name in ("float32", "bf16"):
         model = build("wrn-10-1", classes=10, channels=1, seed=0)
@@ -99,10 +104,14 @@ def test_bf16_learns_digits_as_float32_does(digits):
             exam=exam,
             device="cpu",
         )
-        found[name] = last.acc
-        assert all(
-            p.dtype == torch.float32 for p in model.state_dict().values() if p.is_floating_point()
-        )
+        found[name] = model, last.acc
+    return found
+
+
+def test_bf16_learns_digits_as_float32_does(taught):
+    found = {name: acc for name, (_, acc) in taught.items()}
+    weights = taught["bf16"][0].state_dict().values()
+    assert all(p.dtype == torch.float32 for p in weights if p.is_floating_point())
     assert min(found.values()) > 0.97
     assert abs(found["float32"] - found["bf16"]) < 0.02
 
@@ -145,13 +154,12 @@ def test_every_source_with_both_defenses_trains_in_bf16_with_float32_losses(digi
     assert len(moved) > len(before) / 2
 
 
-def test_students_distilled_in_bf16_end_where_those_in_float32_do(digits):
+def test_students_distilled_in_bf16_end_where_those_in_float32_do(digits, taught):
     """Over seeds: the difference of the means is within the noise that seeds make, or
     two points.
     """
     images, labels = digits.train_images, digits.train_labels
-    teacher = build("wrn-10-1", channels=1, seed=1)
-    list(train(teacher, images, labels, epochs=5, batch_size=64, device="cpu"))
+    teacher, _ = taught["float32"]
     exam, found = Exam.of(digits.test_images, digits.test_labels), {"float32": [], "bf16": []}
     for name, accs in found.items():
         for seed in range(3):
