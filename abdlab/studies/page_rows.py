@@ -102,24 +102,9 @@ def setting_of(chosen: Settings, axes: Mapping[str, Any]) -> str:
     >>> setting_of(settings("quick/digits", {"teacher.tune": {"epochs": 6}}), {})
     'fine-tuned'
     """
-    own, usual = chosen.attack_values[0], settings(chosen.preset).section("attack")
-    attacks = chosen.attacks
-    if not any(attack.rate for attack in attacks):
-        words = [CLEAN]
-    else:
-        words = [chosen.section("teacher").get("objective")]
-        words += ["fine-tuned" if chosen.section("teacher").get("tune") else None]
-        words += ["all to all" if attacks[0].all_to_all else None]
-        if len(attacks) > 1:
-            targets = len({attack.target for attack in attacks})
-            words.append(f"{len(attacks)} triggers with {targets} target" + "s" * (targets > 1))
-        if len(attacks) > 1 or own.get("rate") != usual.get("rate"):
-            rates = dict.fromkeys(f"{100 * attack.rate:g}" for attack in attacks)
-            each = " each" if len(rates) == 1 < len(attacks) else ""
-            words.append(f"{' and '.join(rates)} % poisoned{each}")
     told = ("seed", "seeds", "methods", "preset")
-    words += [f"{k} {v}" for k, v in axes.items() if k not in told and not _of_the_attack(k)]
-    return ", ".join(filter(None, words)) or "none"
+    others = [f"{k} {v}" for k, v in axes.items() if k not in told and not _of_the_attack(k)]
+    return ", ".join([*_attack_words(chosen), *others]) or "none"
 
 
 def what_was_done(purified: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -140,6 +125,26 @@ def what_was_done(purified: Iterable[Mapping[str, Any]]) -> list[str]:
         if part.get("triggers"):
             words.append(f"{part['triggers']} triggers unlearnt")
         words += [f"k = {part['k']}"] if "k" in part else []
+    return words
+
+
+def _attack_words(chosen: Settings) -> list[str]:
+    """What a run's attack is beyond its preset's, a part of the sentence each."""
+    attacks, teacher = chosen.attacks, chosen.section("teacher")
+    if not any(attack.rate for attack in attacks):
+        return [CLEAN]
+    words = [teacher["objective"]] if teacher.get("objective") else []
+    words += ["fine-tuned"] if teacher.get("tune") else []
+    words += ["all to all"] if attacks[0].all_to_all else []
+    several = len(attacks) > 1
+    if several:
+        targets = len({attack.target for attack in attacks})
+        words.append(f"{len(attacks)} triggers with {targets} target" + "s" * (targets > 1))
+    usual = settings(chosen.preset).section("attack").get("rate")
+    if several or chosen.attack_values[0].get("rate") != usual:
+        rates = dict.fromkeys(f"{100 * attack.rate:g}" for attack in attacks)
+        each = " each" if several and len(rates) == 1 else ""
+        words.append(f"{' and '.join(rates)} % poisoned{each}")
     return words
 
 
