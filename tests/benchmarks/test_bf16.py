@@ -20,6 +20,9 @@ SHORT = {}
 if TINY:
     SHORT = {
         "teacher.epochs": 1,
+        "teacher.model": "wrn-10-1",
+        "teacher.width": 4,
+        "student.width": 4,
         "zskt.pseudo_batches": 4,
         "zskt.batch_size": 8,
         "zskt.student_steps": 1,
