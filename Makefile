@@ -56,7 +56,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
 
 bench-report: $(READY)
-	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s -k 'not sweep and not designer and not workbench_long and not journeys'
+	ABDLAB_BENCH_README=tests/benchmarks/README.md $(BIN)/python -m pytest tests/benchmarks -m benchmark -s
 
 ROUNDS ?= 3
 journeys: $(READY)

@@ -37,8 +37,6 @@ def test_the_report_has_every_table_with_figures(measure, tmp_path):
         BENCHMARKS,
         "-m",
         "benchmark",
-        "-k",
-        "not sweep and not designer and not workbench_long and not journeys",
     ]
     done = subprocess.run(
         [*command, "-q", "-p", "no:cacheprovider"],

@@ -11,6 +11,15 @@ import torch
 REPORT = pytest.StashKey()
 
 
+def pytest_collection_modifyitems(config, items):
+    """A run that writes the report leaves out what adds nothing to it."""
+    if "ABDLAB_BENCH_README" not in os.environ:
+        return
+    silent = [i for i in items if "report" not in i.fixturenames]
+    items[:] = [i for i in items if "report" in i.fixturenames]
+    config.hook.pytest_deselected(items=silent)
+
+
 @pytest.fixture(scope="session")
 def report(request):
     from measure import THREADS, Report

@@ -3,7 +3,8 @@ the report.
 
 Environment variables: ``ABDLAB_BENCH=tiny`` takes sizes that end in seconds, to test
 the benchmarks themselves; ``ABDLAB_BENCH_README`` is a file that the report is written
-to; ``ABDLAB_BENCH_RUN`` is a run's folder whose students test_implicit_term.py takes.
+to, by the benchmarks that add to it alone; ``ABDLAB_BENCH_RUN`` is a run's folder whose
+students test_implicit_term.py takes.
 """
 
 import copy
