@@ -16,6 +16,8 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401 (a photograph needs it: once, and not in every child)
 import torch
+import torch._dynamo  # a process's first optimizer imports it, which takes seconds
+import torchvision  # noqa: F401 (OOD's patches need it)
 from torch import nn
 
 from abdlab import (

@@ -14,6 +14,7 @@ from abdlab.studies import tables
 from abdlab.studies.sentences import outcome, trained_for
 
 TINY = {
+    "data.size": 8,
     "teacher.epochs": 2,
     "teacher.model": "wrn-10-1",
     "teacher.width": 4,

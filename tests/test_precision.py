@@ -92,14 +92,14 @@ def taught(digits):
     """A network trained in each precision, and its ACC."""
     found = {}
     for name in ("float32", "bf16"):
-        model = build("wrn-10-1", classes=10, channels=1, seed=0)
+        model = build("wrn-10-1", classes=10, channels=1, width=8, seed=0)
         exam = Exam.of(digits.test_images, digits.test_labels)
         *_, last = train(
             model,
             digits.train_images,
             digits.train_labels,
             epochs=5,
-            batch_size=64,
+            batch_size=32,
             precision=name,
             exam=exam,
             device="cpu",
@@ -166,7 +166,7 @@ def test_students_distilled_in_bf16_end_where_those_in_float32_do(digits, taught
     for name, accs in found.items():
         for seed in range(3):
             student = build("wrn-10-1", channels=1, width=8, seed=seed + 2)
-            source = CleanKD(images, labels, share=0.3, epochs=8, batch_size=64)
+            source = CleanKD(images, labels, share=0.3, epochs=5, batch_size=32)
             *_, last = distill(
                 teacher, student, source, exam=exam, precision=name, seed=seed, device="cpu"
             )

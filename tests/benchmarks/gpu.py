@@ -802,7 +802,7 @@ def one_source(stage, source_class, name, teacher, clean, card, exam, seeds, sec
     _, found, steps = streams(default)
     unit = steps // default
     stream = side_by_side(found)
-    trial = min(0.15 * seconds, 12)
+    trial = min(0.15 * seconds, 0.5 if stage.tiny else 12)
     at = time.monotonic()
     try:
         if unit == 1:
