@@ -292,7 +292,9 @@ def distill_all(
     Methods that share no trunk can run side by side: on a CPU with several cores in
     processes of their own, each with the threads of :func:`abdlab.threads.threads`; on
     an accelerator, which one small network cannot fill, in this process, see
-    :func:`abdlab.side_by_side`. The numbers are the same either way.
+    :func:`abdlab.side_by_side`. The numbers are the same either way. A process loads what
+    the settings name: where ``data`` is other than that, such as a subset, the methods run
+    one after the other.
 
     Args:
         with_teacher: put the teacher's own metrics first, under "teacher".
@@ -321,6 +323,8 @@ def distill_all(
     # this process's share of the machine: in a sweep, other jobs have the rest
     on_cpu = data.train_images.device.type == "cpu"
     workers = min(len(groups), workers or (share() if on_cpu else 1))
+    if workers > 1 and on_cpu and not _named_by(chosen, data):
+        workers = 1
     if workers <= 1 or not on_cpu:
         clean()
     if workers > 1:
@@ -362,6 +366,13 @@ def _is_done(root: str | Path, chosen: Settings, label: str) -> bool:
     """Whether a student's folder holds it, finished."""
     folder = at_home(folder_of(root, chosen.seed, label))
     return all((folder / name).exists() for name in ("student.safetensors", "metrics.json"))
+
+
+def _named_by(chosen: Settings, data: Dataset) -> bool:
+    """Whether the settings load these very images."""
+    named = chosen.dataset()
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    return all(torch.equal(getattr(named, part), getattr(data, part)) for part in parts)
 
 
 def _in_threads(

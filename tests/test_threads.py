@@ -19,6 +19,7 @@ from abdlab.teachers import poisoned_teacher
 from abdlab.threads import THREADS, ThreadsDiffer, computing_with, mixed, pulled_with, threads
 
 TINY = {
+    "data.size": 8,
     "teacher.epochs": 1,
     "teacher.model": "wrn-10-1",
     "teacher.width": 4,
@@ -41,7 +42,7 @@ def chosen():
 
 @pytest.fixture(scope="module")
 def data():
-    return settings("quick/digits", device="cpu").dataset().subset(train=60, test=40)
+    return settings("quick/digits", TINY, device="cpu").dataset()
 
 
 @pytest.fixture
@@ -137,6 +138,19 @@ def test_cores_are_used_by_students_side_by_side_and_the_numbers_stay(
         student = load_model(root / "seed0" / "zskt" / "student.safetensors")
         weights.append(torch.cat([p.flatten() for p in student.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_images_of_ones_own_are_used_on_any_number_of_cores(tmp_path, chosen, data):
+    """A process would load all that the settings name, and learn from it."""
+    few, found = data.subset(train=60, test=40), []
+    for share in (2, 1):
+        root = tmp_path / str(share)
+        with computing_with(share):
+            metrics = distill_all(root, chosen, few, ["zskt", "clean"])
+        found.append({label: (row["acc"], row["asr"]) for label, row in metrics.items()})
+        student = load_model(root / "seed0" / "clean" / "student.safetensors")
+        found[-1]["weights"] = torch.cat([p.flatten() for p in student.parameters()]).tolist()
+    assert found[0] == found[1]
 
 
 def test_students_begin_beside_a_purifier_and_the_numbers_stay(tmp_path, chosen, data):
