@@ -34,23 +34,24 @@ def told(metrics):
     return {label: (row["acc"], row["asr"]) for label, row in metrics.items()}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_each_has_the_numbers_that_it_has_alone(tmp_path, workers):
-    places = {
-        tmp_path / "plain": chosen(),
-        tmp_path / "shuffled": chosen(teacher__objective="shuffled"),
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Settings by name, and the numbers of each by itself."""
+    by_name = {"plain": chosen(), "shuffled": chosen(teacher__objective="shuffled")}
+    root = tmp_path_factory.mktemp("alone")
+    return by_name, {
+        name: told(distill_all(root / name, each, each.dataset(), LABELS, with_teacher=True))
+        for name, each in by_name.items()
     }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_has_the_numbers_that_it_has_alone(tmp_path, workers, alone):
+    places = {tmp_path / name: each for name, each in alone[0].items()}
     found = distill_each(places, LABELS, with_teacher=True, workers=workers)
     assert list(found) == [str(root) for root in places]
-    for root, settings_ in places.items():
-        alone = distill_all(
-            tmp_path / "alone" / root.name,
-            settings_,
-            settings_.dataset(),
-            LABELS,
-            with_teacher=True,
-        )
-        assert told(found[str(root)]) == told(alone)
+    for root in places:
+        assert told(found[str(root)]) == alone[1][root.name]
         assert list(found[str(root)]) == ["teacher", *LABELS]
     assert found[str(tmp_path / "plain")] != found[str(tmp_path / "shuffled")]
     again = distill_each(places, LABELS, with_teacher=True, workers=workers)

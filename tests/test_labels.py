@@ -150,7 +150,14 @@ class Noise(Defense):
         return self.weight * kl(batch.logits, answers).mean()
 '''
 
-TINY = {"teacher.epochs": 1, "teacher.width": 4, "student.width": 4, "clean.epochs": 1}
+TINY = {
+    "data.size": 8,
+    "teacher.model": "wrn-10-1",
+    "teacher.epochs": 1,
+    "teacher.width": 4,
+    "student.width": 4,
+    "clean.epochs": 1,
+}
 
 
 @pytest.fixture

@@ -105,7 +105,9 @@ def held(stream, *marks, look=lambda: None):
 
 
 def zskt(kind=ZSKT, steps=STEPS):
-    return kind(SHAPE, pseudo_batches=steps, batch_size=16, student_steps=1, z=5, width=4, attention=0)
+    return kind(
+        SHAPE, pseudo_batches=steps, batch_size=16, student_steps=1, z=5, width=4, attention=0
+    )
 
 
 def pooled(kind, **settings):

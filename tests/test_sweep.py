@@ -456,6 +456,7 @@ def test_a_full_disk_and_a_place_that_is_no_folder_are_clear(notebook, tmp_path)
 
 
 TINY = {
+    "data.size": 8,
     "teacher.epochs": 1,
     "teacher.model": "wrn-10-1",
     "teacher.width": 4,

@@ -107,7 +107,7 @@ def test_a_resumed_run_ends_with_the_same_weights(teacher, tmp_path, given):
         if given:
             purified = Bounded(k=2.0).purify(teacher, SHAPE, pool=torch.rand(8, *SHAPE))
             return TriggerConsistency(renew_every=2, size=9).give(purified, bright())
-        unlearn = Unlearn(targets=[0], rounds=1, starts=1, steps=1, natural=1e9)
+        unlearn = Unlearn(targets=[0], rounds=1, starts=1, steps=1, natural=1e9, guard=0)
         steps = [unlearn, Bounded(k=2.0)]
         return TriggerConsistency(renew_every=2, size=9, purifiers=steps, images=64)
 
