@@ -376,7 +376,7 @@ def kernels_under(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("blow", "slots"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
-def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, blow, slots):
+def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path, here, blow, slots):
     path, out = (
         # the blow falls within 0.2 s of the second job's start, a second of its kernel's
         study_file(tmp_path, parameters={"seconds": 1.5}, grid={"x": [1, 2]}),
@@ -401,15 +401,9 @@ def test_a_stopped_sweep_goes_on_without_repeating_done_jobs(notebook, tmp_path,
     done, before = states(out, "done"), starts(out)
     assert len(done) == 1
     wait_for(lambda: "stopped" in set(studies.status(out)["state"]))
-    finished = subprocess.run(
-        command(path, "--out", out, "--slots", slots),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "2 of 2 jobs done" in finished.stdout
+    code, told, error = here("sweep", path, "--out", out, "--slots", slots)
+    assert code == 0, error
+    assert "2 of 2 jobs done" in told
     assert all(starts(out)[name] == before[name] for name in done)
     assert sorted(studies.results(out)["acc"]) == [0.1, 0.2]
 
@@ -740,17 +734,12 @@ def test_ray_errors_are_one_sentence(tmp_path):
         RayEngine(tmp_path, "127.0.0.1:1")
 
 
-def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path):
+def test_a_dry_run_plans_and_starts_nothing(notebook, tmp_path, here):
     path, out = study_file(tmp_path, grid={"x": [1, 2]}), tmp_path / "out"
-    done = subprocess.run(
-        command(path, "--out", out, "--dry-run", "--slots", 2),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert "2 jobs and 0 shared teachers, 2 to run, 2 at a time" in done.stdout
-    assert "no estimate" in done.stdout
+    code, told, _ = here("sweep", path, "--out", out, "--dry-run", "--slots", 2)
+    assert code == 0
+    assert "2 jobs and 0 shared teachers, 2 to run, 2 at a time" in told
+    assert "no estimate" in told
     assert not out.exists()
     # two jobs done in 30 and 50 s: two to run in two slots take 40
     study = studies.read_study(path)
