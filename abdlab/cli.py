@@ -23,6 +23,7 @@ from abdlab import batch, cli_audit, cli_plan, cli_report
 from abdlab.cli_report import number
 from abdlab.errors import did_you_mean, short
 from abdlab.home import at_home, there
+from abdlab.processes import skip_grammars
 from abdlab.values import pairs
 
 app = typer.Typer(
@@ -431,4 +432,5 @@ cli_audit.add_to(app, _clear_errors, console)
 
 def main() -> None:
     """Entry point of the ``abdlab`` command."""
+    skip_grammars()
     app(_join_pairs(sys.argv[1:]))

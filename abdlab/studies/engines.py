@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from pebble import ProcessPool
 
 from abdlab.batch import own_folder
+from abdlab.processes import skip_grammars
 from abdlab.studies.job import run_job
 
 #: files that a job leaves on the worker: only a run that goes on needs them
@@ -161,6 +162,7 @@ def _end_with(parent: int) -> None:
     """A worker's first call: it ends when the process that started it has, and its
     kernel ends with it.
     """
+    skip_grammars()
 
     def watch() -> None:
         while os.getppid() == parent:
