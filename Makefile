@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# a process per core; the files of a process in our order
+# a process per core and one more (tests/conftest.py); the files of a process in our order
 AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test cover lab lint format bench bench-report journeys pictures gpu quick-preset triggers book clean

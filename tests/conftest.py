@@ -19,6 +19,13 @@ import torch
 LONG = ("test_sweep.py", "test_browser.py", "test_widgets.py", "test_notebooks.py")
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: a test that waits for a browser, a kernel or a
+    cluster leaves its core to another.
+    """
+    return 1 + (os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     from abdlab import pick_device

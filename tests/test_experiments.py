@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from abdlab import Run, distill_all, distill_each, settings
+from abdlab.processes import skip_grammars
 
 pytestmark = pytest.mark.filterwarnings("ignore::abdlab.teachers.WeakTeacher")
 TINY = {
@@ -79,6 +80,16 @@ def test_an_error_in_one_ends_the_others(tmp_path):
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not multiprocessing.active_children()
+
+
+def test_grammars_are_skipped_where_nothing_has_them_yet(monkeypatch):
+    monkeypatch.delitem(sys.modules, "rfc3987_syntax", raising=False)
+    skip_grammars()
+    with pytest.raises(ImportError):
+        import rfc3987_syntax  # noqa: F401
+    monkeypatch.setitem(sys.modules, "rfc3987_syntax", pytest)
+    skip_grammars()
+    assert sys.modules["rfc3987_syntax"] is pytest
 
 
 def test_a_process_ends_with_its_parent():

@@ -5,6 +5,7 @@ kernels, dead workers and a killed sweep.
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -512,6 +513,7 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
         tmp_path / "out",
     )
     path.write_text(path.read_text().replace("trivial.ipynb", "05_abd_ablation"))
+    with_its_teacher(out, by_local)
     process = subprocess.Popen(
         command(path, "--out", out, "--slots", 1),
         stdout=subprocess.DEVNULL,
@@ -543,6 +545,11 @@ def test_a_killed_study_ends_with_the_same_numbers(by_local, tmp_path):
     assert teacher.stat().st_mtime == trained  # done before the kill, and not done again
     assert [label for label, *_ in numbers(out)] == ["teacher", "zskt+sv"]
     assert {*numbers(out)} < {*numbers(by_local)}
+
+
+def with_its_teacher(out, by_local):
+    """A study whose teacher is done: the same as on the local engine."""
+    shutil.copytree(by_local / "teachers", out / "teachers")
 
 
 @pytest.fixture(scope="module")
@@ -701,6 +708,7 @@ def test_ray_gives_the_same_numbers_as_local(tiny, by_local, cluster, tmp_path, 
             grid={"methods": [["zskt"]]},
             seeds=[3],
         )
+        with_its_teacher(tmp_path / "out", by_local)
     frame = studies.sweep(tiny, tmp_path / "out", engine, shipped=not engine.shared)
     assert set(frame["state"]) == {"done"}, frame["error"].tolist()
     if shared:

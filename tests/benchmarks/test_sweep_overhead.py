@@ -5,6 +5,8 @@ parent's memory stays flat over 200 jobs.
 import io
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 import nbformat
@@ -67,3 +69,20 @@ def test_overhead_per_job_and_memory(tmp_path):
     )
     assert per_job - kernel < 0.3
     assert seen[last][1] < 1.05 * seen[first][1] + 10
+
+
+def test_what_a_worker_and_the_command_line_import():
+    """nbformat with and without the grammars that no notebook needs, in turns."""
+    seconds = {"": [], "from abdlab.processes import skip_grammars; skip_grammars()\n": []}
+    for _ in range(5):
+        for first, found in seconds.items():
+            code = (
+                f"import time, abdlab.processes\n{first}began = time.perf_counter()\n"
+                "import nbformat\nprint(time.perf_counter() - began)"
+            )
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            found.append(float(done.stdout))
+    plain, skipped = map(min, seconds.values())
+    ratio = plain / skipped
+    print(f"\nimport nbformat {plain:.2f} s, without grammars {skipped:.2f} s: {ratio:.1f}x")
+    assert ratio > 1.5
