@@ -47,7 +47,7 @@ def end_with(pid: int) -> None:
 
     def watch() -> None:
         while os.getppid() == pid:
-            time.sleep(1)
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from pebble import ProcessPool
 
 from abdlab.batch import own_folder
-from abdlab.processes import skip_grammars
+from abdlab.processes import end_with, skip_grammars
 from abdlab.studies.job import run_job
 
 #: files that a job leaves on the worker: only a run that goes on needs them
@@ -48,7 +47,7 @@ class LocalEngine:
         self.gpus = torch.cuda.device_count() if gpus is None else gpus
         self.slots = slots or default_slots(self.gpus)
         self._pool = ProcessPool(
-            self.slots, initializer=_end_with, initargs=(os.getpid(),), context=get_context("spawn")
+            self.slots, initializer=_begin, initargs=(os.getpid(),), context=get_context("spawn")
         )
 
     def submit(self, spec: dict) -> Future:
@@ -158,18 +157,12 @@ def _sees(path: str) -> bool:
     return Path(path).exists()
 
 
-def _end_with(parent: int) -> None:
+def _begin(parent: int) -> None:
     """A worker's first call: it ends when the process that started it has, and its
     kernel ends with it.
     """
     skip_grammars()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)
 
 
 def _local_job(spec: dict, gpus: int) -> dict:
@@ -209,7 +202,7 @@ def _ray_job(spec: Mapping[str, Any]) -> dict:
     """In a Ray worker: in place where the study's folder is seen, else in a folder of
     its own whose files come back.
     """
-    _end_with(os.getppid())
+    _begin(os.getppid())
     if spec["mark"]:
         if not Path(spec["mark"]).exists():
             raise RuntimeError(
