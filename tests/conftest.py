@@ -19,11 +19,12 @@ import torch
 LONG = ("test_sweep.py", "test_browser.py", "test_widgets.py", "test_notebooks.py")
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One more than there are cores: a test that waits for a browser, a kernel or a
     cluster leaves its core to another.
     """
-    return 1 + (os.cpu_count() or 1)
+    return 1 + (yield)
 
 
 def pytest_collection_modifyitems(items):

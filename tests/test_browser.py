@@ -23,6 +23,7 @@ TINY = {
     "teacher.model": "wrn-10-1",
     "teacher.width": 4,
     "student.width": 4,
+    "zskt.pseudo_batches": 240,  # enough to press Pause before they are done
     "zskt.student_steps": 2,
     "zskt.width": 4,
     "zskt.batch_size": 16,
@@ -32,8 +33,6 @@ TINY = {
     "sv.layers": 3,
     "tu.inner_steps": 2,
 }
-#: pseudo-batches: enough to press Pause before they are done
-LENGTH = 240
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -67,7 +66,7 @@ def metrics(folder):
 def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     from playwright.sync_api import expect
 
-    b = bench("walk", **{"zskt.pseudo_batches": LENGTH})
+    b = bench("walk")
     b.open("4 Runs")
     b.text("No runs yet: run 01_poisoning, or press Start").wait_for()
     b.open("3 Samples")
@@ -100,7 +99,7 @@ def test_from_the_trigger_to_a_run_that_is_repeated(bench, tmp_path):
     b.text("^Stopped and saved").wait_for()
     first = b.runs / "seed0" / "zskt+sv+tu@1"
     stopped = read_card(first / "checkpoint.safetensors")["index"]
-    assert 0 < stopped < LENGTH
+    assert 0 < stopped < TINY["zskt.pseudo_batches"]
     assert metrics(first)["stopped_at"] == stopped
 
     b.button("Branch here").click()
